@@ -1,0 +1,79 @@
+# A fresh machine needs only Python 3.11+ (with venv) and make: every target sets up what it needs in .venv.
+PYTHON ?= python3
+# More words for pytest, for instance: make test ARGS='-k replay'
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+TORCH_INSTALLED := .venv/.installed-torch
+DOCS_INSTALLED := .venv/.installed-docs
+MAX_WHEEL_BYTES := 12000000
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-all check format bench wheel-test docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make the environment in .venv (other targets do it by themselves)
+
+quickstart: $(INSTALLED) ## meta-train three optimizers on real data and compare them far past their unroll
+	$(BIN)/lolo reproduce quick
+
+test: $(INSTALLED) ## unit, statistical and parity tests
+	$(BIN)/python -m pytest -m 'not slow and not torch' $(ARGS)
+
+# LOLO_REQUIRE_ALL: a skipped test fails the run (tests/conftest.py).
+test-all: $(TORCH_INSTALLED) ## everything slow, and everything that needs PyTorch; nothing may be skipped
+	LOLO_REQUIRE_ALL=1 $(BIN)/python -m pytest -m 'slow or torch' $(ARGS)
+
+check: $(INSTALLED) ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy lolo
+
+format: $(INSTALLED) ## rewrite the code in the one format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED) ## measure speed on this machine
+	$(BIN)/lolo bench
+
+wheel-test: ## build the wheel, install it in an empty environment elsewhere and run a tiny quickstart there
+	@set -eu; \
+	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; trap 'exit 1' HUP INT TERM; \
+	echo "building the wheel in $$tmp"; \
+	$(PYTHON) -m venv "$$tmp/venv"; \
+	"$$tmp/venv/bin/python" -m pip wheel -q --no-deps -w "$$tmp/dist" .; \
+	wheel=$$(echo "$$tmp"/dist/lolo-*.whl); \
+	bytes=$$(wc -c < "$$wheel"); \
+	echo "wheel: $$bytes bytes, limit $(MAX_WHEEL_BYTES)"; \
+	test "$$bytes" -le $(MAX_WHEEL_BYTES) || { echo "the wheel is too large: look at lolo/data and lolo/weights" >&2; exit 1; }; \
+	"$$tmp/venv/bin/python" -m pip install -q -c constraints.txt "$$wheel"; \
+	cd "$$tmp"; unset PYTHONPATH; \
+	"$$tmp/venv/bin/lolo" reproduce quick --smoke --out "$$tmp/quick"
+
+docs: $(DOCS_INSTALLED) ## build the documentation in docs/_build/html
+	$(BIN)/python -m sphinx -q -W -b html docs docs/_build/html
+
+clean: ## remove caches and built files; .venv and runs stay
+	rm -rf dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find lolo tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps: made last, so that an interrupted installation starts again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lolo needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+# In its own step, so that the version is this one and no CUDA build replaces it.
+$(TORCH_INSTALLED): $(INSTALLED)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install torch==2.13.0
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@touch $@

@@ -1,0 +1,97 @@
+"""What a reader hands to `lolo.data.prepare`: which parts a data set has, and how to get each one's rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lolo.data.errors import DataError
+
+VALIDATION_STRIDE = 20
+"""Every 20th example or document of a published training set, counted from its first, is validation: 5 %."""
+
+Rows = tuple[str, dict[str, NDArray[Any]]]
+"""A split's name, and rows to append to each of its arrays."""
+
+
+class Part(NamedTuple):
+    """A piece of work that is either done or not, such as one archive. The order of parts is that of the rows."""
+
+    name: str  # the same in every run on the same source
+    weight: int  # bytes of source, for the progress bar
+    rows: Callable[[Path], Iterator[Rows]]  # scratch folder -> pieces of bounded size, in order
+
+
+class Plan(NamedTuple):
+    """All parts of a data set. `info` goes into the manifest: format, kind, classes or vocabulary, notes."""
+
+    parts: list[Part]
+    info: dict[str, Any]
+
+
+@contextlib.contextmanager
+def untrusted(file: Path | str, expected: str) -> Iterator[None]:
+    """Turns whatever a parser raises about a damaged file into `DataError`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        problem = f"can't be read as {expected} ({reason})"
+        raise DataError.at(file, problem, "fetch or make the file again") from error
+
+
+def split_examples(arrays: dict[str, NDArray[Any]], start: int) -> Iterator[Rows]:
+    """Rows of a published training set, divided into train and validation.
+
+    arrays: [n, ...] each. start: index of their first row in its source file.
+    """
+    n = len(next(iter(arrays.values())))
+    held_out = (start + np.arange(n)) % VALIDATION_STRIDE == 0
+    for split, mask in (("train", ~held_out), ("validation", held_out)):
+        if mask.any():
+            yield split, {name: array[mask] for name, array in arrays.items()}
+
+
+def existing(source: Path | None, name: str) -> Path:
+    """`source` if there is such a file or folder.
+
+    Raises:
+        DataError: none was given, or it is not there.
+    """
+    if source is None:
+        raise DataError(f"{name} is read from files: say which folder or file holds them.")
+    if not source.exists():
+        raise DataError.at(source, "there is no such file or folder", f"give the one that holds {name}")
+    return source
+
+
+def check_labels(labels: NDArray[Any], low: int, high: int, name: Path | str, start: int = 0) -> None:
+    """labels: int [n]. Raises DataError, naming the row, if one is outside low..high."""
+    wrong = np.flatnonzero((labels < low) | (labels > high))
+    if len(wrong):
+        row = int(wrong[0])
+        problem = f"label {labels[row]}, expected {low}..{high}"
+        raise DataError.at(name, problem, "fetch the file again, or check that it is this data set", f"row {start + row}")
+
+
+def grouped(groups: list[Any], rows: int, unpacked_bytes: int = 256 << 20) -> list[list[int]]:
+    """Indices of a parquet file's row groups, in runs that one child process reads.
+
+    groups: (rows, unpacked bytes) of each. A run ends when it reaches `rows` or `unpacked_bytes`.
+    """
+    runs: list[list[int]] = []
+    room = (0, 0)
+    for i, (n, size) in enumerate(groups):
+        if min(room) <= 0:
+            runs.append([])
+            room = (rows, unpacked_bytes)
+        runs[-1].append(i)
+        room = (room[0] - n, room[1] - size)
+    return runs

@@ -1,0 +1,73 @@
+"""RGB images of 32×32: their layout, and how larger encoded ones become such."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lolo.data.errors import DataError, library_missing
+
+CLASSES = 1000  # of ImageNet
+SIDE = 32
+PIXELS = 3 * SIDE * SIDE
+CHUNK_ROWS = 4096
+MAX_ENCODED_BYTES = 64 << 20
+MAX_IMAGE_PIXELS = 1 << 26
+IMAGES_FILE = "images.bin"
+LABELS_FILE = "labels.bin"
+
+
+def from_planes(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[n, 3072] in planes of red, green and blue → [n, 32, 32, 3]."""
+    return np.ascontiguousarray(data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
+
+
+def decode(encoded: bytes, place: str) -> Any:
+    """A Pillow image in RGB from a file's bytes. Call it in a child process: see `lolo.data.sandbox`."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise library_missing("Pillow", "reading images") from None
+    Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
+    if len(encoded) > MAX_ENCODED_BYTES:
+        raise DataError.at(place, f"an image of {len(encoded):,} bytes", "leave it out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "TGA")).convert("RGB")
+        except MemoryError:
+            raise
+        except Exception as error:
+            problem = f"an image that can't be decoded ({type(error).__name__}: {error})"[:300]
+            raise DataError.at(place, problem, "fetch the file again, or leave the image out") from error
+
+
+def decode_small(encoded: bytes, place: str) -> NDArray[np.uint8]:
+    """uint8 [32, 32, 3]. Larger images are averaged over boxes, whatever their shape, as the published set was."""
+    from PIL import Image
+
+    image = decode(encoded, place)
+    if image.size != (SIDE, SIDE):
+        image = image.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return np.asarray(image, np.uint8)
+
+
+class ChildWriter:
+    """Where a child process leaves its rows: images uint8 [n, 32, 32, 3] and labels uint16 [n]."""
+
+    def __init__(self, scratch: str) -> None:
+        self.images = Path(scratch, IMAGES_FILE).open("wb")
+        self.labels = Path(scratch, LABELS_FILE).open("wb")
+
+    def write(self, images: NDArray[np.uint8], labels: NDArray[Any]) -> None:
+        self.images.write(np.ascontiguousarray(images, np.uint8).tobytes())
+        self.labels.write(labels.astype("<u2").tobytes())
+
+    def close(self) -> None:
+        self.images.close()
+        self.labels.close()

@@ -1,0 +1,339 @@
+"""Long runs of any optimizer on a task, and the statistics that compare them.
+
+Every optimizer sees the same inits and the same batches: both derive from the evaluation seed alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+from numpy.typing import NDArray
+from scipy import stats
+
+from lolo import inner, parallel
+from lolo.tasks import Splits, Task
+from lolo.trees import PyTree
+
+WINDOW = 100  # steps that a reported loss is the mean of, and between two scores
+SUBSET = 10_000  # examples of the held-out split that are scored on the way
+SCORE_BATCH = 1_000
+PICK_SEEDS = (1_000_001, 1_000_002)  # learning rates of baselines are picked on these, never reported
+
+Make = Callable[[Any], optax.GradientTransformation]
+
+
+class Curves(NamedTuple):
+    """K runs of `steps` inner steps."""
+
+    train_loss: NDArray[np.float32]  # [K, steps // WINDOW], means over WINDOW steps of the training batches' loss
+    held_loss: NDArray[np.float32]  # [K, steps // WINDOW], on a fixed subset of the held-out split
+    final: dict[str, NDArray[np.float32]]  # [K] each, scores on the whole held-out split after the last step
+
+
+def score_split(task: Task, params: PyTree, statistics: PyTree, limit: int | None = None) -> dict[str, jax.Array]:
+    """Scores over the first `limit` examples of a split (all, if None), in batches of SCORE_BATCH."""
+    size = task.size if limit is None else min(limit, task.size)
+    batch = min(SCORE_BATCH, size)
+    whole = size // batch
+
+    def scored(start: jax.Array, count: int) -> dict[str, jax.Array]:
+        return task.score(params, statistics, task.examples(task.data, start + jnp.arange(count)))
+
+    parts = jax.lax.map(lambda i: scored(i * batch, batch), jnp.arange(whole))
+    total = jax.tree.map(lambda x: jnp.sum(x) * batch, parts)
+    if size % batch:
+        rest = scored(jnp.int32(whole * batch), size % batch)
+        total = jax.tree.map(lambda a, b: a + b * (size % batch), total, rest)
+    return jax.tree.map(lambda x: x / size, total)
+
+
+def seed_key(seed: int) -> jax.Array:
+    """The key of an evaluation seed: init and batches follow from it."""
+    return jax.random.fold_in(jax.random.key(20_251_124), seed)
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(make: Make, devices: int) -> tuple[Callable, Callable, Callable, Any]:
+    """Jitted: begin, `chunks` windows of steps, final scores; each over K runs spread over devices."""
+    over = parallel.mesh(devices, devices)
+    spread, everywhere = PartitionSpec(parallel.AXIS), PartitionSpec()
+
+    def begin(task: Task, settings: Any, keys: jax.Array) -> inner.InnerState:
+        return jax.lax.map(
+            lambda args: inner.begin(task, make(args[0]), None, jax.random.fold_in(args[1], 0)), (settings, keys)
+        )
+
+    def advance(task: Task, held: Task, settings: Any, keys: jax.Array, states: inner.InnerState) -> tuple:
+        def one(args: tuple) -> tuple:
+            setting, key, state = args
+            optimizer, key = make(setting), jax.random.fold_in(key, 1)
+
+            def step(state: inner.InnerState, _: None) -> tuple[inner.InnerState, jax.Array]:
+                step_key = jax.random.fold_in(key, state.step)
+                state, record = inner.inner_step(task, optimizer, None, jnp.ones(()), state, step_key)
+                return state, record.task
+
+            state, losses = jax.lax.scan(step, state, length=WINDOW)
+            score = score_split(held, state.params, state.stats, SUBSET)["loss"]
+            return state, jnp.mean(losses), score
+
+        return jax.lax.map(one, (settings, keys, states))
+
+    def finish(held: Task, states: inner.InnerState) -> dict[str, jax.Array]:
+        return jax.lax.map(lambda state: score_split(held, state.params, state.stats), states)
+
+    def spread_over(function: Callable, in_specs: tuple, out_specs: Any, donate: tuple[int, ...] = ()) -> Callable:
+        mapped = jax.shard_map(function, mesh=over, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.jit(mapped, donate_argnums=donate)
+
+    return (
+        spread_over(begin, (everywhere, spread, spread), spread),
+        spread_over(advance, (everywhere, everywhere, spread, spread, spread), spread, donate=(4,)),
+        spread_over(finish, (everywhere, spread), spread),
+        over,
+    )
+
+
+def run(
+    task: Task,
+    held: Task,
+    make: Make,
+    settings: Sequence[Any],
+    seeds: Sequence[int],
+    steps: int,
+    advanced: Callable[[int], None] = lambda steps: None,
+) -> Curves:
+    """K = len(settings) runs: run k trains with `make(settings[k])` from the init and batches of `seeds[k]`.
+
+    Args:
+      task: the split to train on; held: the split to score on.
+      make: settings -> optimizer, one function for all runs; keep it the same object to compile once.
+      settings: trees of numbers or arrays, equal shapes.
+      steps: a multiple of WINDOW.
+      advanced: told the number of steps done by each window, all runs together (for progress bars).
+    """
+    if steps < WINDOW or steps % WINDOW:
+        raise ValueError(f"steps={steps} must be a multiple of {WINDOW}; try {max(round(steps / WINDOW), 1) * WINDOW}.")
+    count = len(settings)
+    devices = max(min(len(jax.local_devices()), count), 1)
+    begin, advance, finish, over = _programs(make, devices)
+    padded = -(-count // devices) * devices
+    pad = [min(i, count - 1) for i in range(padded)]
+    stacked = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(x[i]) for i in pad]), *settings)
+    keys = jnp.stack([seed_key(seeds[i]) for i in pad])
+    task, held = parallel.place(task, over), parallel.place(held, over)
+    states = begin(task, stacked, keys)
+    train, scores = [], []
+    for _ in range(steps // WINDOW):
+        states, loss, score = advance(task, held, stacked, keys, states)
+        train.append(np.asarray(loss))
+        scores.append(np.asarray(score))
+        advanced(WINDOW * count)
+    final = {name: np.asarray(x)[:count] for name, x in finish(held, states).items()}
+    return Curves(np.stack(train, 1)[:count], np.stack(scores, 1)[:count], final)
+
+
+# --- what can be compared -----------------------------------------------------------------------------------------
+
+
+class Contestant(NamedTuple):
+    """One optimizer in a comparison: a φ, or a hand-made optimizer with its settings."""
+
+    label: str  # rows with the same label are meta-seeds of one method
+    meta_seed: int | None  # None for hand-made optimizers
+    make: Make
+    setting: Any
+
+
+def adamw(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
+    """AdamW with constant learning rate."""
+    return optax.adamw(setting["lr"], weight_decay=setting["weight_decay"])
+
+
+def adam(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
+    """Adam with constant learning rate."""
+    return optax.adam(setting["lr"])
+
+
+def sgdm(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
+    """SGD with momentum 0.9 and constant learning rate."""
+    return optax.sgd(setting["lr"], momentum=0.9)
+
+
+def adamw_cosine(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
+    """AdamW with the learning rate following half a cosine to 0 at `steps`."""
+
+    def schedule(count: jax.Array) -> jax.Array:
+        return setting["lr"] * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / setting["steps"], 1.0)))
+
+    return optax.adamw(schedule, weight_decay=setting["weight_decay"])
+
+
+BASELINES: dict[str, Make] = {"adamw": adamw, "adam": adam, "sgdm": sgdm, "adamw-cosine": adamw_cosine}
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+def baseline(name: str, lr: float, steps: int, weight_decay: float = 1e-4) -> Contestant:
+    """A hand-made optimizer: "adamw", 1e-3 -> AdamW with learning rate 1e-3 and weight decay 1e-4."""
+    setting = {"lr": lr, "weight_decay": weight_decay, "steps": float(steps)}
+    label = f"{name} {lr:g}" if weight_decay == 1e-4 else f"{name} {lr:g} wd {weight_decay:g}"
+    return Contestant(label, None, BASELINES[name], setting)
+
+
+def best_of_grid(
+    splits: Splits,
+    name: str,
+    steps: int,
+    grid: Sequence[float] = GRID,
+    decays: Sequence[float] = (1e-4,),
+    advanced: Callable[[int], None] = lambda steps: None,
+) -> Contestant:
+    """The baseline with the lowest final train loss on separate seeds; its label says that it was picked."""
+    candidates = [baseline(name, lr, steps, decay) for decay in decays for lr in grid]
+    settings = [c.setting for c in candidates for _ in PICK_SEEDS]
+    curves = run(
+        splits.train, splits.validation, BASELINES[name], settings, PICK_SEEDS * len(candidates), steps, advanced
+    )
+    finals = curves.train_loss[:, -1].reshape(len(candidates), len(PICK_SEEDS)).mean(axis=1)
+    best = candidates[int(np.nanargmin(np.where(np.isfinite(finals), finals, np.inf)))]
+    return best._replace(label=f"best {best.label}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run: one optimizer, one evaluation seed."""
+
+    task: str
+    optimizer: str
+    meta_seed: int | None
+    seed: int
+    steps: int
+    train_loss: float  # mean over the last 100 steps; the loss limit if diverged
+    train_minimum: float  # lowest mean over 100 steps on the way
+    held_loss: float  # on the whole held-out split
+    held: dict[str, float]  # all scores on the whole held-out split
+    diverged: bool
+    train_curve: list[float]  # means over 100 steps
+    held_curve: list[float]
+
+
+def compare(
+    name: str,
+    splits: Splits,
+    contestants: Sequence[Contestant],
+    seeds: Sequence[int],
+    steps: int,
+    held: str = "test",
+    advanced: Callable[[int], None] = lambda steps: None,
+) -> list[Row]:
+    """Every contestant on every seed, from the same inits and batches. `held`: which split is scored."""
+    rows: list[Row] = []
+    by_make: dict[Make, list[Contestant]] = {}
+    for contestant in contestants:
+        by_make.setdefault(contestant.make, []).append(contestant)
+    for make, group in by_make.items():
+        pairs = [(contestant, seed) for contestant in group for seed in seeds]
+        curves = run(
+            splits.train,
+            getattr(splits, held),
+            make,
+            [contestant.setting for contestant, _ in pairs],
+            [seed for _, seed in pairs],
+            steps,
+            advanced,
+        )
+        for k, (contestant, seed) in enumerate(pairs):
+            rows.append(_row(name, splits.train, contestant, seed, steps, curves, k))
+    return rows
+
+
+def _row(
+    name: str, task: Task, contestant: Contestant, seed: int, steps: int, curves: Curves, k: int
+) -> Row:
+    def number(x: Any) -> float:
+        return round(float(x), 6)
+
+    final = {key: number(values[k]) for key, values in curves.final.items()}
+    diverged = not (math.isfinite(curves.train_loss[k, -1]) and math.isfinite(final["loss"]))
+    limit = task.loss_limit if task.loss_limit is not None else math.inf
+    return Row(
+        task=name,
+        optimizer=contestant.label,
+        meta_seed=contestant.meta_seed,
+        seed=seed,
+        steps=steps,
+        train_loss=limit if diverged else number(curves.train_loss[k, -1]),
+        train_minimum=number(np.nanmin(np.where(np.isfinite(curves.train_loss[k]), curves.train_loss[k], np.inf))),
+        held_loss=limit if diverged else final["loss"],
+        held=final,
+        diverged=diverged,
+        train_curve=[number(x) for x in curves.train_loss[k]],
+        held_curve=[number(x) for x in curves.held_loss[k]],
+    )
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % t interval over n units; half is NaN for n = 1."""
+
+    mean: float
+    half: float
+    n: int
+    unit: str  # what was counted: "meta-seeds" or "seeds"
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.half < abs(self.mean)
+
+
+def interval(values: Sequence[float], unit: str) -> Interval:
+    """Mean and 95 % t interval."""
+    array, n = np.asarray(values, np.float64), len(values)
+    half = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return Interval(float(array.mean()), half, n, unit)
+
+
+def _by_unit(rows: Sequence[Row], field: str, label: str) -> dict[tuple[int | None, int], float]:
+    return {(row.meta_seed, row.seed): getattr(row, field) for row in rows if row.optimizer == label}
+
+
+def summary(rows: Sequence[Row], label: str, field: str = "train_loss") -> Interval:
+    """Mean of one optimizer. The unit is the meta-seed; with one meta-seed, or none, the evaluation seed."""
+    values = _by_unit(rows, field, label)
+    return _interval_by_meta_seed(values)
+
+
+def _interval_by_meta_seed(values: dict[tuple[int | None, int], float]) -> Interval:
+    groups: dict[int | None, list[float]] = {}
+    for (meta_seed, _), value in values.items():
+        groups.setdefault(meta_seed, []).append(value)
+    if len(groups) > 1:
+        return interval([float(np.mean(group)) for group in groups.values()], "meta-seeds")
+    return interval(next(iter(groups.values())), "seeds")
+
+
+def paired_difference(rows: Sequence[Row], a: str, b: str, field: str = "train_loss") -> Interval:
+    """a − b, paired by evaluation seed and, where both have them, by meta-seed; negative: a is lower."""
+    ours, theirs = _by_unit(rows, field, a), _by_unit(rows, field, b)
+    hand_made = {meta_seed for meta_seed, _ in theirs} == {None}
+    swap = {meta_seed for meta_seed, _ in ours} == {None}
+    differences = {}
+    for meta_seed, seed in theirs if swap else ours:
+        ours_key = (None, seed) if swap else (meta_seed, seed)
+        theirs_key = (None, seed) if hand_made else (meta_seed, seed)
+        if ours_key in ours and theirs_key in theirs:
+            differences[meta_seed, seed] = ours[ours_key] - theirs[theirs_key]
+    if not differences:
+        raise ValueError(f"{a!r} and {b!r} have no evaluation seed and meta-seed in common.")
+    return _interval_by_meta_seed(differences)

@@ -1,0 +1,387 @@
+"""Files of ours: weights, recipes, logs, checkpoints. NumPy and safetensors only; nothing is pickled.
+
+Whatever is read is untrusted: sizes, names, dtypes and sums are checked before use, and everything wrong is a
+`FileError`. Whatever is written is written whole: to a temporary name, synced, then renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from lolo import small_fc_spec
+
+WEIGHTS_FORMAT = "lolo-weights"
+WEIGHTS_VERSION = 1
+CHECKPOINT_VERSION = 1
+MAX_WEIGHTS_BYTES = 64 << 20
+MAX_HEADER_BYTES = 16 << 20
+MAX_JSON_BYTES = 64 << 20
+SHIPPED = Path(__file__).parent / "weights"
+
+Arrays = dict[str, NDArray[Any]]
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+class FileError(ValueError):
+    """A file that can't be used: names the file, what was expected, and what to do."""
+
+
+class WeightsFile(NamedTuple):
+    """Meta-parameters φ and what is known about them."""
+
+    meta_params: Arrays  # float32
+    learner: dict[str, Any]  # the architecture: name, hidden, step_mult, ...
+    recipe: dict[str, Any]  # of the meta-training, {} if unknown
+    card: dict[str, Any]  # what people should know: data, results, realised steps, ...
+    sha256: str  # of the meta-parameters
+
+
+# --- writing whole files ------------------------------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's, or a folder's, content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON for people to read, whole or not at all."""
+    write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of bounded size. Raises FileError."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise FileError(f"{path}: {path.stat().st_size} bytes of JSON; at most {MAX_JSON_BYTES} are read.")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise FileError(f"{path}: can't be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path}: not valid JSON ({error}).") from error
+
+
+def append_json_line(path: Path, row: dict[str, Any]) -> None:
+    """Add one JSON object as a line. A number that JSON can't hold (NaN, inf) is written as a string."""
+    line = json.dumps(_json_safe(row), allow_nan=False) + "\n"
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log. A half-written last line, as a killed run leaves it, is skipped."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise FileError(f"{path}: can't be read ({error.strerror}).") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                return
+            raise FileError(f"{path}, line {number}: not valid JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise FileError(f"{path}, line {number}: expected a JSON object.")
+        yield row
+
+
+# --- safetensors --------------------------------------------------------------------------------------------------
+
+
+def pack(arrays: Arrays, metadata: dict[str, str] | None = None) -> bytes:
+    """Arrays as safetensors. Made contiguous first: the writer stores wrong numbers for strided arrays."""
+    return safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, metadata)
+
+
+def unpack(content: bytes, source: str) -> tuple[Arrays, dict[str, str]]:
+    """Arrays and metadata of safetensors bytes, every size checked before use. Raises FileError."""
+    if len(content) < 8:
+        raise FileError(f"{source}: {len(content)} bytes; a safetensors file has at least 8. Is it truncated?")
+    (length,) = struct.unpack("<Q", content[:8])
+    if length > min(len(content) - 8, MAX_HEADER_BYTES):
+        raise FileError(f"{source}: its header claims {length} bytes of {len(content)}: not safetensors, or truncated.")
+    try:
+        header = json.loads(content[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{source}: the header at offset 8 is not JSON: not safetensors, or damaged.") from error
+    if not isinstance(header, dict):
+        raise FileError(f"{source}: the header at offset 8 is not a JSON object.")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FileError(f"{source}: __metadata__ must map names to strings.")
+    data = memoryview(content)[8 + length :]
+    return {name: _tensor(name, entry, data, source) for name, entry in header.items()}, metadata
+
+
+def _tensor(name: str, entry: Any, data: memoryview, source: str) -> NDArray[Any]:
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
+
+    if not isinstance(entry, dict):
+        raise FileError(f"{source}: tensor {name!r} has no description in the header.")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in _DTYPES:
+        raise FileError(f"{source}: tensor {name!r} has dtype {dtype!r}; known: {', '.join(_DTYPES)}.")
+    if not isinstance(shape, list) or len(shape) > 32 or not all(whole(extent) for extent in shape):
+        raise FileError(f"{source}: tensor {name!r} has shape {shape!r}; expected whole numbers.")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(whole(offset) for offset in offsets):
+        raise FileError(f"{source}: tensor {name!r} has data_offsets {offsets!r}; expected two whole numbers.")
+    start, end = offsets
+    size = np.dtype(_DTYPES[dtype]).itemsize
+    for extent in shape:
+        size *= extent
+    if not start <= end <= len(data) or end - start != size:
+        raise FileError(
+            f"{source}: tensor {name!r} needs {size} bytes and lies at {start} to {end} of {len(data)}: truncated?"
+        )
+    return np.frombuffer(data[start:end], _DTYPES[dtype]).reshape(shape).copy()
+
+
+def digest(arrays: Arrays) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of names."""
+    hasher = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        hasher.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        hasher.update(array.tobytes())
+    return hasher.hexdigest()
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def write_weights(
+    path: Path | str,
+    meta_params: Arrays,
+    *,
+    learner: dict[str, Any],
+    recipe: dict[str, Any] | None = None,
+    card: dict[str, Any] | None = None,
+) -> None:
+    """Write meta-parameters with their architecture, recipe and card as one safetensors file."""
+    arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in meta_params.items()}
+    metadata = {
+        "format": WEIGHTS_FORMAT,
+        "format_version": str(WEIGHTS_VERSION),
+        "sha256": digest(arrays),
+        "learner": json.dumps(learner),
+        "recipe": json.dumps(recipe or {}),
+        "card": json.dumps(_json_safe(card or {})),
+    }
+    write_bytes(Path(path), pack(arrays, metadata))
+
+
+def shipped_weights() -> list[str]:
+    """Names of the weights inside the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
+
+
+def read_weights(name_or_path: str | Path) -> WeightsFile:
+    """Weights by the name of shipped ones, or from a file.
+
+    Raises FileError: no such file or name, not ours, another version, damaged, or shapes that don't fit.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) in shipped_weights():
+        path = SHIPPED / f"{name_or_path}.safetensors"
+    if not path.is_file():
+        names = ", ".join(shipped_weights()) or "none"
+        raise FileError(f"{name_or_path}: no such weights file. Give a path, or a name that ships with lolo: {names}.")
+    size = path.stat().st_size
+    if size > MAX_WEIGHTS_BYTES:
+        raise FileError(f"{path}: {size} bytes; weights have at most {MAX_WEIGHTS_BYTES}.")
+    arrays, metadata = unpack(path.read_bytes(), str(path))
+    if metadata.get("format") != WEIGHTS_FORMAT:
+        raise FileError(f"{path}: safetensors, but not lolo weights. Weights of other tools: see lolo.interop.")
+    if metadata.get("format_version") != str(WEIGHTS_VERSION):
+        raise FileError(
+            f"{path}: weights of format_version {metadata.get('format_version')!r}; this lolo reads "
+            f"{WEIGHTS_VERSION}. Read it with the lolo that wrote it, or upgrade lolo."
+        )
+    if metadata.get("sha256") != digest(arrays):
+        raise FileError(f"{path}: the sha256 of its numbers is not the one it states: damaged. Get the file again.")
+    learner, recipe, card = (_json_object(metadata, key, path) for key in ("learner", "recipe", "card"))
+    check_meta_params(arrays, learner, str(path))
+    return WeightsFile(arrays, learner, recipe, card, metadata["sha256"])
+
+
+def _json_object(metadata: dict[str, str], key: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(metadata.get(key, ""))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: metadata {key!r} is not JSON.") from error
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: metadata {key!r} is not a JSON object.")
+    return value
+
+
+def check_meta_params(arrays: Arrays, learner: dict[str, Any], source: str) -> None:
+    """Raise FileError unless the arrays are finite and have the names and shapes of the architecture."""
+    if learner.get("name") == "small_fc":
+        hidden, decays = learner.get("hidden"), bool(learner.get("learn_decays", False))
+        if not isinstance(hidden, int) or isinstance(hidden, bool) or not 1 <= hidden <= 4096:
+            raise FileError(f"{source}: hidden={hidden!r}; expected a whole number from 1 to 4096.")
+        for name in ("step_mult", "exp_mult", "weight_decay"):
+            _check_number(learner, name, source)
+        if learner.get("clock_limit") is not None:
+            _check_number(learner, "clock_limit", source)
+        expected = small_fc_spec.weight_shapes(hidden, learn_decays=decays)
+    elif learner.get("name") == "sgd":
+        expected = {"log_learning_rate": (), "momentum_logit": ()}
+    else:
+        raise FileError(f"{source}: unknown learned optimizer {learner.get('name')!r}; known: small_fc, sgd.")
+    found = {name: tuple(x.shape) for name, x in arrays.items()}
+    if found != expected:
+        raise FileError(f"{source}: has tensors {found}; a {learner['name']} has {expected}.")
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise FileError(f"{source}: tensor {name!r} is {array.dtype}; expected float32.")
+        if not np.isfinite(array).all():
+            raise FileError(f"{source}: tensor {name!r} has numbers that are not finite.")
+
+
+def _check_number(learner: dict[str, Any], name: str, source: str) -> None:
+    value = learner.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not np.isfinite(value):
+        raise FileError(f"{source}: {name}={value!r}; expected a finite number.")
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of an outer step lies."""
+    return run / "checkpoints" / f"{step:08d}"
+
+
+def write_checkpoint(run: Path, step: int, arrays: Arrays, about: dict[str, Any], keep: int = 3) -> Path:
+    """Write a checkpoint whole or not at all, and drop all but the newest `keep`."""
+    final = checkpoint_folder(run, step)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        content = pack(arrays)
+        with open(temporary / "state.safetensors", "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        manifest = {
+            "format_version": CHECKPOINT_VERSION,
+            "outer_step": step,
+            "files": {"state.safetensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
+            **about,
+        }
+        write_json(temporary / "manifest.json", manifest)
+        if final.exists():  # written before by a run that ended later than this one resumed from
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for step_ in checkpoints(run)[:-keep]:
+        shutil.rmtree(checkpoint_folder(run, step_), ignore_errors=True)
+    return final
+
+
+def checkpoints(run: Path) -> list[int]:
+    """Outer steps that have a checkpoint, oldest first."""
+    folder = run / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit() and len(name) == 8)
+
+
+def read_checkpoint(run: Path, step: int) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays and manifest of one checkpoint, verified. Raises FileError."""
+    folder = checkpoint_folder(run, step)
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format_version") != CHECKPOINT_VERSION:
+        raise FileError(f"{folder}/manifest.json: not a checkpoint of format_version {CHECKPOINT_VERSION}.")
+    if manifest.get("outer_step") != step:
+        raise FileError(f"{folder}/manifest.json: is of outer step {manifest.get('outer_step')!r}, not {step}.")
+    try:
+        expected = manifest["files"]["state.safetensors"]
+        size, sha256 = expected["bytes"], expected["sha256"]
+    except (KeyError, TypeError) as error:
+        raise FileError(f"{folder}/manifest.json: does not describe state.safetensors.") from error
+    path = folder / "state.safetensors"
+    try:
+        if path.stat().st_size != size:
+            raise FileError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}: truncated.")
+        content = path.read_bytes()
+    except OSError as error:
+        raise FileError(f"{path}: can't be read ({error.strerror}).") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise FileError(f"{path}: its sha256 is not the manifest's: damaged.")
+    arrays, _ = unpack(content, str(path))
+    return arrays, manifest
+
+
+def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> tuple[Arrays, dict[str, Any]] | None:
+    """The newest checkpoint that is whole; `warn` is told of each that is not. None if there is none."""
+    for step in reversed(checkpoints(run)):
+        try:
+            return read_checkpoint(run, step)
+        except FileError as error:
+            warn(f"{error} Using the checkpoint before it.")
+    return None

@@ -1,0 +1,108 @@
+"""On-policy imitation and its hand-over to the task loss (Eq. 1-5 of the LoLO paper).
+
+Eq. 1 mixes the learned update with the expert's, Eq. 2 is their squared distance, Eq. 3-4 fuse the two
+antithetic differences into one, Eq. 5 brings both to unit second moment first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lolo.trees import PyTree
+
+Schedule = Callable[[jax.Array, int], jax.Array]
+
+
+class Losses(NamedTuple):
+    """One number per inner step for each of the two losses, or their antithetic differences Δ."""
+
+    task: jax.Array
+    bc: jax.Array
+
+
+def linear(step: jax.Array, total: int) -> jax.Array:
+    """α_t = t / (T − 1): from the expert to the task loss. A run of one step has α = 0, not 0/0."""
+    return jnp.asarray(step, jnp.float32) / max(total - 1, 1)
+
+
+def zero(step: jax.Array, total: int) -> jax.Array:
+    """α ≡ 0: follow the expert, learn from imitation only."""
+    return jnp.zeros((), jnp.float32)
+
+
+def one(step: jax.Array, total: int) -> jax.Array:
+    """α ≡ 1: follow the learned optimizer, learn from the task loss only."""
+    return jnp.ones((), jnp.float32)
+
+
+ALPHA_SCHEDULES: dict[str, Schedule] = {"linear": linear, "zero": zero, "one": one}
+
+
+def mix_updates(alpha: jax.Array, learned: PyTree, expert: PyTree) -> PyTree:
+    """(1 − α) u_H + α u_O, leaf by leaf (Eq. 1).
+
+    Both updates start from the same parameters, so mixing updates is mixing parameters. A term whose weight is
+    exactly 0 is not added: 0 · ∞ would void the other.
+    """
+
+    def mix(u_o: jax.Array, u_h: jax.Array) -> jax.Array:
+        mixed = jnp.where(alpha < 1, (1 - alpha) * u_h, 0.0) + jnp.where(alpha > 0, alpha * u_o, 0.0)
+        return mixed.astype(u_o.dtype)
+
+    return jax.tree.map(mix, learned, expert)
+
+
+def squared_distance(learned: PyTree, expert: PyTree) -> jax.Array:
+    """‖u_O − u_H‖² summed over all parameters (Eq. 2). Returns: []."""
+    differences = [(a - b).ravel() for a, b in zip(jax.tree.leaves(learned), jax.tree.leaves(expert), strict=True)]
+    return sum((jnp.vdot(d, d) for d in differences), jnp.zeros((), jnp.float32))
+
+
+def normalize_second_moment(x: jax.Array, valid: jax.Array, *, joint: bool = False) -> jax.Array:
+    """ψ(x) = x / sqrt(mean x²) over the valid steps of the update (Eq. 5).
+
+    x: [J, P, L]; J truncations, P slots, L inner steps. valid: the same shape, bool.
+    The mean is taken per slot, or over all slots if `joint`. An x that is 0 everywhere stays 0.
+
+    The paper adds an ε0 below the root. Δ can be 1e-5 and smaller, so we scale by max |x| first, and ε0 guards
+    the division by zero only.
+    """
+    axes = (0, 1, 2) if joint else (0, 2)
+    x = jnp.where(valid, x, 0.0)
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    scaled = x / jnp.where(largest > 0, largest, 1.0)
+    count = jnp.maximum(jnp.sum(valid, axis=axes, keepdims=True), 1)
+    second_moment = jnp.sum(scaled**2, axis=axes, keepdims=True) / count
+    return scaled * jax.lax.rsqrt(jnp.where(second_moment > 0, second_moment, 1.0))
+
+
+def per_slot(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """ψ with the second moment of each slot by itself."""
+    return normalize_second_moment(x, valid)
+
+
+def joint(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """ψ with one second moment over all slots."""
+    return normalize_second_moment(x, valid, joint=True)
+
+
+def raw(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """No ψ: Eq. 3."""
+    return jnp.where(valid, x, 0.0)
+
+
+NORMALIZERS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {"slot": per_slot, "joint": joint, "none": raw}
+
+
+def fuse(
+    alpha: jax.Array,
+    deltas: Losses,
+    valid: jax.Array,
+    normalize: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """δ = (1 − α) ψ(Δ^bc) + α ψ(Δ^task) (Eq. 4; Eq. 3 with `raw`). Arrays [J, P, L]; invalid steps give 0."""
+    return (1 - alpha) * normalize(deltas.bc, valid) + alpha * normalize(deltas.task, valid)

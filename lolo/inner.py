@@ -1,0 +1,73 @@
+"""One inner step: lines 10-15 of Algorithm 1."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lolo import imitation
+from lolo.experts import Expert
+from lolo.tasks import Task
+from lolo.trees import PyTree
+
+
+class InnerState(NamedTuple):
+    """s = (θ, ζ): all that an inner problem carries from step to step, and what the replay buffer holds."""
+
+    params: PyTree  # θ
+    stats: PyTree  # model statistics, such as BatchNorm's
+    learner: PyTree  # state of the learned optimizer
+    expert: PyTree  # state of the expert; () without one
+    step: jax.Array  # [] int32, inner steps since the random init
+
+
+class StepRecord(NamedTuple):
+    """Raw numbers of one inner step, before any repair."""
+
+    task: jax.Array  # [] loss of the training batch before the update
+    bc: jax.Array  # [] ‖u_O − u_H‖² (Eq. 2); 0 without an expert
+    gradient: jax.Array  # [] squared norm of the inner gradient
+
+
+def begin(task: Task, learner: optax.GradientTransformation, expert: Expert | None, key: jax.Array) -> InnerState:
+    """A fresh random init."""
+    params, stats = task.init(key)
+    expert_state = () if expert is None else expert.init(params)
+    return InnerState(params, stats, learner.init(params), expert_state, jnp.int32(0))
+
+
+def squared_norm(tree: PyTree) -> jax.Array:
+    """Sum of squares of all leaves, in float32."""
+    leaves = [leaf.astype(jnp.float32).ravel() for leaf in jax.tree.leaves(tree)]
+    return sum((jnp.vdot(leaf, leaf) for leaf in leaves), jnp.zeros(()))
+
+
+def inner_step(
+    task: Task,
+    learner: optax.GradientTransformation,
+    expert: Expert | None,
+    alpha: jax.Array,
+    state: InnerState,
+    key: jax.Array,
+) -> tuple[InnerState, StepRecord]:
+    """Train one step with the mixture of learned optimizer and expert (Eq. 1).
+
+    Args:
+      alpha: [], weight of the learned optimizer. Without an expert the learned optimizer steps alone.
+      key: decides the batch, the same for both signs of a pair.
+    """
+    key_batch, key_loss = jax.random.split(key)
+    batch = task.sample(key_batch, state.step)
+    (loss, stats), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, state.stats, batch, key_loss)
+    updates, learner_state = learner.update(grads, state.learner, state.params)
+    expert_state, bc = state.expert, jnp.zeros(())
+    if expert is not None:
+        expert_updates, expert_state = expert.update(grads, state.expert, state.params, learner_state=learner_state)
+        bc = imitation.squared_distance(updates, expert_updates)
+        updates = imitation.mix_updates(alpha, updates, expert_updates)
+    params = optax.apply_updates(state.params, updates)
+    record = StepRecord(task=loss, bc=bc, gradient=squared_norm(grads))
+    return InnerState(params, stats, learner_state, expert_state, state.step + 1), record

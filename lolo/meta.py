@@ -1,0 +1,400 @@
+"""One outer step of meta-training: Algorithm 1 of the LoLO paper. J truncations, P slots, L steps per truncation.
+
+A slot is one antithetic pair with its inner problem, its replay buffer and its place in the unroll. Naive-LO, BC-only
+and LoLO are this one program with other settings.
+
+Slots may be spread over devices. Each device runs the unrolls of its own slots; only scalars travel. Noise and
+directions are drawn for all slots on every device, and contracted there in one order, so that the result has the
+same bytes on any number of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lolo import imitation, replay
+from lolo.estimators import Estimator, antithetic_gradient
+from lolo.experts import Expert
+from lolo.imitation import Losses
+from lolo.inner import InnerState, StepRecord, begin, inner_step
+from lolo.learned import LearnedOptimizer
+from lolo.tasks import Task
+from lolo.trees import PyTree, both_signs, select
+
+
+class Setup(NamedTuple):
+    """What a recipe builds: functions and sizes, all static."""
+
+    learned: LearnedOptimizer
+    expert: Expert | None  # None: nothing imitates and nothing is mixed in
+    estimator: Estimator
+    outer: optax.GradientTransformation
+    alpha_mix: Callable[[jax.Array], jax.Array]  # outer step -> α of Eq. 1
+    alpha_loss: Callable[[jax.Array], jax.Array]  # outer step -> α of Eq. 3-4
+    normalize: Callable[[jax.Array, jax.Array], jax.Array]  # Eq. 5, see imitation.NORMALIZERS
+    read: replay.Read
+    capacity: int  # M
+    threshold: float  # P_th: a fresh start where U <= P_th
+    truncation: int  # L
+    truncations_per_update: int  # J
+    draw_length: Callable[[jax.Array, jax.Array], jax.Array]  # key, outer step -> truncations of a new unroll
+    first_lengths: tuple[int, ...]  # [P], truncations of each slot's first unroll
+    slots_per_block: int  # slots that vmap advances together; lax.map runs over blocks
+
+
+class Slots(NamedTuple):
+    """P slots of one task. The first three fields lie with the device that runs the slot, the others everywhere."""
+
+    inner: InnerState  # leaves [P, 2, *shape]: +ε and −ε
+    replay: replay.Replay  # leaves [P, M, *shape], [P], [P]
+    push_truncation: jax.Array  # [P] int32: the truncation of this unroll in which a state is pushed
+    estimator: PyTree  # leaves [P, *shape]
+    position: jax.Array  # [P] int32: truncations done in this unroll
+    length: jax.Array  # [P] int32: truncations this unroll has
+    fresh: jax.Array  # [P] bool: numbers went bad; start from a random init at the next boundary
+
+
+class MetaState(NamedTuple):
+    """All that a checkpoint must hold."""
+
+    meta_params: PyTree  # φ
+    outer: optax.OptState
+    slots: tuple[Slots, ...]  # one per task
+    outer_step: jax.Array  # [] int32, t
+    bad_steps: jax.Array  # [] int32: outer steps in a row without one good pair
+    key: jax.Array  # [2] uint32 key data; noise and batches derive from it, the slot's index and the step
+
+
+class Metrics(NamedTuple):
+    """What one outer step measured. G tasks; means are over pairs with finite numbers."""
+
+    task_loss: jax.Array  # [G]
+    bc_loss: jax.Array  # [G]
+    alpha_mix: jax.Array  # []
+    alpha_loss: jax.Array  # []
+    start_step: jax.Array  # [G, P] int32: K of the unroll that the slot is in
+    started: jax.Array  # [G, P] int32: unrolls begun in this outer step
+    delta_task_rms: jax.Array  # [G]: before ψ
+    delta_bc_rms: jax.Array  # [G]
+    gradient_ratio: jax.Array  # []: norm of the gradient of Δ^bc alone over that of Δ^task alone, before ψ
+    gradient_norm: jax.Array  # []: of the fused meta-gradient
+    signal_to_noise: jax.Array  # []: ‖mean‖² / mean ‖deviation‖² over pairs
+    dropped: jax.Array  # [G, P] int32: truncations in which the pair had a non-finite number
+    first_bad: jax.Array  # [G, P] int32: 0 none, 1 loss, 2 gradient, 3 bc
+
+
+class Shards(NamedTuple):
+    """How slots are spread over devices: `own` cuts out this device's, `gather` brings all devices' together."""
+
+    own: Callable[[PyTree], PyTree]  # leaves [P, ...] -> [P_own, ...]
+    gather: Callable[[PyTree], PyTree]  # leaves [P_own, ...] -> [P, ...]
+
+
+ALONE = Shards(own=lambda tree: tree, gather=lambda tree: tree)
+
+
+def meta_init(setup: Setup, tasks: tuple[Task, ...], seed_key: jax.Array, meta_params: PyTree = None) -> MetaState:
+    """The state before the first outer step. `meta_params` continues from other weights; None draws new ones."""
+    key_params, key_run = jax.random.split(seed_key)
+    if meta_params is None:
+        meta_params = setup.learned.init(key_params)
+    pairs = setup.estimator.pairs
+    learner = setup.learned.optimizer(meta_params)
+
+    def slots(task: Task) -> Slots:
+        one = jax.eval_shape(lambda key: begin(task, learner, setup.expert, key), key_run)
+        empty = jax.tree.map(lambda x: jnp.zeros((pairs, 2, *x.shape), x.dtype), one)
+        rings = jax.tree.map(
+            lambda x: jnp.zeros((pairs, *x.shape), x.dtype), jax.eval_shape(lambda: replay.init(one, setup.capacity))
+        )
+        noise = jax.vmap(setup.estimator.init, in_axes=(0, None))(jax.random.split(key_run, pairs), meta_params)
+        zeros = jnp.zeros(pairs, jnp.int32)
+        first = jnp.asarray(setup.first_lengths, jnp.int32)
+        # position = length: every slot starts an unroll in the first outer step; that one has `first` truncations.
+        return Slots(empty, rings, zeros, noise, position=first, length=first, fresh=jnp.ones(pairs, bool))
+
+    return MetaState(
+        meta_params,
+        setup.outer.init(meta_params),
+        tuple(slots(task) for task in tasks),
+        outer_step=jnp.int32(0),
+        bad_steps=jnp.int32(0),
+        key=jax.random.key_data(key_run),
+    )
+
+
+def start_unrolls(
+    setup: Setup, task: Task, meta_params: PyTree, slots: Slots, starting: jax.Array, keys: jax.Array, length: jax.Array
+) -> Slots:
+    """Lines 2-8 of Algorithm 1 for the slots that `starting` [P] names; the others stay as they are.
+
+    keys: [P]; length: [P], truncations of the unroll that starts.
+    """
+    learner = setup.learned.optimizer(meta_params)
+
+    def start(args: tuple) -> tuple[InnerState, jax.Array, jax.Array, jax.Array]:
+        inner, buffer, push_truncation, fresh, starting, key, length = args
+        key_use, key_read, key_init, key_push = jax.random.split(key, 4)
+        use = (jax.random.uniform(key_use) > setup.threshold) & (buffer.size > 0) & ~fresh
+        held, after = setup.read(buffer, key_read)
+        start = both_signs(select(use, held, begin(task, learner, setup.expert, key_init)))
+        taken = starting & use
+        return (
+            select(starting, start, inner),
+            jnp.where(taken, after.head, buffer.head),
+            jnp.where(taken, after.size, buffer.size),
+            jnp.where(starting, jax.random.randint(key_push, (), 0, length), push_truncation),
+        )
+
+    # A fresh start is due at the next boundary, whatever ended the last unroll.
+    args = (slots.inner, slots.replay, slots.push_truncation, slots.fresh, starting, keys, length)
+    inner, head, size, push_truncation = jax.lax.map(start, args)
+    return slots._replace(
+        inner=inner, replay=slots.replay._replace(head=head, size=size), push_truncation=push_truncation
+    )
+
+
+def truncated_unroll(
+    setup: Setup,
+    task: Task,
+    candidates: PyTree,
+    alpha: jax.Array,
+    inner: InnerState,
+    key: jax.Array,
+    offset: jax.Array,
+) -> tuple[InnerState, InnerState, StepRecord]:
+    """L inner steps of one slot, both signs (lines 9-18).
+
+    Args:
+      candidates: φ ± ε, leaves [2, *shape].
+      inner: leaves [2, *shape].
+      offset: [] int32 in [0, L): the state before this step is the snapshot.
+
+    Returns: state after L steps, state after `offset` steps, records [2, L].
+    """
+
+    def one_sign(args: tuple[PyTree, InnerState]) -> tuple[InnerState, InnerState, StepRecord]:
+        meta_params, inner = args
+        learner = setup.learned.optimizer(meta_params)
+
+        def step(n: jax.Array, carry: tuple[InnerState, StepRecord]) -> tuple[InnerState, StepRecord]:
+            inner, records = carry
+            inner, record = inner_step(task, learner, setup.expert, alpha, inner, jax.random.fold_in(key, n))
+            return inner, jax.tree.map(lambda all_, new: all_.at[n].set(new), records, record)
+
+        # Two loops around the snapshot, [0, offset) and [offset, L), as one program that runs twice. Nothing is
+        # pushed inside: a buffer in the carry of an inner loop would be copied at every step.
+        def stretch(carry: tuple, bounds: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
+            inner, records, _ = carry
+            start, end = bounds
+            snapshot = inner
+            inner, records = jax.lax.fori_loop(start, end, step, (inner, records))
+            return (inner, records, snapshot), None
+
+        records = StepRecord(*(jnp.zeros(setup.truncation) for _ in StepRecord._fields))
+        bounds = (jnp.stack([jnp.int32(0), offset]), jnp.stack([offset, jnp.int32(setup.truncation)]))
+        (inner, records, snapshot), _ = jax.lax.scan(stretch, (inner, records, inner), bounds)
+        return inner, snapshot, records
+
+    over_signs = jax.lax.map if setup.slots_per_block == 1 else lambda f, xs: jax.vmap(f)(xs)
+    return over_signs(one_sign, (candidates, inner))
+
+
+class Truncation(NamedTuple):
+    """What one truncation of all slots of a task measured."""
+
+    records: StepRecord  # [P, 2, L], on every device
+    directions: PyTree  # leaves [P, *shape]
+    start_step: jax.Array  # [P]
+    started: jax.Array  # [P]
+
+
+def run_truncation(
+    setup: Setup,
+    shards: Shards,
+    task: Task,
+    meta_params: PyTree,
+    alpha: jax.Array,
+    outer_step: jax.Array,
+    slots: Slots,
+    key: jax.Array,
+) -> tuple[Slots, Truncation]:
+    """Start what is due, advance every slot by L steps, push what is drawn (lines 2-19)."""
+    pairs = setup.estimator.pairs
+    key_offset, key = jax.random.split(key)
+    slot_keys = jax.vmap(lambda slot: jax.random.split(jax.random.fold_in(key, slot), 6))(jnp.arange(pairs))
+    keys_length, keys_estimator, keys_noise, keys_start, keys_steps, keys_coin = slot_keys.T
+
+    starting = slots.fresh | (slots.position >= slots.length)
+    drawn = jax.vmap(setup.draw_length, in_axes=(0, None))(keys_length, outer_step)
+    length = jnp.where(starting, jnp.where(outer_step == 0, slots.length, drawn), slots.length)
+    position = jnp.where(starting, 0, slots.position)
+    new = jax.vmap(setup.estimator.init, in_axes=(0, None))(keys_estimator, meta_params)
+    noise, directions, estimator = jax.vmap(setup.estimator.sample)(
+        keys_noise, select(starting, new, slots.estimator)
+    )
+    candidates = jax.tree.map(lambda phi, e: jnp.stack([phi + e, phi - e], axis=1), meta_params, noise)
+
+    candidates, keys_start, keys_steps, keys_coin, own_starting, own_length, own_position, own_fresh = shards.own(
+        (candidates, keys_start, keys_steps, keys_coin, starting, length, position, slots.fresh)
+    )
+    slots = jax.lax.cond(
+        jnp.any(own_starting),
+        lambda held: start_unrolls(setup, task, meta_params, held, own_starting, keys_start, own_length),
+        lambda held: held,
+        slots._replace(estimator=(), position=(), length=(), fresh=own_fresh),
+    )
+    offset = jax.random.randint(key_offset, (), 0, setup.truncation)
+    start_step = slots.inner.step[:, 0] - own_position * setup.truncation
+
+    def one_slot(args: tuple) -> tuple[InnerState, InnerState, StepRecord]:
+        candidates, inner, key_steps, key_coin = args
+        inner, snapshots, records = truncated_unroll(setup, task, candidates, alpha, inner, key_steps, offset)
+        sign = jax.random.bernoulli(key_coin).astype(jnp.int32)
+        return inner, jax.tree.map(lambda x: x[sign], snapshots), records
+
+    block = None if setup.slots_per_block == 1 else setup.slots_per_block
+    inner, snapshots, records = jax.lax.map(
+        one_slot, (candidates, slots.inner, keys_steps, keys_coin), batch_size=block
+    )
+    pushing = (slots.push_truncation == own_position) & jnp.all(finite(records), axis=(1, 2))
+    buffers = jax.vmap(replay.push)(slots.replay, snapshots, pushing)
+
+    records, start_step = shards.gather((records, start_step))
+    slots = Slots(
+        inner,
+        buffers,
+        slots.push_truncation,
+        estimator,
+        position + 1,
+        length,
+        fresh=~jnp.all(finite(records), axis=(1, 2)),
+    )
+    return slots, Truncation(records, directions, start_step, starting.astype(jnp.int32))
+
+
+def finite(records: StepRecord) -> jax.Array:
+    """Whether loss, gradient and bc of a step are all finite. [..., L] -> [..., L] bool."""
+    return jnp.isfinite(records.task) & jnp.isfinite(records.gradient) & jnp.isfinite(records.bc)
+
+
+def meta_step(
+    setup: Setup, tasks: tuple[Task, ...], state: MetaState, shards: Shards = ALONE
+) -> tuple[MetaState, Metrics]:
+    """One outer step: collect, fuse, update (Algorithm 1, from its first line to its last)."""
+    t = state.outer_step
+    alpha_mix, alpha_loss = setup.alpha_mix(t), setup.alpha_loss(t)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), t)
+
+    all_slots, all_seen = [], []
+    for group, (task, slots) in enumerate(zip(tasks, state.slots, strict=True)):
+
+        def one_truncation(slots: Slots, key: jax.Array, task: Task = task) -> tuple[Slots, Truncation]:
+            return run_truncation(setup, shards, task, state.meta_params, alpha_mix, t, slots, key)
+
+        keys = jax.random.split(jax.random.fold_in(key, group), setup.truncations_per_update)
+        slots, seen = jax.lax.scan(one_truncation, slots, keys)
+        all_slots.append(slots)
+        all_seen.append(seen)
+
+    gradients, measured = zip(
+        *(collect(setup, task, alpha_loss, seen) for task, seen in zip(tasks, all_seen, strict=True)), strict=True
+    )
+    gradient = jax.tree.map(lambda *g: sum(g) / len(tasks), *(g.fused for g in gradients))
+    updates, outer = setup.outer.update(gradient, state.outer, state.meta_params)
+    good = jnp.any(jnp.stack([m["good_pairs"] for m in measured]) > 0)
+    state = MetaState(
+        meta_params=select(good, optax.apply_updates(state.meta_params, updates), state.meta_params),
+        outer=select(good, outer, state.outer),
+        slots=tuple(all_slots),
+        outer_step=t + 1,
+        bad_steps=jnp.where(good, 0, state.bad_steps + 1),
+        key=state.key,
+    )
+    return state, summarize(alpha_mix, alpha_loss, gradient, gradients, measured, all_seen)
+
+
+class Gradients(NamedTuple):
+    """Meta-gradients of one task: fused by Eq. 4, and of each raw loss by itself."""
+
+    fused: PyTree
+    task: PyTree
+    bc: PyTree
+
+
+def collect(setup: Setup, task: Task, alpha: jax.Array, seen: Truncation) -> tuple[Gradients, dict[str, jax.Array]]:
+    """From the records of J truncations to the meta-gradient (lines 19-21). `seen` has leaves [J, P, ...]."""
+    records = seen.records
+    good = jnp.all(finite(records), axis=(2, 3))  # [J, P]
+    valid = jnp.broadcast_to(good[:, :, None], (*good.shape, setup.truncation))
+    task_loss = records.task if task.loss_limit is None else jnp.minimum(records.task, task.loss_limit)
+    losses = Losses(task=task_loss, bc=records.bc)
+    deltas = Losses(*(jnp.where(valid, x[:, :, 0] - x[:, :, 1], 0.0) for x in losses))
+    fused = imitation.fuse(alpha, deltas, valid, setup.normalize)
+    gradients = Gradients(
+        *(antithetic_gradient(x, seen.directions, setup.estimator.sigma, valid) for x in (fused, *deltas))
+    )
+    steps = jnp.maximum(jnp.sum(valid), 1)
+    both = valid[:, :, None]
+    # mean over pairs of ‖g_pair‖², where g_pair = (mean over its steps of δ) · direction / (2σ²)
+    weight = jnp.mean(fused, axis=2) / (2 * setup.estimator.sigma**2)
+    norms = sum(jnp.sum(d**2, axis=tuple(range(2, d.ndim))) for d in jax.tree.leaves(seen.directions))
+    count = jnp.maximum(jnp.sum(good), 1)
+    measured = {
+        "good_pairs": jnp.sum(good),
+        "task_loss": jnp.sum(jnp.where(both, records.task, 0.0)) / (2 * steps),
+        "bc_loss": jnp.sum(jnp.where(both, records.bc, 0.0)) / (2 * steps),
+        "delta_task_rms": jnp.sqrt(jnp.sum(deltas.task**2) / steps),
+        "delta_bc_rms": jnp.sqrt(jnp.sum(deltas.bc**2) / steps),
+        "mean_square_pair": jnp.sum(jnp.where(good, weight**2 * norms, 0.0)) / count,
+        "dropped": jnp.sum(~good, axis=0),
+        "first_bad": jnp.max(first_bad(records), axis=0),
+    }
+    return gradients, measured
+
+
+def first_bad(records: StepRecord) -> jax.Array:
+    """What went bad first in each pair: 0 nothing, 1 loss, 2 gradient, 3 bc. [J, P, 2, L] -> [J, P]."""
+    bad = jnp.stack([~jnp.isfinite(x) for x in (records.task, records.gradient, records.bc)], axis=-1)
+    in_order = jnp.any(bad, axis=2).reshape(*bad.shape[:2], -1)  # [J, P, L · 3], step by step
+    return jnp.where(jnp.any(in_order, axis=-1), jnp.argmax(in_order, axis=-1) % 3 + 1, 0).astype(jnp.int32)
+
+
+def summarize(
+    alpha_mix: jax.Array,
+    alpha_loss: jax.Array,
+    gradient: PyTree,
+    gradients: tuple[Gradients, ...],
+    measured: tuple[dict[str, jax.Array], ...],
+    seen: list[Truncation],
+) -> Metrics:
+    """Metrics of the outer step from those of its tasks."""
+
+    def stacked(name: str) -> jax.Array:
+        return jnp.stack([m[name] for m in measured])
+
+    def norm_of_mean(name: str) -> jax.Array:
+        return optax.global_norm(jax.tree.map(lambda *g: sum(g) / len(g), *(getattr(g, name) for g in gradients)))
+
+    norm_task, norm = norm_of_mean("task"), optax.global_norm(gradient)
+    deviation = jnp.maximum(jnp.mean(stacked("mean_square_pair")) - norm**2, 0.0)
+    return Metrics(
+        task_loss=stacked("task_loss"),
+        bc_loss=stacked("bc_loss"),
+        alpha_mix=alpha_mix,
+        alpha_loss=alpha_loss,
+        start_step=jnp.stack([s.start_step[-1] for s in seen]),
+        started=jnp.stack([jnp.sum(s.started, axis=0) for s in seen]),
+        delta_task_rms=stacked("delta_task_rms"),
+        delta_bc_rms=stacked("delta_bc_rms"),
+        gradient_ratio=norm_of_mean("bc") / jnp.where(norm_task > 0, norm_task, 1.0),
+        gradient_norm=norm,
+        signal_to_noise=norm**2 / jnp.where(deviation > 0, deviation, 1.0),
+        dropped=stacked("dropped"),
+        first_bad=stacked("first_bad"),
+    )

@@ -1,0 +1,78 @@
+"""Weights as an optimizer: `lolo.load` and `lolo.save`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lolo import files, recipes
+from lolo.learned import LearnedOptimizer
+from lolo.recipes import Learner
+
+
+class Weights(NamedTuple):
+    """A meta-trained optimizer."""
+
+    meta_params: dict[str, jax.Array]  # φ
+    learner: Learner  # its architecture
+    recipe: dict[str, Any]  # of its meta-training; {} if unknown
+    card: dict[str, Any]  # data, results, realised steps, limits
+
+    def optimizer(
+        self, step_scale: float = 1.0, weight_decay: float | None = None, clock_limit: float | None = None
+    ) -> optax.GradientTransformation:
+        """The optimizer for optax.
+
+        Args:
+          step_scale: multiplies every update; a float, or a schedule step -> float.
+          weight_decay: decoupled, times λ1; None: as shipped; 0 switches it off.
+          clock_limit: the time features see min(t, clock_limit); None: as shipped; inf switches it off.
+        """
+        changes: dict[str, float] = {}
+        if weight_decay is not None:
+            changes["weight_decay"] = float(weight_decay)
+        if clock_limit is not None:
+            changes["clock_limit"] = float(clock_limit)
+        base = architecture(dataclasses.replace(self.learner, **changes)).optimizer(self.meta_params)
+        if isinstance(step_scale, int | float) and step_scale == 1.0:
+            return base
+        scale = optax.scale_by_schedule(step_scale) if callable(step_scale) else optax.scale(step_scale)
+        return optax.chain(base, scale)
+
+
+@functools.lru_cache(maxsize=64)
+def architecture(learner: Learner) -> LearnedOptimizer:
+    """`recipes.build_learner`, one object for equal arguments: what is compiled for it is found again."""
+    return recipes.build_learner(learner)
+
+
+def load(name_or_path: str | Path) -> Weights:
+    """Weights by the name of shipped ones (`lolo weights` lists them) or from a file. Executes no code.
+
+    Raises files.FileError, a ValueError, for anything that is not a whole weights file of a known version.
+    """
+    file = files.read_weights(name_or_path)
+    return Weights(
+        {name: jnp.asarray(x) for name, x in file.meta_params.items()},
+        recipes.learner_from_dict(file.learner, str(name_or_path)),
+        file.recipe,
+        file.card,
+    )
+
+
+def save(path: Path | str, weights: Weights) -> None:
+    """Write weights as one safetensors file with architecture, recipe and card in its metadata."""
+    files.write_weights(
+        path,
+        {name: np.asarray(x) for name, x in weights.meta_params.items()},
+        learner=dataclasses.asdict(weights.learner),
+        recipe=weights.recipe,
+        card=weights.card,
+    )

@@ -1,0 +1,353 @@
+"""Recipes: everything that decides a meta-training, as plain frozen data, and how it becomes a `meta.Setup`.
+
+`LOLO` is the method of the paper; `BC_ONLY` and `NAIVE` are differences to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lolo import estimators, experts, imitation, learned, meta, replay
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """The learned optimizer's architecture."""
+
+    name: str = "small_fc"  # small_fc or sgd
+    hidden: int = 32  # width of the two hidden layers
+    step_mult: float = 1e-3  # λ1 of Eq. 7
+    exp_mult: float = 1e-3  # λ2 of Eq. 7
+    learn_decays: bool = False  # meta-learn the accumulators' decays too
+    weight_decay: float = 0.0  # decoupled, times λ1; the expert gets the same
+    clock_limit: float | None = None  # the time features see min(t, this)
+
+
+@dataclasses.dataclass(frozen=True)
+class Imitation:
+    """The expert and the hand-over from it to the task loss."""
+
+    expert: str = "adam"  # adam, adam-of-learner (the same, without a state of its own) or sgdm
+    lr: float = 1e-3  # the expert's learning rate
+    alpha_mix: str = "linear"  # α of Eq. 1: linear, zero (the expert steps) or one (the learned optimizer steps)
+    alpha_loss: str = "linear"  # α of Eq. 3-4: linear, zero (imitation loss only) or one (task loss only)
+    normalize: str = "slot"  # ψ of Eq. 5: slot, joint or none
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """The buffer of inner states that unrolls restart from."""
+
+    capacity: int = 4  # M, states per slot
+    threshold: float = 0.1  # P_th: the share of unrolls that start from a random init
+    read: str = "oldest"  # oldest, uniform, newest or pop
+    push: str = "random"  # when a state enters: at a random step of the unroll
+
+
+@dataclasses.dataclass(frozen=True)
+class Unroll:
+    """How inner training is cut into unrolls and truncations."""
+
+    length: int = 1000  # N, inner steps
+    truncation: int = 50  # L, inner steps with one noise
+    truncations_per_update: int = 1  # J; N / L is Algorithm 1 as printed
+    schedule: str = "constant"  # length of an unroll: constant, uniform, log-uniform or curriculum
+    stagger: bool = False  # first unrolls shortened, so that slots are out of phase
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """The estimator of the meta-gradient."""
+
+    kind: str = "pes"  # pes, es or nres
+    pairs: int = 8  # P, antithetic pairs per task
+    sigma: float = 0.01  # σ of the noise on φ
+    slots_per_block: int = 1  # pairs advanced together by vmap; 1 is best on CPUs, more suits GPUs
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    """The optimizer of φ."""
+
+    steps: int = 5000  # T
+    lr: float = 3e-3  # AdamW's peak learning rate
+    final_lr: float = 1e-3  # at the end of the cosine
+    warmup: float = 0.02  # share of T
+    weight_decay: float = 0.0
+    clip: float = 1.0  # global norm
+    clip_position: str = "before"  # before Adam (acts as normalisation), after it, or none
+    max_bad_steps: int = 10  # stop after this many outer steps in a row without one finite pair
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """The long unroll that picks the best weights."""
+
+    every: int = 250  # outer steps; 0: never
+    steps: int = 0  # inner steps; 0: 10 times unroll.length
+    seeds: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One meta-training. Equal recipes and versions give equal φ on the same kind of device, byte for byte."""
+
+    tasks: tuple[str, ...] = ("fashion-mlp",)  # names of `lolo tasks`, or path.py:function
+    learner: Learner = Learner()
+    imitation: Imitation = Imitation()
+    replay: Replay = Replay()
+    unroll: Unroll = Unroll()
+    estimator: Estimator = Estimator()
+    outer: Outer = Outer()
+    validation: Validation = Validation()
+    seed: int = 0
+
+
+LOLO = Recipe()
+"""LoLO with the paper's sizes: imitation of Adam on-policy, replay, linear hand-over."""
+
+BC_ONLY = dataclasses.replace(LOLO, replay=dataclasses.replace(LOLO.replay, threshold=1.0))
+"""LoLO without its buffer: every unroll starts from a random init."""
+
+NAIVE = dataclasses.replace(
+    BC_ONLY, imitation=dataclasses.replace(BC_ONLY.imitation, alpha_mix="one", alpha_loss="one", normalize="none")
+)
+"""Naive-LO: persistent evolution strategies on the task loss alone."""
+
+RECIPES: dict[str, Recipe] = {"lolo": LOLO, "bc-only": BC_ONLY, "naive": NAIVE}
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be built; says which field, which value, and what to do."""
+
+
+def fields(recipe: Any = LOLO, prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted name: {"tasks": ..., "learner.hidden": 32, ...}."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= fields(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def diff(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two recipes differ: dotted name -> (value in a, value in b)."""
+    ours, theirs = fields(a), fields(b)
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+
+def with_field(recipe: Any, name: str, value: Any) -> Any:
+    """The recipe with one field, named by its dotted name, set to `value`."""
+    head, _, rest = name.partition(".")
+    if not hasattr(recipe, head) or (rest and not dataclasses.is_dataclass(getattr(recipe, head))):
+        raise unknown("recipe field", name, fields())
+    return dataclasses.replace(recipe, **{head: with_field(getattr(recipe, head), rest, value) if rest else value})
+
+
+def unknown(what: str, name: str, known: Any) -> RecipeError:
+    """An error for a name that is not in `known`, with the nearest one that is."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return RecipeError(f"unknown {what} {name!r}; did you mean {near[0]!r}? Known: {', '.join(known)}.")
+
+
+def pick(table: dict[str, Any], field: str, name: str) -> Any:
+    """`table[name]`, or an error that names the field and the nearest name."""
+    if name not in table:
+        raise unknown(f"{field}", name, table)
+    return table[name]
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON-ready data with its `format_version`."""
+    return {"format_version": FORMAT_VERSION, **dataclasses.asdict(recipe)}
+
+
+def from_dict(data: Any) -> Recipe:
+    """The recipe of `to_dict`. Raises RecipeError for unknown or missing fields, wrong types, other versions."""
+    if not isinstance(data, dict):
+        raise RecipeError(f"a recipe must be a JSON object, not {type(data).__name__}.")
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise RecipeError(f"recipe format_version {version!r} is not {FORMAT_VERSION}; use the lolo that wrote it.")
+    return _parse(Recipe, {name: value for name, value in data.items() if name != "format_version"}, "")
+
+
+def learner_from_dict(data: Any, source: str) -> Learner:
+    """The architecture stored with weights. Raises RecipeError, which names `source`."""
+    try:
+        return _parse(Learner, data, "learner.")
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from error
+
+
+def _parse(kind: type, data: Any, prefix: str) -> Any:
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe field {prefix.rstrip('.')!r} must be an object, not {type(data).__name__}.")
+    hints = typing.get_type_hints(kind)
+    for name in data:
+        if name not in hints:
+            raise unknown("recipe field", prefix + str(name), [prefix + known for known in hints])
+    missing = [prefix + name for name in hints if name not in data]
+    if missing:
+        raise RecipeError(f"recipe field {missing[0]!r} is missing.")
+    return kind(**{name: _value(hints[name], data[name], prefix + name) for name in hints})
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _parse(typing.cast(type, hint), value, name + ".")
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        return _value(typing.get_args(hint)[0], value, name)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise RecipeError(f"recipe field {name!r} can't be {value!r}: expected {getattr(hint, '__name__', hint)}.")
+
+
+def check(recipe: Recipe) -> None:
+    """Raise RecipeError for values that don't go together."""
+    unroll, pairs, per_update = recipe.unroll, recipe.estimator.pairs, recipe.unroll.truncations_per_update
+    if unroll.truncation < 1 or unroll.length % max(unroll.truncation, 1):
+        near = max(unroll.length // max(unroll.truncation, 1), 1) * max(unroll.truncation, 1)
+        raise RecipeError(
+            f"unroll.length={unroll.length} must be a multiple of unroll.truncation={unroll.truncation}; try {near}."
+        )
+    if unroll.stagger and per_update * unroll.truncation >= unroll.length:
+        raise RecipeError(
+            f"unroll.stagger has no meaning with truncations_per_update={per_update}: every update holds a whole "
+            "unroll; set unroll.stagger to False."
+        )
+    at_least_one = ("replay.capacity", "unroll.truncations_per_update", "estimator.pairs", "outer.steps")
+    for name in (*at_least_one, "estimator.slots_per_block", "learner.hidden", "outer.max_bad_steps"):
+        if fields(recipe)[name] < 1:
+            raise RecipeError(f"{name}={fields(recipe)[name]} must be at least 1.")
+    if pairs % recipe.estimator.slots_per_block:
+        raise RecipeError(
+            f"estimator.pairs={pairs} must be a multiple of estimator.slots_per_block="
+            f"{recipe.estimator.slots_per_block}; try estimator.slots_per_block=1."
+        )
+    for name in ("estimator.sigma", "outer.lr", "imitation.lr", "learner.step_mult"):
+        value = fields(recipe)[name]
+        if not (math.isfinite(value) and value > 0):
+            raise RecipeError(f"{name}={value} must be a positive number.")
+    if not 0 <= recipe.replay.threshold <= 1:
+        raise RecipeError(f"replay.threshold={recipe.replay.threshold} is a probability: give a number from 0 to 1.")
+    if not recipe.tasks:
+        raise RecipeError("tasks is empty: name at least one, see `lolo tasks`.")
+    if recipe.imitation.expert == "adam-of-learner" and (
+        recipe.learner.name != "small_fc" or recipe.learner.learn_decays
+    ):
+        raise RecipeError(
+            "imitation.expert='adam-of-learner' reads small_fc's accumulators at the standard decays; "
+            "use imitation.expert='adam'."
+        )
+    pick({"random": None}, "replay.push", recipe.replay.push)
+
+
+def build_learner(learner: Learner) -> learned.LearnedOptimizer:
+    """The architecture that a recipe names."""
+    make = pick(learned.LEARNERS, "learner.name", learner.name)
+    if make is learned.learned_sgd:
+        return make()
+    settings = {name: value for name, value in dataclasses.asdict(learner).items() if name != "name"}
+    return make(**settings)
+
+
+def build_expert(recipe: Recipe) -> experts.Expert | None:
+    """The expert, or None where both α ≡ 1: it would only cost time and memory."""
+    if recipe.imitation.alpha_mix == recipe.imitation.alpha_loss == "one":
+        return None
+    expert = pick(experts.EXPERTS, "imitation.expert", recipe.imitation.expert)(recipe.imitation.lr)
+    decay = recipe.learner.step_mult * recipe.learner.weight_decay
+    return experts.with_decay(expert, decay) if decay else expert
+
+
+def build_outer(outer: Outer) -> optax.GradientTransformation:
+    """Clip, then AdamW with warm-up and cosine (or AdamW, then clip)."""
+    warmup = round(outer.warmup * outer.steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        outer.lr / max(warmup, 1), outer.lr, warmup, max(outer.steps, warmup + 1), outer.final_lr
+    )
+    adamw = optax.adamw(schedule, weight_decay=outer.weight_decay)
+    clip = optax.clip_by_global_norm(outer.clip)
+    orders = {"before": (clip, adamw), "after": (adamw, clip), "none": (adamw,)}
+    return optax.chain(*pick(orders, "outer.clip_position", outer.clip_position))
+
+
+Draw = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def unroll_schedules(unroll: Unroll, total: int) -> dict[str, Draw]:
+    """Lengths of new unrolls in truncations, from a key and the outer step. Random ones reach from N/10 to N."""
+    longest = unroll.length // unroll.truncation
+    shortest = max(longest // 10, 1)
+
+    def constant(key: jax.Array, step: jax.Array) -> jax.Array:
+        return jnp.int32(longest)
+
+    def uniform(key: jax.Array, step: jax.Array) -> jax.Array:
+        return jax.random.randint(key, (), shortest, longest + 1)
+
+    def log_uniform(key: jax.Array, step: jax.Array) -> jax.Array:
+        logarithm = jax.random.uniform(key, (), minval=math.log(shortest), maxval=math.log(longest + 1))
+        return jnp.minimum(jnp.exp(logarithm).astype(jnp.int32), longest)
+
+    def curriculum(key: jax.Array, step: jax.Array) -> jax.Array:
+        done = jnp.minimum(2 * step / total, 1.0)  # the full length from half of meta-training on
+        return jnp.round(shortest + done * (longest - shortest)).astype(jnp.int32)
+
+    return {"constant": constant, "uniform": uniform, "log-uniform": log_uniform, "curriculum": curriculum}
+
+
+def build(recipe: Recipe) -> meta.Setup:
+    """The functions and sizes of a recipe. Raises RecipeError."""
+    check(recipe)
+    unroll, total, pairs = recipe.unroll, recipe.outer.steps, recipe.estimator.pairs
+    longest = unroll.length // unroll.truncation
+    first = tuple(-(-(p + 1) * longest // pairs) if unroll.stagger else longest for p in range(pairs))
+
+    def alpha(field: str, name: str) -> Callable[[jax.Array], jax.Array]:
+        schedule = pick(imitation.ALPHA_SCHEDULES, field, name)
+        return lambda step: schedule(step, total)
+
+    return meta.Setup(
+        learned=build_learner(recipe.learner),
+        expert=build_expert(recipe),
+        estimator=pick(estimators.ESTIMATORS, "estimator.kind", recipe.estimator.kind)(
+            recipe.estimator.sigma, pairs
+        ),
+        outer=build_outer(recipe.outer),
+        alpha_mix=alpha("imitation.alpha_mix", recipe.imitation.alpha_mix),
+        alpha_loss=alpha("imitation.alpha_loss", recipe.imitation.alpha_loss),
+        normalize=pick(imitation.NORMALIZERS, "imitation.normalize", recipe.imitation.normalize),
+        read=pick(replay.READ_RULES, "replay.read", recipe.replay.read),
+        capacity=recipe.replay.capacity,
+        threshold=recipe.replay.threshold,
+        truncation=unroll.truncation,
+        truncations_per_update=unroll.truncations_per_update,
+        draw_length=pick(unroll_schedules(unroll, total), "unroll.schedule", unroll.schedule),
+        first_lengths=first,
+        slots_per_block=recipe.estimator.slots_per_block,
+    )
