@@ -107,11 +107,15 @@ def read_json(path: Path) -> Any:
         raise FileError(f"{path}: not valid JSON ({error}).") from error
 
 
+def json_line(row: dict[str, Any]) -> str:
+    """One JSON object as a line. A number that JSON can't hold (NaN, inf) is written as a string."""
+    return json.dumps(_json_safe(row), allow_nan=False)
+
+
 def append_json_line(path: Path, row: dict[str, Any]) -> None:
-    """Add one JSON object as a line. A number that JSON can't hold (NaN, inf) is written as a string."""
-    line = json.dumps(_json_safe(row), allow_nan=False) + "\n"
+    """Add one JSON object to a log."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(line)
+        file.write(json_line(row) + "\n")
 
 
 def _json_safe(value: Any) -> Any:

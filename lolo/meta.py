@@ -79,6 +79,7 @@ class Metrics(NamedTuple):
     alpha_loss: jax.Array  # []
     start_step: jax.Array  # [G, P] int32: K of the unroll that the slot is in
     started: jax.Array  # [G, P] int32: unrolls begun in this outer step
+    reached: jax.Array  # [G, P] int32: inner steps since the random init at the end of the outer step
     delta_task_rms: jax.Array  # [G]: before ψ
     delta_bc_rms: jax.Array  # [G]
     gradient_ratio: jax.Array  # []: norm of the gradient of Δ^bc alone over that of Δ^task alone, before ψ
@@ -212,6 +213,7 @@ class Truncation(NamedTuple):
     directions: PyTree  # leaves [P, *shape]
     start_step: jax.Array  # [P]
     started: jax.Array  # [P]
+    reached: jax.Array  # [P]
 
 
 def run_truncation(
@@ -275,7 +277,8 @@ def run_truncation(
         length,
         fresh=~jnp.all(finite(records), axis=(1, 2)),
     )
-    return slots, Truncation(records, directions, start_step, starting.astype(jnp.int32))
+    reached = start_step + (position + 1) * setup.truncation
+    return slots, Truncation(records, directions, start_step, starting.astype(jnp.int32), reached)
 
 
 def finite(records: StepRecord) -> jax.Array:
@@ -390,6 +393,7 @@ def summarize(
         alpha_loss=alpha_loss,
         start_step=jnp.stack([s.start_step[-1] for s in seen]),
         started=jnp.stack([jnp.sum(s.started, axis=0) for s in seen]),
+        reached=jnp.stack([s.reached[-1] for s in seen]),
         delta_task_rms=stacked("delta_task_rms"),
         delta_bc_rms=stacked("delta_bc_rms"),
         gradient_ratio=norm_of_mean("bc") / jnp.where(norm_task > 0, norm_task, 1.0),

@@ -204,9 +204,7 @@ def _convolve(params: Params, x: jax.Array, name: str, stride: int) -> jax.Array
     )
 
 
-def _batch_norm(
-    params: Params, stats: Stats, x: jax.Array, name: str, training: bool
-) -> tuple[jax.Array, Stats]:
+def _batch_norm(params: Params, stats: Stats, x: jax.Array, name: str, training: bool) -> tuple[jax.Array, Stats]:
     """x: [B, H, W, C], normalised in float32 over all axes but the last. Also the entries of `stats` after it."""
     values = x.astype(jnp.float32)
     mean, variance = stats[f"{name}.running_mean"], stats[f"{name}.running_var"]

@@ -129,6 +129,14 @@ NAIVE = dataclasses.replace(
 RECIPES: dict[str, Recipe] = {"lolo": LOLO, "bc-only": BC_ONLY, "naive": NAIVE}
 
 
+def method_of(recipe: Recipe) -> str | None:
+    """The name of the method that a recipe's imitation and replay are; None if they are no known method's."""
+    for name, method in RECIPES.items():
+        if recipe.imitation == method.imitation and recipe.replay == method.replay:
+            return name
+    return None
+
+
 class RecipeError(ValueError):
     """A recipe that can't be built; says which field, which value, and what to do."""
 

@@ -7,9 +7,13 @@ function that returns `Splits`, named on the command line as `path.py:function`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import hashlib
+import importlib.util
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -172,3 +176,56 @@ TASKS: dict[str, Callable[[], Splits]] = {
     "books-mlp": books_mlp,
     "quadratic": quadratic,
 }
+
+
+class TaskError(ValueError):
+    """A task that can't be found or used; says which, and what to do."""
+
+
+def pin(name: str) -> str:
+    """The name that a recipe stores: `path.py:function` gets the file's sha256, named tasks stay as they are."""
+    path, function, stated = _parts(name)
+    if path is None:
+        return name
+    found = _sha256(path)
+    if stated is not None and stated != found:
+        raise TaskError(f"{path} has changed since the recipe was made: its sha256 is {found}, not {stated}.")
+    return f"{path}:{function}@{found}"
+
+
+def resolve(name: str) -> Splits:
+    """The splits of a named task, or of `path.py:function[@sha256]`. Runs the code of that file. Raises TaskError."""
+    path, function, _ = _parts(name)
+    if path is None:
+        return TASKS[name]()
+    pin(name)
+    spec = importlib.util.spec_from_file_location(f"lolo_task_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path} can't be imported; a task file is Python source, named path.py:function.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make = getattr(module, function, None)
+    if not callable(make):
+        raise TaskError(f"{path} has no function {function!r}; define one that returns lolo.Splits.")
+    splits = make()
+    if not isinstance(splits, Splits):
+        raise TaskError(f"{path}:{function} returned {type(splits).__name__}; expected lolo.Splits.")
+    return splits
+
+
+def _parts(name: str) -> tuple[Path | None, str, str | None]:
+    """Path, function and stated sha256 of a task's name; path is None for named tasks."""
+    head, _, stated = name.partition("@")
+    source, separator, function = head.rpartition(":")
+    if separator and source.endswith(".py"):
+        if not Path(source).is_file():
+            raise TaskError(f"task file {source} does not exist; give it as path.py:function.")
+        return Path(source), function, stated or None
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+        raise TaskError(f"unknown task {name!r}; did you mean {near!r}? Your own: path.py:function.")
+    return None, name, None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -27,25 +27,25 @@ OPCODES = frozenset(
     # objects in another way, no persistent ids, no extension registry, no buffers from outside.
     "PROTO FRAME STOP MARK POP POP_MARK DUP MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET "
     "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
-    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE "
-    "BINUNICODE8 EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM "
-    "SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD".split()
+    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE BINUNICODE "
+    "SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "EMPTY_DICT DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD".split()
 )
 
 
 class _Dtype:
     """Stands in for numpy.dtype while a pickle is read: only plain numbers, and nothing of NumPy is called."""
 
-    def __init__(self, code: str, *flags: int) -> None:
+    def __init__(self, code: Any, *flags: Any) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[uif][1248]", code):
             raise DataError(f"an array of type {code!r}, expected plain numbers")
         self.code = code.lstrip("<>|=")
         self.order = "<"
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: Any) -> None:
         if state[1] not in ("<", ">", "|", "="):
             raise DataError(f"an array of byte order {state[1]!r}")
-        self.order = "|" if state[1] == "|" else state[1]
+        self.order = state[1]
 
 
 class _Array:
@@ -54,7 +54,7 @@ class _Array:
     def __init__(self, shape: tuple[int, ...] = (), dtype: np.dtype | None = None, raw: bytes = b"") -> None:
         self.shape, self.dtype, self.raw = shape, dtype, raw
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
         self.shape, self.dtype, self.raw = _checked_array(shape, dtype, raw, bool(fortran))
 
@@ -62,6 +62,7 @@ class _Array:
 def _checked_array(shape: Any, dtype: Any, raw: Any, fortran: bool) -> tuple[tuple[int, ...], np.dtype, bytes]:
     if isinstance(raw, str):  # bytes written by Python 2
         raw = raw.encode("latin-1")
+    raw = bytes(raw) if isinstance(raw, bytearray) else raw
     plain = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape) and len(shape) <= 2
     if not plain or not isinstance(dtype, _Dtype) or not isinstance(raw, bytes) or (fortran and len(shape) > 1):
         raise DataError(f"an array that is not plain numbers in C order (shape {str(shape)[:60]})")
@@ -81,7 +82,7 @@ def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
     return _Array(*_checked_array(shape, dtype, raw, order != "C"))
 
 
-def _encode(text: str, encoding: str) -> bytes:
+def _encode(text: Any, encoding: Any) -> bytes:
     if encoding != "latin1" or not isinstance(text, str):
         raise DataError("bytes in an unexpected encoding")
     return text.encode("latin-1")
@@ -136,7 +137,7 @@ def _check_opcodes(path: Path, content: bytes) -> None:
         if opcode.name not in OPCODES:
             problem = f"the opcode {opcode.name}, expected NumPy arrays and plain containers only"
             raise DataError.at(path, problem, "use the npz archives", f"byte {position}")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument) <= count:
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(str(argument)) <= count:
             raise DataError.at(path, f"memo index {argument} after {count} opcodes", CURE, f"byte {position}")
 
 

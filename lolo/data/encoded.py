@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,10 +79,14 @@ def hdf5_rows(file: str, scratch: str, start: int, stop: int) -> None:
         last = min(first + BATCH_ROWS, stop)
         targets = np.asarray(labels[first:last]).reshape(-1)
         check_labels(targets, 0, rgb32.CLASSES - 1, file, first)
-        encoded = images[first:last]
-        small = [rgb32.decode_small(bytes(e), f"{file}, image {first + i}") for i, e in enumerate(encoded)]
-        out.write(np.stack(small), targets)
+        out.write(_small([bytes(image) for image in images[first:last]], f"{file}, image", first), targets)
     out.close()
+
+
+def _small(encoded: list[bytes], place: str, start: int) -> NDArray[np.uint8]:
+    """Files of images → uint8 [n, 32, 32, 3]; the first is number `start` at `place`."""
+    decoded = (rgb32.open_image(content, f"{place} {start + i}") for i, content in enumerate(encoded))
+    return np.stack([rgb32.shrink(image, rgb32.SIDE) for image in decoded])
 
 
 def _parquet(file: str) -> Any:
@@ -143,13 +146,15 @@ def _parquet_pixels(file: str, images: Any, start: int) -> NDArray[np.uint8]:
         encoded = images.field("bytes").to_pylist()
         if not all(isinstance(e, bytes) for e in encoded):
             raise DataError.at(file, "images that are names of other files, or empty", PARQUET_CURE)
-        return np.stack([rgb32.decode_small(e, f"{file}, row {start + i}") for i, e in enumerate(encoded)])
+        return _small(encoded, f"{file}, row", start)
     outer = []
     while isinstance(images, pyarrow.ListArray | pyarrow.LargeListArray | pyarrow.FixedSizeListArray):
         # Rows must be of one length each: 32 × 32 × 3, 3 × 32 × 32 or 3072 numbers.
         lengths = set(images.value_lengths().to_pylist())
         if images.null_count or len(lengths) != 1:
-            raise DataError.at(file, f"uint8 lists of lengths {sorted(map(str, lengths))[:5]} in one place", PARQUET_CURE)
+            raise DataError.at(
+                file, f"uint8 lists of lengths {sorted(map(str, lengths))[:5]} in one place", PARQUET_CURE
+            )
         outer.append(lengths.pop())
         images = images.flatten()
     numbers = images.to_numpy(zero_copy_only=False)

@@ -104,7 +104,9 @@ def plan(source: Path | None) -> Plan:
     for prefix, pair in pairs.items():
         split = "train" if "train" in prefix.lower() else "test"
         if len(pair) < 2 or split in by_split:
-            problem = f"{prefix!r} has no pair of images and labels of its own" if len(pair) < 2 else f"two {split} sets"
+            problem = (
+                f"{prefix!r} has no pair of images and labels of its own" if len(pair) < 2 else f"two {split} sets"
+            )
             raise DataError.at(folder, problem, "give a folder with the files of one data set")
         by_split[split] = pair
     if "train" not in by_split:

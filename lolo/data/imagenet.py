@@ -158,7 +158,7 @@ def _end_of_member(stream: IO[bytes], path: Path) -> None:
 
 def _split(images: NDArray[np.uint8], labels: NDArray[Any], start: int, train: bool) -> Iterator[Rows]:
     """labels: [n] in 0..999; start: index of the first example in its file."""
-    arrays = {"images": images, "labels": labels.astype(np.uint16)}
+    arrays: dict[str, NDArray[Any]] = {"images": images, "labels": labels.astype(np.uint16)}
     yield from split_examples(arrays, start) if train else [("test", arrays)]
 
 

@@ -78,7 +78,9 @@ def check_labels(labels: NDArray[Any], low: int, high: int, name: Path | str, st
     if len(wrong):
         row = int(wrong[0])
         problem = f"label {labels[row]}, expected {low}..{high}"
-        raise DataError.at(name, problem, "fetch the file again, or check that it is this data set", f"row {start + row}")
+        raise DataError.at(
+            name, problem, "fetch the file again, or check that it is this data set", f"row {start + row}"
+        )
 
 
 def grouped(groups: list[Any], rows: int, unpacked_bytes: int = 256 << 20) -> list[list[int]]:

@@ -27,8 +27,8 @@ def from_planes(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
 
 
-def decode(encoded: bytes, place: str) -> Any:
-    """A Pillow image in RGB from a file's bytes. Call it in a child process: see `lolo.data.sandbox`."""
+def open_image(encoded: bytes, place: str) -> Any:
+    """A Pillow image, decoded, from a file's bytes. Call it in a child process: see `lolo.data.sandbox`."""
     try:
         from PIL import Image
     except ImportError:
@@ -39,22 +39,25 @@ def decode(encoded: bytes, place: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            return Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "TGA")).convert("RGB")
+            image = Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "TGA"))
+            image.load()
         except MemoryError:
             raise
         except Exception as error:
             problem = f"an image that can't be decoded ({type(error).__name__}: {error})"[:300]
             raise DataError.at(place, problem, "fetch the file again, or leave the image out") from error
+    return image
 
 
-def decode_small(encoded: bytes, place: str) -> NDArray[np.uint8]:
-    """uint8 [32, 32, 3]. Larger images are averaged over boxes, whatever their shape, as the published set was."""
+def shrink(image: Any, side: int) -> NDArray[np.uint8]:
+    """uint8 [side, side, 3]. Each pixel is the mean over a box, whatever the image's shape.
+
+    Reference: the box method of Chrabaszcz et al., of which the published archives are made.
+    """
     from PIL import Image
 
-    image = decode(encoded, place)
-    if image.size != (SIDE, SIDE):
-        image = image.resize((SIDE, SIDE), Image.Resampling.BOX)
-    return np.asarray(image, np.uint8)
+    rgb = image.convert("RGB")
+    return np.asarray(rgb if rgb.size == (side, side) else rgb.resize((side, side), Image.Resampling.BOX), np.uint8)
 
 
 class ChildWriter:

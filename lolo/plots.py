@@ -1,0 +1,87 @@
+"""Pictures from rows. matplotlib is imported when a picture is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lolo import files
+from lolo.evaluate import WINDOW, Row
+
+# Paul Tol's "bright" colours: told apart by readers with any colour vision.
+COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#000000")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure whole or not at all; the format follows the file's ending."""
+    import io
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], dpi=150, bbox_inches="tight")
+    files.write_bytes(path, buffer.getvalue())
+    _pyplot().close(figure)
+
+
+def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
+    """Train and held-out loss against the step (log axis), mean and range over runs; the unroll is marked."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    labels = list(dict.fromkeys(row.optimizer for row in rows))
+    for axis, field, name in ((axes[0], "train_curve", "train loss"), (axes[1], "held_curve", "held-out loss")):
+        values = np.array([getattr(row, field) for row in rows], np.float64)
+        steps = WINDOW * np.arange(1, values.shape[1] + 1)
+        for label, colour in zip(labels, COLOURS * (len(labels) // len(COLOURS) + 1), strict=False):
+            mine = values[[row.optimizer == label for row in rows]]
+            mine = np.where(np.isfinite(mine), mine, np.nan)
+            finite = np.isfinite(mine).any(axis=0)
+            axis.plot(steps[finite], np.nanmean(mine[:, finite], axis=0), color=colour, label=label, linewidth=1.5)
+            low, high = np.nanmin(mine[:, finite], axis=0), np.nanmax(mine[:, finite], axis=0)
+            axis.fill_between(steps[finite], low, high, color=colour, alpha=0.15, linewidth=0)
+        if unroll is not None:
+            axis.axvline(unroll, color="black", linestyle=":", linewidth=1)
+            axis.annotate(
+                "unroll in meta-training", (unroll, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top",
+                ha="right", fontsize=8,
+            )  # fmt: skip
+        axis.set(xscale="log", xlabel="inner step", ylabel=f"{name} (nats)")
+        axis.set_ylim(*_range(values[:, len(steps) // 20 :]))
+        axis.grid(True, which="both", alpha=0.2)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """Limits that show all but extreme values: a diverging run leaves through the top."""
+    finite = values[np.isfinite(values)]
+    low, high = float(finite.min()), float(np.quantile(finite, 0.98))
+    margin = 0.06 * max(high - low, 1e-6)
+    return low - margin, high + 2 * margin
+
+
+def start_steps(cards: dict[str, dict[str, Any]]) -> Any:
+    """Histogram of the start steps that meta-training realised, one line per weights file."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
+    for (label, card), colour in zip(cards.items(), COLOURS * (len(cards) // len(COLOURS) + 1), strict=False):
+        counts = {int(k): v for k, v in card.get("start_steps_per_250", {}).items()}
+        if counts:
+            steps = np.arange(0, max(counts) + 500, 250)
+            share = np.array([counts.get(int(s), 0) for s in steps], float)
+            axis.step(steps, share / share.sum(), where="post", label=label, color=colour)
+    axis.set(xlabel="start step K of an unroll (bins of 250)", ylabel="share of unrolls", yscale="log")
+    axis.grid(True, alpha=0.2)
+    axis.legend(fontsize=8, frameon=False)
+    return figure
