@@ -14,7 +14,7 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import files, recipes, studies, train
+from lolo import files, recipes, studies, training
 from lolo import tasks as tasks_
 from lolo.recipes import Recipe
 
@@ -106,10 +106,10 @@ def train_command(argv: list[str]) -> int:
     task = "-".join(Path(t.partition(":")[0]).stem for t in recipe.tasks)
     out = arguments.out or Path("runs") / f"{name}-{task}-seed{recipe.seed}"
     recipes.check(recipe)
-    train.set_up()
+    training.set_up()
     return supervise(
         name,
-        lambda **hooks: train.train(recipe, out, init=arguments.init, devices=arguments.devices, **hooks),
+        lambda **hooks: training.train(recipe, out, init=arguments.init, devices=arguments.devices, **hooks),
     )
 
 
@@ -128,14 +128,16 @@ def known_options(options: list[str], more: list[str]) -> list[str]:
     return spelled
 
 
-def supervise(what: str, run: Callable[..., train.Result]) -> int:
+def supervise(what: str, run: Callable[..., training.Result]) -> int:
     """Run a meta-training with progress and signals; exit status 0 if finished, 3 if stopped on request."""
-    stop = train.Stop()
-    with telling() as teller, train.stop_on_signals(stop):
+    stop = training.Stop()
+    with telling() as teller, training.stop_on_signals(stop):
 
-        def told(p: train.Progress) -> None:
+        def told(p: training.Progress) -> None:
             rate = 1 / max(p.seconds, 1e-9)
-            teller(what, p.step, p.total, f"loss {p.task_loss:.4f}  α {p.alpha:.2f}  K {p.start_step:.0f}  {rate:.1f}/s")
+            teller(
+                what, p.step, p.total, f"loss {p.task_loss:.4f}  α {p.alpha:.2f}  K {p.start_step:.0f}  {rate:.1f}/s"
+            )
 
         result = run(stop=stop, told=told, say=say)
     if result.finished:
@@ -153,9 +155,9 @@ def resume_command(argv: list[str]) -> int:
           run: the run's folder.
           devices: devices (on CPU: cores) to use at most; does not change the result.
         """
-        train.read_recipe(run)
-        train.set_up()
-        return supervise(str(run), lambda **hooks: train.resume(run, devices=devices, **hooks))
+        training.read_recipe(run)
+        training.set_up()
+        return supervise(str(run), lambda **hooks: training.resume(run, devices=devices, **hooks))
 
     return tyro.cli(resume, args=argv, prog="lolo resume")
 
@@ -180,14 +182,14 @@ def eval_command(argv: list[str]) -> int:
           seeds: runs per optimizer.
           out: folder for rows, table, curves and report; default: only the table is printed.
         """
-        from lolo import evaluate
+        from lolo import evaluation
 
         if not optimizers:
             raise ValueError("name at least one optimizer, for instance: lolo eval adamw:1e-3 --task fashion-mlp")
         if seeds < 1:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
         tasks_.pin(task)
-        train.set_up()
+        training.set_up()
         splits, total, done = tasks_.resolve(task), studies.eval_units(optimizers, seeds, steps), 0
         with telling() as teller:
 
@@ -197,7 +199,7 @@ def eval_command(argv: list[str]) -> int:
                 teller(f"inner steps on {task}", done, total, "")
 
             entries, weights = studies.contestants(optimizers, splits, steps, advanced)
-            rows = evaluate.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
+            rows = evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
         command = shlex.join(["lolo", "eval", *argv])
         if out is None:
             print(studies.table(rows))
@@ -221,9 +223,9 @@ def reproduce_command(argv: list[str]) -> int:
           smoke: the smallest form, to see that everything runs.
         """
         recipes.pick(studies.STUDIES, "study", study)
-        train.set_up()
-        stop, folder = train.Stop(), out or Path("runs") / study
-        with telling() as teller, train.stop_on_signals(stop):
+        training.set_up()
+        stop, folder = training.Stop(), out or Path("runs") / study
+        with telling() as teller, training.stop_on_signals(stop):
             tables = studies.reproduce(study, folder, smoke=smoke, stop=stop, told=teller, say=say)
         for task, text in tables.items():
             print(f"\n{task}:\n\n{text}")
@@ -295,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:  # ours: RecipeError, TaskError, FileError, RunError
         say(" ".join(str(error).split()))
         return 2
-    except train.DivergedError as error:
+    except training.DivergedError as error:
         say(str(error))
         return 4
     except studies.Interrupted as error:

@@ -81,9 +81,7 @@ def nres(sigma: float = 0.01, pairs: int = 8) -> Estimator:
 ESTIMATORS: dict[str, Callable[[float, int], Estimator]] = {"es": es, "pes": pes, "nres": nres}
 
 
-def antithetic_gradient(
-    deltas: jax.Array, directions: PyTree, sigma: float, valid: jax.Array | None = None
-) -> PyTree:
+def antithetic_gradient(deltas: jax.Array, directions: PyTree, sigma: float, valid: jax.Array | None = None) -> PyTree:
     """Antithetic gradient (Eq. 9). J truncations, P pairs, L steps.
 
     Args:

@@ -6,7 +6,7 @@ An expert's `update` is called with the learner's new state as `learner_state`; 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import optax
 
 from lolo.trees import PyTree
 
-Expert = optax.GradientTransformationExtraArgs
+Expert: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def adam(learning_rate: float) -> Expert:

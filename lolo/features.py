@@ -66,9 +66,7 @@ def init_moments(param: jax.Array) -> Moments:
     else:
         row = tuple(n for axis, n in enumerate(shape) if axis != axes.largest)
         column = tuple(n for axis, n in enumerate(shape) if axis != axes.second)
-    return Moments(
-        jnp.zeros((3, *shape)), jnp.zeros(shape), row=jnp.zeros((3, *row)), column=jnp.zeros((3, *column))
-    )
+    return Moments(jnp.zeros((3, *shape)), jnp.zeros(shape), row=jnp.zeros((3, *row)), column=jnp.zeros((3, *column)))
 
 
 def _average(decay: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:

@@ -129,21 +129,36 @@ def meta_init(setup: Setup, tasks: tuple[Task, ...], seed_key: jax.Array, meta_p
     )
 
 
-def start_unrolls(
-    setup: Setup, task: Task, meta_params: PyTree, slots: Slots, starting: jax.Array, keys: jax.Array, length: jax.Array
-) -> Slots:
-    """Lines 2-8 of Algorithm 1 for the slots that `starting` [P] names; the others stay as they are.
+class Held(NamedTuple):
+    """The part of `Slots` that lies with the device that runs the slots. Leaves [P_own, ...]."""
 
-    keys: [P]; length: [P], truncations of the unroll that starts.
+    inner: InnerState
+    replay: replay.Replay
+    push_truncation: jax.Array
+
+
+def start_unrolls(
+    setup: Setup,
+    task: Task,
+    meta_params: PyTree,
+    held: Held,
+    starting: jax.Array,
+    fresh: jax.Array,
+    keys: jax.Array,
+    length: jax.Array,
+) -> Held:
+    """Lines 2-8 of Algorithm 1 for the slots that `starting` names; the others stay as they are.
+
+    starting, fresh: [P_own] bool; keys: [P_own]; length: [P_own] int32, truncations of the unroll that starts.
     """
     learner = setup.learned.optimizer(meta_params)
 
     def start(args: tuple) -> tuple[InnerState, jax.Array, jax.Array, jax.Array]:
-        inner, buffer, push_truncation, fresh, starting, key, length = args
+        (inner, buffer, push_truncation), starting, fresh, key, length = args
         key_use, key_read, key_init, key_push = jax.random.split(key, 4)
         use = (jax.random.uniform(key_use) > setup.threshold) & (buffer.size > 0) & ~fresh
-        held, after = setup.read(buffer, key_read)
-        start = both_signs(select(use, held, begin(task, learner, setup.expert, key_init)))
+        read, after = setup.read(buffer, key_read)
+        start = both_signs(select(use, read, begin(task, learner, setup.expert, key_init)))
         taken = starting & use
         return (
             select(starting, start, inner),
@@ -152,12 +167,8 @@ def start_unrolls(
             jnp.where(starting, jax.random.randint(key_push, (), 0, length), push_truncation),
         )
 
-    # A fresh start is due at the next boundary, whatever ended the last unroll.
-    args = (slots.inner, slots.replay, slots.push_truncation, slots.fresh, starting, keys, length)
-    inner, head, size, push_truncation = jax.lax.map(start, args)
-    return slots._replace(
-        inner=inner, replay=slots.replay._replace(head=head, size=size), push_truncation=push_truncation
-    )
+    inner, head, size, push_truncation = jax.lax.map(start, (held, starting, fresh, keys, length))
+    return Held(inner, held.replay._replace(head=head, size=size), push_truncation)
 
 
 def truncated_unroll(
@@ -237,22 +248,21 @@ def run_truncation(
     length = jnp.where(starting, jnp.where(outer_step == 0, slots.length, drawn), slots.length)
     position = jnp.where(starting, 0, slots.position)
     new = jax.vmap(setup.estimator.init, in_axes=(0, None))(keys_estimator, meta_params)
-    noise, directions, estimator = jax.vmap(setup.estimator.sample)(
-        keys_noise, select(starting, new, slots.estimator)
-    )
+    noise, directions, estimator = jax.vmap(setup.estimator.sample)(keys_noise, select(starting, new, slots.estimator))
     candidates = jax.tree.map(lambda phi, e: jnp.stack([phi + e, phi - e], axis=1), meta_params, noise)
 
     candidates, keys_start, keys_steps, keys_coin, own_starting, own_length, own_position, own_fresh = shards.own(
         (candidates, keys_start, keys_steps, keys_coin, starting, length, position, slots.fresh)
     )
-    slots = jax.lax.cond(
+    # Most truncations start nothing; the states of those that do are drawn outside the inner loops.
+    held = jax.lax.cond(
         jnp.any(own_starting),
-        lambda held: start_unrolls(setup, task, meta_params, held, own_starting, keys_start, own_length),
+        lambda held: start_unrolls(setup, task, meta_params, held, own_starting, own_fresh, keys_start, own_length),
         lambda held: held,
-        slots._replace(estimator=(), position=(), length=(), fresh=own_fresh),
+        Held(slots.inner, slots.replay, slots.push_truncation),
     )
     offset = jax.random.randint(key_offset, (), 0, setup.truncation)
-    start_step = slots.inner.step[:, 0] - own_position * setup.truncation
+    start_step = held.inner.step[:, 0] - own_position * setup.truncation
 
     def one_slot(args: tuple) -> tuple[InnerState, InnerState, StepRecord]:
         candidates, inner, key_steps, key_coin = args
@@ -261,17 +271,15 @@ def run_truncation(
         return inner, jax.tree.map(lambda x: x[sign], snapshots), records
 
     block = None if setup.slots_per_block == 1 else setup.slots_per_block
-    inner, snapshots, records = jax.lax.map(
-        one_slot, (candidates, slots.inner, keys_steps, keys_coin), batch_size=block
-    )
-    pushing = (slots.push_truncation == own_position) & jnp.all(finite(records), axis=(1, 2))
-    buffers = jax.vmap(replay.push)(slots.replay, snapshots, pushing)
+    inner, snapshots, records = jax.lax.map(one_slot, (candidates, held.inner, keys_steps, keys_coin), batch_size=block)
+    pushing = (held.push_truncation == own_position) & jnp.all(finite(records), axis=(1, 2))
+    buffers = jax.vmap(replay.push)(held.replay, snapshots, pushing)
 
     records, start_step = shards.gather((records, start_step))
     slots = Slots(
         inner,
         buffers,
-        slots.push_truncation,
+        held.push_truncation,
         estimator,
         position + 1,
         length,

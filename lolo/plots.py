@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lolo import files
-from lolo.evaluate import WINDOW, Row
+from lolo.evaluation import WINDOW, Row
 
 # Paul Tol's "bright" colours: told apart by readers with any colour vision.
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#000000")

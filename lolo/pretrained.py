@@ -35,12 +35,12 @@ class Weights(NamedTuple):
           weight_decay: decoupled, times λ1; None: as shipped; 0 switches it off.
           clock_limit: the time features see min(t, clock_limit); None: as shipped; inf switches it off.
         """
-        changes: dict[str, float] = {}
+        learner = self.learner
         if weight_decay is not None:
-            changes["weight_decay"] = float(weight_decay)
+            learner = dataclasses.replace(learner, weight_decay=float(weight_decay))
         if clock_limit is not None:
-            changes["clock_limit"] = float(clock_limit)
-        base = architecture(dataclasses.replace(self.learner, **changes)).optimizer(self.meta_params)
+            learner = dataclasses.replace(learner, clock_limit=float(clock_limit))
+        base = architecture(learner).optimizer(self.meta_params)
         if isinstance(step_scale, int | float) and step_scale == 1.0:
             return base
         scale = optax.scale_by_schedule(step_scale) if callable(step_scale) else optax.scale(step_scale)

@@ -343,9 +343,7 @@ def build(recipe: Recipe) -> meta.Setup:
     return meta.Setup(
         learned=build_learner(recipe.learner),
         expert=build_expert(recipe),
-        estimator=pick(estimators.ESTIMATORS, "estimator.kind", recipe.estimator.kind)(
-            recipe.estimator.sigma, pairs
-        ),
+        estimator=pick(estimators.ESTIMATORS, "estimator.kind", recipe.estimator.kind)(recipe.estimator.sigma, pairs),
         outer=build_outer(recipe.outer),
         alpha_mix=alpha("imitation.alpha_mix", recipe.imitation.alpha_mix),
         alpha_loss=alpha("imitation.alpha_loss", recipe.imitation.alpha_loss),

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lolo import evaluate, files, plots, pretrained, recipes, train
+from lolo import evaluation, files, plots, pretrained, recipes, training
 from lolo import tasks as tasks_
-from lolo.evaluate import Contestant, Row
+from lolo.evaluation import Contestant, Row
 from lolo.recipes import Recipe
 
 
@@ -76,23 +76,30 @@ def recipe_of(study: Study, method: str, task: str, seed: int) -> Recipe:
 
 
 def meta_train(
-    study: Study, method: str, task: str, seed: int, out: Path, stop: train.Stop, told: Told, say: Callable[[str], None]
+    study: Study,
+    method: str,
+    task: str,
+    seed: int,
+    out: Path,
+    stop: training.Stop,
+    told: Told,
+    say: Callable[[str], None],
 ) -> Path:
     """Weights of one meta-training: found, resumed or made."""
     recipe = recipe_of(study, method, task, seed)
     run = out / "runs" / f"{task}-{method}-seed{seed}"
     what = f"{method} on {task}, meta-seed {seed}"
 
-    def progress(p: train.Progress) -> None:
+    def progress(p: training.Progress) -> None:
         told(what, p.step, p.total, f"loss {p.task_loss:.3f} α {p.alpha:.2f} K {p.start_step:.0f}")
 
     if (run / "recipe.json").is_file():
-        changed = recipes.diff(train.read_recipe(run), recipe)
+        changed = recipes.diff(training.read_recipe(run), recipe)
         if changed:
-            raise train.RunError(f"{run} holds another recipe ({', '.join(changed)} differ); give another --out.")
-        result = train.resume(run, stop=stop, told=progress, say=say)
+            raise training.RunError(f"{run} holds another recipe ({', '.join(changed)} differ); give another --out.")
+        result = training.resume(run, stop=stop, told=progress, say=say)
     else:
-        result = train.train(recipe, run, stop=stop, told=progress, say=say)
+        result = training.train(recipe, run, stop=stop, told=progress, say=say)
     if not result.finished:
         raise Interrupted(f"stopped. Go on with the same command: what is done in {out} is kept.")
     return run / "last.safetensors"
@@ -115,30 +122,30 @@ def contestants(
     found, weights = [], {}
     for name in map(str, names):
         kind, separator, setting = name.partition(":")
-        if separator and kind in evaluate.BASELINES:
+        if separator and kind in evaluation.BASELINES:
             found.append(_baseline(kind, setting, splits, steps, advanced))
         elif separator and not Path(name).exists():
-            raise recipes.unknown("optimizer", kind, evaluate.BASELINES)
+            raise recipes.unknown("optimizer", kind, evaluation.BASELINES)
         else:
             loaded = pretrained.load(name)
             label, seed = _label(loaded, name, {(c.label, c.meta_seed) for c in found})
-            found.append(
-                Contestant(label, seed, pretrained.architecture(loaded.learner).optimizer, loaded.meta_params)
-            )
+            found.append(Contestant(label, seed, pretrained.architecture(loaded.learner).optimizer, loaded.meta_params))
             weights[f"{label}, meta-seed {seed}"] = loaded
     return found, weights
 
 
-def _baseline(kind: str, setting: str, splits: tasks_.Splits, steps: int, advanced: Callable[[int], None]) -> Contestant:
+def _baseline(
+    kind: str, setting: str, splits: tasks_.Splits, steps: int, advanced: Callable[[int], None]
+) -> Contestant:
     if setting == "grid":
-        return evaluate.best_of_grid(splits, kind, steps, advanced=advanced)
+        return evaluation.best_of_grid(splits, kind, steps, advanced=advanced)
     try:
         lr = float(setting)
     except ValueError:
         raise ValueError(f"{kind}:{setting}: give a learning rate ({kind}:1e-3) or {kind}:grid.") from None
     if not 0 < lr < float("inf"):
         raise ValueError(f"{kind}:{setting}: the learning rate must be a positive number.")
-    return evaluate.baseline(kind, lr, steps)
+    return evaluation.baseline(kind, lr, steps)
 
 
 def _label(weights: pretrained.Weights, name: str, taken: set[tuple[str, int | None]]) -> tuple[str, int | None]:
@@ -152,7 +159,7 @@ def _label(weights: pretrained.Weights, name: str, taken: set[tuple[str, int | N
 
 def eval_units(names: Sequence[str | Path], seeds: int, steps: int) -> int:
     """Inner steps that `contestants` and `compare` will run together."""
-    picks = sum(str(name).endswith(":grid") for name in names) * len(evaluate.GRID) * len(evaluate.PICK_SEEDS)
+    picks = sum(str(name).endswith(":grid") for name in names) * len(evaluation.GRID) * len(evaluation.PICK_SEEDS)
     return (len(names) * seeds + picks) * steps
 
 
@@ -168,16 +175,16 @@ def table(rows: Sequence[Row], reference: str | None = None) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
 
-    def shown(i: evaluate.Interval, signed: bool = False) -> str:
+    def shown(i: evaluation.Interval, signed: bool = False) -> str:
         mean = f"{i.mean:+.4f}" if signed else f"{i.mean:.4f}"
         return f"{mean} ± {i.half:.4f} (n={i.n} {i.unit})" if i.n > 1 else f"{mean} (single run)"
 
-    for label in sorted(labels, key=lambda name: evaluate.summary(rows, name).mean):
+    for label in sorted(labels, key=lambda name: evaluation.summary(rows, name).mean):
         mine = [row for row in rows if row.optimizer == label]
-        cells = [shown(evaluate.summary(rows, label)), shown(evaluate.summary(rows, label, "held_loss"))]
+        cells = [shown(evaluation.summary(rows, label)), shown(evaluation.summary(rows, label, "held_loss"))]
         for field in ("train_loss", "held_loss"):
             difference = "" if label == reference else shown(
-                evaluate.paired_difference(rows, reference, label, field), signed=True
+                evaluation.paired_difference(rows, reference, label, field), signed=True
             )  # fmt: skip
             cells.append(difference)
         lines.append(f"| {label} | {' | '.join(cells)} | {sum(row.diverged for row in mine)} of {len(mine)} |")
@@ -218,11 +225,11 @@ def write_report(
     if cards:
         plots.save_figure(plots.start_steps(cards), out / f"start-steps-{task}.png")
         pictures += f"\n![realised start steps](start-steps-{task}.png)\n"
-    about = train.provenance()
+    about = training.provenance()
     diverged = sum(row.diverged for row in rows)
     report = (
         f"# {task}, {rows[0].steps:,} inner steps\n\n{note}\n\n{text}\n\n"
-        f"Train loss: mean over the last {evaluate.WINDOW} steps. ±: 95 % t interval. All optimizers start from the "
+        f"Train loss: mean over the last {evaluation.WINDOW} steps. ±: 95 % t interval. All optimizers start from the "
         f"same inits and see the same batches; {diverged} of {len(rows)} runs diverged. The grid's learning rate was "
         f"picked on other seeds.\n\n{pictures}\n"
         f"Command: `{command}`. Versions: {about['versions']}. Commit: {about['commit']}. "
@@ -238,16 +245,14 @@ def reproduce(
     out: Path,
     *,
     smoke: bool = False,
-    stop: train.Stop | None = None,
+    stop: training.Stop | None = None,
     told: Told = silent,
     say: Callable[[str], None] = print,
 ) -> dict[str, str]:
     """Run a study, or what is left of it. Returns the table of each task. Raises Interrupted."""
-    study, stop = STUDIES[name], stop or train.Stop()
+    study, stop = STUDIES[name], stop or training.Stop()
     if smoke:
-        study = dataclasses.replace(
-            study, meta_seeds=1, eval_steps=200, eval_seeds=2, changes=(*study.changes, *SMOKE)
-        )
+        study = dataclasses.replace(study, meta_seeds=1, eval_steps=200, eval_seeds=2, changes=(*study.changes, *SMOKE))
     began, tables = time.monotonic(), {}
     for task in study.tasks:
         weights = [
@@ -265,9 +270,7 @@ def reproduce(
 
         splits = tasks_.resolve(task)
         entries, loaded = contestants(names, splits, study.eval_steps, advanced)
-        rows = evaluate.compare(
-            task, splits, entries, range(study.eval_seeds), study.eval_steps, advanced=advanced
-        )
+        rows = evaluation.compare(task, splits, entries, range(study.eval_seeds), study.eval_steps, advanced=advanced)
         minutes = (time.monotonic() - began) / 60
         note = f"Study `{name}`: {study.about}. This call took {minutes:.1f} minutes so far."
         tables[task] = write_report(out, task, rows, loaded, f"lolo reproduce {name}", note)

@@ -13,7 +13,6 @@ torch operations, so that it runs on any device; its speed was measured on CPUs 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +26,7 @@ from lolo import files
 from lolo import small_fc_spec as spec
 
 # Entries per block: on a CPU the hidden activations of a block stay in cache; an accelerator wants few launches.
-CPU_BLOCK = 1 << 13
+CPU_BLOCK = 1 << 14
 ACCELERATOR_BLOCK = 1 << 18
 SMALLEST_ROW = 16  # a matrix with shorter rows is worked on transposed: inner loops of a few entries are slow
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,9 +46,9 @@ class Network(NamedTuple):
     second_bias: torch.Tensor  # [H, 1]
     last: torch.Tensor  # [2, H]
     last_bias: torch.Tensor  # [2, 1]
-    momentum_gain: list[float]  # 1 − decay, of three
+    momentum_gain: torch.Tensor  # [3, 1, 1, 1, 1], 1 − decay
     rms_gain: float
-    factored_gain: list[float]  # of three
+    factored_gain: torch.Tensor  # [3, 1, 1, 1, 1]
 
     def to(self, device: torch.device) -> Network:
         return Network(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
@@ -85,9 +84,6 @@ class Batch(NamedTuple):
     column: torch.Tensor | None  # likewise, 1 instead of the second largest; None below two axes
 
 
-Block = tuple[slice, slice, slice]
-
-
 @functools.lru_cache(maxsize=4096)
 def layout(shape: tuple[int, ...]) -> Layout:
     """Where the factored axes go: last, the largest at the very end. Matrices with long rows stay as they are."""
@@ -115,39 +111,88 @@ def restore(tensor: torch.Tensor, place: Layout, shape: torch.Size) -> torch.Ten
     return tensor.view([shape[axis] for axis in place.order]).permute(inverse)
 
 
-def cut_into_blocks(shape: tuple[int, int, int], limit: int) -> list[Block]:
-    """Blocks of at most `limit` entries, as even as they come, whole rows first."""
+def block_extents(shape: tuple[int, int, int], limit: int) -> tuple[int, int, int]:
+    """Extents of blocks of at most `limit` entries, whole rows first, as even as they come."""
     kept, rows, length = shape
     row_limit = max(1, limit // length)
-
-    def slices(extent: int, step: int) -> list[slice]:
-        step = math.ceil(extent / math.ceil(extent / max(1, step)))
-        return [slice(start, min(extent, start + step)) for start in range(0, extent, step)]
-
-    return list(itertools.product(slices(kept, row_limit // rows), slices(rows, row_limit), slices(length, limit)))
+    steps = (max(1, row_limit // rows), min(rows, row_limit), min(length, limit))
+    even = [math.ceil(n / math.ceil(n / step)) for n, step in zip(shape, steps, strict=True)]
+    return even[0], even[1], even[2]
 
 
-def cut(tensor: torch.Tensor, block: Block) -> torch.Tensor:
-    """One block of [..., K, A, B]; axes of extent 1 are broadcast and stay."""
-    extents = tensor.shape[-3:]
-    return tensor[(..., *(part if extent > 1 else slice(None) for part, extent in zip(block, extents, strict=True)))]
+def split(tensor: torch.Tensor, shape: tuple[int, int, int], block: tuple[int, int, int]) -> list[torch.Tensor]:
+    """Views of the blocks of [..., K, A, B] in order; an axis of extent 1 is broadcast: each block sees it whole."""
+    pieces = [tensor]
+    for axis, extent, step in zip((-3, -2, -1), shape, block, strict=True):
+        if extent > step:
+            copies = math.ceil(extent / step)
+            pieces = [
+                part
+                for piece in pieces
+                for part in (piece.split(step, axis) if tensor.shape[axis] > 1 else [piece] * copies)
+            ]
+    return pieces
+
+
+class Scratch(NamedTuple):
+    """Views of a workspace for blocks of one shape, [T, k, a, b] with n entries."""
+
+    inputs: torch.Tensor  # [16, T, k, a, b], in the order of spec.ENTRY_COLUMNS; below two axes [22, ...]
+    grad: torch.Tensor  # parts of it, as named there
+    param: torch.Tensor
+    momentum: torch.Tensor
+    rms: torch.Tensor
+    scaled_momentum: torch.Tensor
+    root: torch.Tensor
+    factored_gradient: torch.Tensor
+    factored_momentum: torch.Tensor
+    diagonal: torch.Tensor  # [3, T, k, a, b], below two axes: the diagonal moment and its inverse root
+    diagonal_root: torch.Tensor
+    per_tensor: torch.Tensor  # [F, T, n / T], the inputs
+    flat: torch.Tensor  # [F, n], the inputs
+    squared: torch.Tensor  # [T, k, a, b]
+    first: torch.Tensor  # [H, T, k, a, b]
+    first_flat: torch.Tensor  # [H, n]
+    second: torch.Tensor  # [H, n]
+    out: torch.Tensor  # [2, n]
+    direction: torch.Tensor  # [T, k, a, b], parts of it
+    magnitude: torch.Tensor
 
 
 class Workspace:
-    """Buffers of one device, kept between blocks and steps: fresh memory for each block would cost more than the work."""
+    """Buffers of one device, kept between blocks and steps: fresh memory for each block would cost more than work."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.block = CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK
-        self.buffers: dict[str, torch.Tensor] = {}
         self.networks: dict[str, Network] = {}  # by the weights' sha256
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.views: dict[tuple[Any, ...], Scratch] = {}
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
-        """Uninitialised float32 [*shape], valid until the next `take` of this name."""
+        """Uninitialised float32 [*shape] at the start of the buffer of that name."""
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
             self.buffers[name] = torch.empty(size, device=self.device)
+            self.views.clear()
         return self.buffers[name][:size].view(shape)
+
+    def scratch(self, shape: torch.Size, count: int, hidden: int) -> Scratch:
+        """Views for blocks of this shape, `count` inputs and a network of this width."""
+        key = (shape, count, hidden)
+        if key not in self.views:
+            if len(self.views) > 1000:
+                self.views.clear()
+            entries = shape.numel()
+            x = self.take("inputs", count, *shape)
+            first = self.take("first", hidden, *shape)
+            second, out = self.take("second", hidden, entries), self.take("out", 2, entries)
+            self.views[key] = Scratch(
+                *(x, x[0], x[1], x[2:5], x[5], x[6:9], x[9], x[10:13], x[13:16], x[16:19], x[19:22]),
+                *(x.flatten(2), x.flatten(1), self.take("squared", *shape)),
+                *(first, first.flatten(1), second, out, out[0].view(shape), out[1].view(shape)),
+            )
+        return self.views[key]
 
 
 def as_weights(weights: str | Path | files.WeightsFile | Mapping[str, Any]) -> files.WeightsFile:
@@ -176,12 +221,10 @@ def network_from(arrays: Mapping[str, np.ndarray]) -> Network:
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.tensor(np.ascontiguousarray(array, np.float32))
 
-    def gain(decay: float | tuple[float, ...], offsets: str) -> Any:
-        standard, one = np.asarray(decay, np.float32), np.float32(1)
-        if offsets not in arrays:
-            return (one - standard).tolist()
-        shift = np.exp(np.float32(10) * arrays[offsets].reshape(standard.shape))
-        return (one - np.clip(one - (one - standard) * shift, np.float32(0), one)).tolist()
+    def gain(decay: float | tuple[float, ...], offsets: str) -> torch.Tensor:
+        standard, one = np.asarray(decay, np.float32).reshape(-1, 1, 1, 1, 1), np.float32(1)
+        shift = np.exp(np.float32(10) * arrays[offsets].reshape(standard.shape)) if offsets in arrays else one
+        return tensor(one - np.clip(one - (one - standard) * shift, np.float32(0), one))
 
     w0 = arrays["w0"]
     return Network(
@@ -196,87 +239,80 @@ def network_from(arrays: Mapping[str, np.ndarray]) -> Network:
         last=tensor(arrays["w2"].T),
         last_bias=tensor(arrays["b2"][:, None]),
         momentum_gain=gain(spec.MOMENTUM_DECAYS, "momentum_decays"),
-        rms_gain=gain(spec.RMS_DECAY, "rms_decays"),
+        rms_gain=gain(spec.RMS_DECAY, "rms_decays").item(),
         factored_gain=gain(spec.FACTORED_DECAYS, "adafactor_decays"),
     )
 
 
-def average(moment: torch.Tensor, new: torch.Tensor, gains: list[float]) -> None:
-    """moment ← d·moment + (1 − d)·new for several decays. moment: [3, *shape], new: [*shape]."""
-    for one, gain in zip(moment.unbind(), gains, strict=True):
-        one.lerp_(new, gain)
-
-
-def accumulate_factored(batch: Batch, place: Layout, network: Network, blocks: list[Block], space: Workspace) -> None:
-    """Row and column moments of T tensors; below two axes the diagonal one."""
-    if batch.column is None:
-        for block in blocks:
-            grad = cut(batch.grad, block)
-            squared = torch.mul(grad, grad, out=space.take("squared", *grad.shape)).add_(spec.FACTORED_EPSILON)
-            average(cut(batch.row, block), squared, network.factored_gain)
-        return
+def accumulate_factored(batch: Batch, place: Layout, network: Network, blocks: list[torch.Tensor]) -> None:
+    """Row and column moments of T tensors. blocks: those of batch.grad."""
+    assert batch.column is not None
     row_axis, column_axis = (-1, -2) if place.last_is_largest else (-2, -1)
-    means = [(torch.zeros_like(batch.row[0]), row_axis), (torch.zeros_like(batch.column[0]), column_axis)]
-    for block in blocks:
-        grad = cut(batch.grad, block)
-        squared = torch.mul(grad, grad, out=space.take("squared", *grad.shape))
-        for mean, axis in means:
-            cut(mean, block).add_(squared.sum(dim=axis, keepdim=True))
-    for (mean, axis), moment in zip(means, (batch.row, batch.column), strict=True):
-        mean.div_(place.shape[axis]).add_(spec.FACTORED_EPSILON)
-        average(moment, mean, network.factored_gain)
+    block = tuple(blocks[0].shape[-3:])
+    row_mean, column_mean = torch.zeros_like(batch.row[0]), torch.zeros_like(batch.column[0])
+    here = (split(row_mean, place.shape, block), split(column_mean, place.shape, block))
+    for grad, row_part, column_part in zip(blocks, *here, strict=True):
+        squared = grad * grad
+        row_part.add_(squared.sum(dim=row_axis, keepdim=True))
+        column_part.add_(squared.sum(dim=column_axis, keepdim=True))
+    batch.row.lerp_(row_mean.div_(place.shape[row_axis]).add_(spec.FACTORED_EPSILON), network.factored_gain)
+    batch.column.lerp_(column_mean.div_(place.shape[column_axis]).add_(spec.FACTORED_EPSILON), network.factored_gain)
 
 
-def accumulate(batch: Batch, network: Network, space: Workspace) -> None:
-    """Momenta and second moment of one block."""
-    squared = torch.mul(batch.grad, batch.grad, out=space.take("squared", *batch.grad.shape))
-    average(batch.momentum, batch.grad, network.momentum_gain)
-    batch.rms.lerp_(squared, network.rms_gain)
-
-
-def with_root(moment: torch.Tensor) -> torch.Tensor:
-    """Moment and its inverse root. [3, ...] -> [6, ...]"""
-    return torch.cat([moment, (moment + spec.MOMENT_EPSILON).rsqrt_()])
-
-
-def factors(batch: Batch, last_is_largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def factors(batch: Batch, place: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     """What a gradient is multiplied by along rows and along columns."""
     assert batch.column is not None
-    mean = batch.row.mean(dim=-2 if last_is_largest else -1, keepdim=True).add_(spec.FACTOR_MEAN_EPSILON)
+    mean = batch.row.mean(dim=-2 if place.last_is_largest else -1, keepdim=True).add_(spec.FACTOR_MEAN_EPSILON)
     return (
         (batch.row / mean).clamp_(min=spec.FACTOR_FLOOR).rsqrt_(),
         batch.column.clamp(min=spec.FACTOR_FLOOR).rsqrt_(),
     )
 
 
-def fill_inputs(batch: Batch, factor: tuple[torch.Tensor, torch.Tensor] | None, space: Workspace) -> torch.Tensor:
-    """The inputs that vary from entry to entry, not normalised, in the order of spec.ENTRY_COLUMNS.
+class Piece(NamedTuple):
+    """One block of a batch, [T, k, a, b]."""
 
-    Returns: [16, T, K, A, B]; below two axes [22, 1, ...], the diagonal moment and its inverse root come last.
-    """
-    x = space.take("inputs", 16 if factor else 22, *batch.grad.shape)
-    x[0].copy_(batch.grad)
-    x[1].copy_(batch.param)
-    x[2:5].copy_(batch.momentum)
-    x[5].copy_(batch.rms)
-    root = torch.add(batch.rms, spec.MOMENTUM_EPSILON, out=x[9]).rsqrt_()
-    torch.mul(batch.momentum, root, out=x[6:9])
-    if factor:
-        product = torch.mul(*factor, out=x[10:13])
-        torch.mul(batch.momentum, product, out=x[13:16])
-        product.mul_(batch.grad)
+    grad: torch.Tensor
+    param: torch.Tensor
+    momentum: torch.Tensor
+    rms: torch.Tensor
+    row: torch.Tensor  # [3, ...]; below two axes the diagonal moment, else the row factor
+    column: torch.Tensor | None  # the column factor
+    base: tuple[torch.Tensor, ...]  # what the entries' inputs are added to in the first layer, [H, ...] broadcast
+
+
+def accumulate(piece: Piece, network: Network, scratch: Scratch) -> None:
+    """All moments of one block but the row and column moments."""
+    squared = torch.mul(piece.grad, piece.grad, out=scratch.squared)
+    piece.momentum.lerp_(piece.grad, network.momentum_gain)
+    piece.rms.lerp_(squared, network.rms_gain)
+    if piece.column is None:
+        piece.row.lerp_(squared.add_(spec.FACTORED_EPSILON), network.factored_gain)
+
+
+def fill_inputs(piece: Piece, scratch: Scratch) -> None:
+    """The inputs that vary from entry to entry, not normalised."""
+    scratch.grad.copy_(piece.grad)
+    scratch.param.copy_(piece.param)
+    scratch.momentum.copy_(piece.momentum)
+    scratch.rms.copy_(piece.rms)
+    torch.add(piece.rms, spec.MOMENTUM_EPSILON, out=scratch.root).rsqrt_()
+    torch.mul(piece.momentum, scratch.root, out=scratch.scaled_momentum)
+    if piece.column is not None:
+        torch.mul(piece.row, piece.column, out=scratch.factored_gradient)
+        torch.mul(piece.momentum, scratch.factored_gradient, out=scratch.factored_momentum)
     else:
-        torch.add(batch.row, spec.MOMENTUM_EPSILON, out=x[13:16]).rsqrt_().mul_(batch.momentum)
-        product = torch.add(batch.row, spec.FACTOR_MEAN_EPSILON, out=x[10:13]).clamp_(min=spec.FACTOR_FLOOR)
-        product.rsqrt_().mul_(batch.grad)
-        x[16:19].copy_(batch.row)
-        torch.add(batch.row, spec.MOMENT_EPSILON, out=x[19:22]).rsqrt_()
-    return x
+        torch.add(piece.row, spec.MOMENTUM_EPSILON, out=scratch.factored_momentum).rsqrt_().mul_(piece.momentum)
+        torch.add(piece.row, spec.FACTOR_MEAN_EPSILON, out=scratch.factored_gradient)
+        scratch.factored_gradient.clamp_(min=spec.FACTOR_FLOOR).rsqrt_()
+        scratch.diagonal.copy_(piece.row)
+        torch.add(piece.row, spec.MOMENT_EPSILON, out=scratch.diagonal_root).rsqrt_()
+    scratch.factored_gradient.mul_(piece.grad)
 
 
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """[F, T, ...] -> [F, T]"""
-    return torch.linalg.vector_norm(x.flatten(2), dim=2).square_()
+    """[F, T, n] -> [F, T]"""
+    return torch.linalg.vector_norm(x, dim=2).square_()
 
 
 def normalizer(squares: torch.Tensor, count: int) -> torch.Tensor:
@@ -286,64 +322,63 @@ def normalizer(squares: torch.Tensor, count: int) -> torch.Tensor:
 
 def project_moment(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """A row or column moment and its inverse root, normalised and multiplied by their weights. -> [H, T, K, A, B]"""
-    x = with_root(moment)
+    x = torch.cat([moment, (moment + spec.MOMENT_EPSILON).rsqrt_()])
     flat = x.flatten(2)
-    flat.mul_(normalizer(sum_of_squares(x), flat.shape[2]).unsqueeze(2))
+    flat.mul_(normalizer(sum_of_squares(flat), flat.shape[2]).unsqueeze(2))
     return (weight @ flat.flatten(1)).view(-1, *x.shape[1:])
 
 
-def update(
-    x: torch.Tensor, weight: torch.Tensor, base: list[torch.Tensor], rule: Rule, space: Workspace
-) -> torch.Tensor:
-    """d · exp(λ2·m) of one block. x: [F, T, K, A, B]; base: one or two summands of [H, T, K, A, B], broadcast."""
-    network, hidden = rule.network, len(rule.bias)
-    count, flat = x[0].numel(), x.flatten(1)
-    first = space.take("first", hidden, *x.shape[1:])
+def run_network(weight: torch.Tensor, base: tuple[torch.Tensor, ...], rule: Rule, scratch: Scratch) -> torch.Tensor:
+    """d · exp(λ2·m) of the block whose inputs lie in the scratch, [T, k, a, b]. base: one or two summands."""
     if len(base) == 2:
-        torch.add(*base, out=first)
+        torch.add(*base, out=scratch.first)
     else:
-        first.copy_(base[0])
-    first = first.view(hidden, count).addmm_(weight, flat).relu_()
-    second = torch.addmm(network.second_bias, network.second, first, out=space.take("second", hidden, count)).relu_()
-    direction, magnitude = torch.addmm(network.last_bias, network.last, second, out=space.take("out", 2, count))
-    return magnitude.mul_(rule.exp_mult).exp_().mul_(direction).view(x.shape[1:])
+        scratch.first.copy_(base[0])
+    network, first = rule.network, scratch.first_flat.addmm_(weight, scratch.flat).relu_()
+    second = torch.addmm(network.second_bias, network.second, first, out=scratch.second).relu_()
+    torch.addmm(network.last_bias, network.last, second, out=scratch.out)
+    return scratch.magnitude.mul_(rule.exp_mult).exp_().mul_(scratch.direction)
 
 
 def step_batch(batch: Batch, place: Layout, rule: Rule, space: Workspace, in_place: bool) -> None:
     """Update the moments of T tensors, and `batch.param`: by adding the step, or, not in place, by becoming it."""
-    network, tensors = rule.network, batch.grad.shape[0]
-    blocks = cut_into_blocks(place.shape, max(1, space.block // tensors))
-    accumulate_factored(batch, place, network, blocks, space)
-    whole_bias = rule.bias.view(-1, 1, 1, 1, 1)
+    network, tensors, bias = rule.network, batch.grad.shape[0], rule.bias.view(-1, 1, 1, 1, 1)
+    block = block_extents(place.shape, max(1, space.block // tensors))
+
+    def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+        return split(tensor, place.shape, block)
+
+    grads = parts(batch.grad)
     if batch.column is None:
-        factor, weight, base = None, torch.cat([network.entry, network.row + network.column], dim=1), [whole_bias]
+        weight, along = torch.cat([network.entry, network.row + network.column], dim=1), [parts(batch.row)]
+        columns: list[Any] = [None] * len(grads)
+        base: list[tuple[torch.Tensor, ...]] = [(bias,)] * len(grads)
     else:
-        factor, weight = factors(batch, place.last_is_largest), network.entry
-        base = [project_moment(network.row, batch.row), project_moment(network.column, batch.column).add_(whole_bias)]
-
-    def part(block: Block) -> Batch:
-        return Batch(*(None if x is None else cut(x, block) for x in batch))
-
-    def inputs(block: Block, piece: Batch) -> torch.Tensor:
-        return fill_inputs(piece, factor and (cut(factor[0], block), cut(factor[1], block)), space)
+        weight = network.entry
+        accumulate_factored(batch, place, network, grads)
+        row_factor, column_factor = factors(batch, place)
+        columns, along = parts(column_factor), [parts(row_factor)]
+        row_term = parts(project_moment(network.row, batch.row))
+        column_term = parts(project_moment(network.column, batch.column).add_(bias))
+        base = list(zip(row_term, column_term, strict=True))
+    own = (grads, parts(batch.param), parts(batch.momentum), parts(batch.rms))
+    pieces = [Piece(*piece) for piece in zip(*own, *along, columns, base, strict=True)]
+    scratches = [space.scratch(grad.shape, weight.shape[1], len(rule.bias)) for grad in grads]
 
     squares = batch.grad.new_zeros(weight.shape[1], tensors)
-    for block in blocks:
-        piece = part(block)
-        accumulate(piece, network, space)
-        x = inputs(block, piece)
-        squares.add_(sum_of_squares(x))
+    for piece, scratch in zip(pieces, scratches, strict=True):
+        accumulate(piece, network, scratch)
+        fill_inputs(piece, scratch)
+        squares.add_(sum_of_squares(scratch.per_tensor))
     scale = normalizer(squares, math.prod(place.shape))
     if tensors == 1:
         weight = weight * scale.T
-    for block in blocks:
-        piece = part(block)
-        if len(blocks) > 1:
-            x = inputs(block, piece)
+    for piece, scratch in zip(pieces, scratches, strict=True):
+        if len(pieces) > 1:
+            fill_inputs(piece, scratch)
         if tensors > 1:
-            x.flatten(2).mul_(scale.unsqueeze(2))
-        here = [term if term is whole_bias else cut(term, block) for term in base]
-        change = update(x, weight, here, rule, space)
+            scratch.per_tensor.mul_(scale.unsqueeze(2))
+        change = run_network(weight, piece.base, rule, scratch)
         if rule.weight_decay:
             change.add_(piece.param, alpha=rule.weight_decay)
         if in_place:
@@ -373,8 +408,8 @@ def check_gradient(param: torch.Tensor) -> None:
     grad = param.grad
     if grad.layout != torch.strided:
         raise RuntimeError(
-            f"LoLO got a gradient of layout {grad.layout} for a parameter of shape {tuple(param.shape)}; it needs dense "
-            "ones: build the embedding with sparse=False, or call grad.to_dense()."
+            f"LoLO got a gradient of layout {grad.layout} for a parameter of shape {tuple(param.shape)}; it needs "
+            "dense ones: build the embedding with sparse=False, or call grad.to_dense()."
         )
     if any(kind.__name__ in SHARDED for kind in type(grad).__mro__):
         raise RuntimeError("LoLO got a sharded gradient: its normalisation needs means over the whole tensor.")
@@ -465,6 +500,7 @@ class LoLO(torch.optim.Optimizer):
         super().add_param_group(group)
         self._networks.setdefault(weights.sha256, network_from(weights.meta_params))
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a gradient. Returns: the closure's loss, None without one."""
@@ -476,7 +512,6 @@ class LoLO(torch.optim.Optimizer):
             self._step_group(group)
         return loss
 
-    @torch._disable_dynamo
     def _step_group(self, group: dict[str, Any]) -> None:
         alike = defaultdict(list)
         for param in group["params"]:
@@ -603,5 +638,6 @@ class LoLO(torch.optim.Optimizer):
             found = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in state.items()}
             if found != expected:
                 raise ValueError(
-                    f"the saved state of parameter {name!r}, shape {tuple(param.shape)}, has {found}; expected {expected}."
+                    f"the saved state of parameter {name!r} of shape {tuple(param.shape)} has {found}; "
+                    f"expected {expected}."
                 )

@@ -3,6 +3,8 @@
 Forward passes are compared with PyTorch in tests/torch/test_model_parity.py.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,7 @@ def count(tree):
 SMALL = {
     "mlp": (models.mlp((12, 5, 3)), jnp.linspace(-1, 1, 24).reshape(2, 2, 6)),
     "char_mlp": (models.char_mlp(symbols=6, context=4, embedding=3, widths=(5,)), jnp.arange(8).reshape(2, 4) % 6),
-    "resnet18, imagenet": (models.resnet18(5, "imagenet", width=4), jnp.linspace(-1, 1, 6144).reshape(2, 32, 32, 3)),
+    "resnet18, imagenet": (models.resnet18(5, "imagenet", width=4), jnp.linspace(-1, 1, 1536).reshape(2, 16, 16, 3)),
     "resnet18, cifar": (models.resnet18(5, "cifar", width=4), jnp.linspace(-1, 1, 1536).reshape(2, 16, 16, 3)),
     "gpt": (models.gpt(11, context=8, layers=2, heads=2, width=8), jnp.arange(12).reshape(2, 6) % 11),
 }
@@ -45,7 +47,7 @@ SMALL = {
         (models.gpt(**models.GPT_SIZES["gpt2-medium"]._asdict()), 354_823_168),
         (models.gpt(**models.GPT_SIZES["gpt2-large"]._asdict()), 774_030_080),
         (models.gpt(**models.GPT_SIZES["gpt2-xl"]._asdict()), 1_557_611_200),
-        (models.gpt(**models.GPT_SIZES["gpt2-mini"]._asdict()), 12_516_096),
+        (models.gpt(**models.GPT_SIZES["gpt2-mini"]._asdict()), 12_515_520),
     ],
 )
 def test_number_of_parameters_is_the_published_one(model, parameters):
@@ -60,10 +62,16 @@ def test_gpt2_mini_is_minGPTs_gpt_mini_with_gpt2s_vocabulary():
 def test_models_run_differentiate_and_keep_the_shape_of_their_stats(name):
     model, inputs = SMALL[name]
     params, stats = model.init(KEY)
-    outputs, new_stats = jax.jit(model.apply, static_argnames="training")(params, stats, inputs, training=True)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient_of(params):
+        outputs, new_stats = model.apply(params, stats, inputs, training=True)
+        return jnp.sum(outputs**2), (outputs, new_stats)
+
+    gradient, (outputs, new_stats) = gradient_of(params)
     assert outputs.shape[0] == 2 and outputs.dtype == jnp.float32 and jnp.isfinite(outputs).all()
     assert jax.tree.map(jnp.shape, new_stats) == jax.tree.map(jnp.shape, stats)
-    gradient = jax.grad(lambda p: jnp.sum(model.apply(p, stats, inputs, training=True)[0] ** 2))(params)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -87,8 +95,9 @@ def test_scoring_does_not_depend_on_the_rest_of_the_batch(name):
 def test_models_vmap_over_slots_of_parameters(name):
     model, inputs = SMALL[name]
     params, stats = jax.vmap(model.init)(jax.random.split(KEY, 2))
-    outputs, _ = jax.vmap(lambda p, s: model.apply(p, s, inputs, training=True))(params, stats)
-    alone, _ = model.apply(*jax.tree.map(lambda leaf: leaf[1], (params, stats)), inputs, training=True)
+    apply = functools.partial(model.apply, training=True)
+    outputs, _ = jax.jit(jax.vmap(apply, (0, 0, None)))(params, stats, inputs)
+    alone, _ = jax.jit(apply)(*jax.tree.map(lambda leaf: leaf[1], (params, stats)), inputs)
     np.testing.assert_allclose(outputs[1], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -150,7 +159,7 @@ def test_gpt_does_not_see_the_future():
     model, inputs = SMALL["gpt"]
     params, stats = model.init(KEY)
     outputs, _ = model.apply(params, stats, inputs, training=False)
-    changed, _ = model.apply(params, stats, inputs.at[:, 4].set(10), training=False)
+    changed, _ = model.apply(params, stats, inputs.at[:, 4].set(5), training=False)
     np.testing.assert_allclose(outputs[:, :4], changed[:, :4], atol=1e-6)
     assert jnp.abs(outputs[:, 4:] - changed[:, 4:]).max(axis=-1).min() > 1e-6
 
@@ -166,7 +175,7 @@ def test_gpt_starts_from_small_normals_smaller_in_residual_projections():
 def test_a_fresh_gpt_is_as_wrong_as_chance():
     model, inputs = SMALL["gpt"]
     outputs, _ = model.apply(*model.init(KEY), inputs, training=True)
-    assert abs(float(models.cross_entropy(outputs, inputs)) - np.log(11)) < 0.02
+    assert abs(float(models.cross_entropy(outputs, (inputs + 3) % 11)) - np.log(11)) < 0.05
 
 
 @pytest.mark.parametrize("name", ["resnet18", "gpt"])
@@ -179,7 +188,7 @@ def test_remat_changes_no_output_and_no_gradient(name):
     params, stats = build(False).init(KEY)
 
     def gradient(model):
-        return jax.grad(lambda p: jnp.sum(model.apply(p, stats, inputs, training=True)[0] ** 2))(params)
+        return jax.jit(jax.grad(lambda p: jnp.sum(model.apply(p, stats, inputs, training=True)[0] ** 2)))(params)
 
     plain, remat = gradient(build(False)), gradient(build(True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), plain, remat)

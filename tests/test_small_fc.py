@@ -64,7 +64,9 @@ def trajectory(optimizer, params, steps=4):
     update, state, updates = jax.jit(optimizer.update), optimizer.init(params), []
     for step in range(steps):
         grads = draw_params({n: p.shape for n, p in params.items()}, jax.random.key(100 + step))
-        grads = {n: (g * (step + 1) * 3.0 ** (i % 5 - 3)).astype(params[n].dtype) for i, (n, g) in enumerate(grads.items())}
+        grads = {
+            n: (g * (step + 1) * 3.0 ** (i % 5 - 3)).astype(params[n].dtype) for i, (n, g) in enumerate(grads.items())
+        }
         change, state = update(grads, state, params)
         params = optax.apply_updates(params, change)
         updates.append(change)
@@ -224,7 +226,9 @@ def test_an_update_under_jit_gives_the_same_bits_twice():
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("batched", [jax.vmap, lambda f: lambda *args: jax.lax.map(lambda a: f(*a), args)], ids=["vmap", "map"])
+@pytest.mark.parametrize(
+    "batched", [jax.vmap, lambda f: lambda *args: jax.lax.map(lambda a: f(*a), args)], ids=["vmap", "map"]
+)
 def test_many_optimizers_at_once_equal_the_loop(batched):
     shapes = {**SHAPES, "odd": LARGE_SHAPES["odd"], "long": LARGE_SHAPES["long vector"]}
     learner = learned.small_fc(learn_decays=True)

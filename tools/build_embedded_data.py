@@ -91,9 +91,7 @@ def read_idx(path: Path) -> np.ndarray:
     start = 4 + 4 * content[3]
     shape = tuple(int(n) for n in np.frombuffer(content[4:start], ">u4"))
     if len(content) - start != np.prod(shape, dtype=np.int64):
-        raise ValueError(
-            f"{path.name} holds {len(content) - start} bytes after its header, which promises {shape}."
-        )
+        raise ValueError(f"{path.name} holds {len(content) - start} bytes after its header, which promises {shape}.")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 

@@ -85,8 +85,7 @@ def fashion_mnist() -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     held_out = published_train & (index % VALIDATION_STRIDE == 0)
     masks = (published_train & ~held_out, held_out, ~published_train)
     return {
-        split: (_read_only(images[mask]), _read_only(labels[mask]))
-        for split, mask in zip(SPLITS, masks, strict=True)
+        split: (_read_only(images[mask]), _read_only(labels[mask])) for split, mask in zip(SPLITS, masks, strict=True)
     }
 
 

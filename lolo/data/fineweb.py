@@ -10,7 +10,7 @@ import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +92,7 @@ def read_shard(path: Path) -> Shard:
         return Shard(path, header.offset, header.shape[0])
 
 
-def _bin_header(stream: IO[bytes], path: Path, size: int) -> int:
+def _bin_header(stream: npy.Stream, path: Path, size: int) -> int:
     content = stream.read(4 * HEADER)
     if len(content) < 4 * HEADER:
         raise DataError.at(path, f"{len(content)} bytes, a header has {4 * HEADER}", CURE, f"byte {len(content)}")

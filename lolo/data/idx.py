@@ -7,12 +7,12 @@ import gzip
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lolo.data.errors import DataError
+from lolo.data.npy import Stream
 from lolo.data.plan import Part, Plan, Rows, existing, split_examples, untrusted
 
 UNSIGNED_BYTES = b"\x00\x00\x08"
@@ -26,12 +26,12 @@ CURE = "fetch the file again; IDX files of unsigned bytes are read"
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[Stream]:
     """The bytes of an IDX file; of a name that ends in .gz, unpacked."""
     with path.open("rb") as raw:
         if path.suffix == ".gz":
             with gzip.GzipFile(fileobj=raw) as stream:
-                yield stream  # type: ignore[misc]
+                yield stream
         else:
             yield raw
 
@@ -71,7 +71,7 @@ def read_rows(path: Path) -> Iterator[NDArray[np.uint8]]:
             raise DataError.at(path, f"goes on after the data; the header promises {shape}", CURE)
 
 
-def _header(stream: IO[bytes], path: Path) -> tuple[int, ...]:
+def _header(stream: Stream, path: Path) -> tuple[int, ...]:
     start = stream.read(4)
     if len(start) < 4 or start[:3] != UNSIGNED_BYTES or not 1 <= start[3] <= MAX_AXES:
         problem = f"starts with {start.hex(' ')!r}, expected 00 00 08 and the number of axes, 1 to {MAX_AXES}"

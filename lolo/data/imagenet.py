@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,14 +144,14 @@ def _member(archive: zipfile.ZipFile, name: str, header: npy.Header, path: Path)
     return np.frombuffer(content, header.dtype).reshape(header.shape)
 
 
-def _exactly(stream: IO[bytes], n: int, path: Path) -> bytes:
+def _exactly(stream: npy.Stream, n: int, path: Path) -> bytes:
     content = stream.read(n)
     if len(content) != n:
         raise DataError.at(path, f"an array ends {n - len(content):,} bytes early", CURE)
     return content
 
 
-def _end_of_member(stream: IO[bytes], path: Path) -> None:
+def _end_of_member(stream: npy.Stream, path: Path) -> None:
     if stream.read(1):  # and with the last byte zipfile compares the checksum
         raise DataError.at(path, "an array goes on after its end", CURE)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -27,6 +27,13 @@ FIELDS = re.compile(
 )
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """Anything that gives bytes: a file, or a member of an archive while it is unpacked."""
+
+    def read(self, n: int, /) -> bytes: ...
+
+
 class Header(NamedTuple):
     """What an .npy file promises; the data follow at byte `offset`."""
 
@@ -39,7 +46,7 @@ class Header(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(stream: IO[bytes], name: Path | str) -> Header:
+def read_header(stream: Stream, name: Path | str) -> Header:
     """The header at the start of `stream`, which is left where the data begin.
 
     Raises:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,7 +129,7 @@ def _begin(name: str, plan: Plan, target: Path) -> dict[str, Any]:
     parts = [[part.name, part.weight] for part in plan.parts]
     fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, name, parts]).encode()).hexdigest()
     if not (target / JOURNAL).exists():
-        strangers = [path.name for path in target.iterdir() if path.name != LOCK and path.suffix != ".partial"]
+        strangers = [path.name for path in target.iterdir() if path.name not in (LOCK, f"{JOURNAL}.partial")]
         if strangers:
             raise DataError.at(target, f"holds other files ({sorted(strangers)[0]})", "give an empty folder")
         journal: dict[str, Any] = {"fingerprint": fingerprint, "done": 0, "arrays": {}}
@@ -139,7 +140,9 @@ def _begin(name: str, plan: Plan, target: Path) -> dict[str, Any]:
             problem = f"an unfinished `prepare` of another source or data set than {name!r}"
             raise DataError.at(target, problem, "give the same source, or delete this folder")
     for path in target.glob("*.partial"):
-        if path.stem not in journal["arrays"]:
+        if path.is_dir():
+            shutil.rmtree(path)  # a part's scratch folder, left by a kill
+        elif path.stem not in journal["arrays"]:
             path.unlink()
     for key, array in journal["arrays"].items():
         partial = target / f"{key}.partial"

@@ -26,6 +26,9 @@ RESULT_BYTES = 64 << 20
 RESULT_FILE = "result.json"
 LOG_FILE = "log.txt"
 
+IMPORT_FROM = [str(Path(__file__).resolve().parents[2])]
+"""Folders from which the child imports, besides the installed packages."""
+
 ENVIRONMENT = {
     # One thread each: their stacks and arenas would count against the limit of address space.
     "OPENBLAS_NUM_THREADS": "1",
@@ -40,8 +43,8 @@ def run(
     file: Path | str,
     scratch: Path,
     *arguments: Any,
-    memory_bytes: int = MEMORY_BYTES,
-    seconds: int = SECONDS,
+    memory_bytes: int | None = None,
+    seconds: int | None = None,
 ) -> Any:
     """`function(file, scratch, *arguments)` in a child process; what it returns, passed through JSON.
 
@@ -49,21 +52,23 @@ def run(
         function: a function at the top level of a module; arguments and result must fit into JSON.
         file: what it reads; a str in the child.
         scratch: an existing folder, where it may write its arrays; a str in the child.
-        memory_bytes: limit of the child's address space (not enforced by macOS).
-        seconds: limit of its processor time; of its time on the clock three times as much.
+        memory_bytes: limit of the child's address space, `MEMORY_BYTES` if not given (not enforced by macOS).
+        seconds: limit of its processor time, `SECONDS` if not given; of its time on the clock three times as much.
     Raises:
         DataError: the function raised one; or the child failed, died or reached a limit.
     """
+    memory_bytes = MEMORY_BYTES if memory_bytes is None else memory_bytes
+    seconds = SECONDS if seconds is None else seconds
     result_file, log_file = scratch / RESULT_FILE, scratch / LOG_FILE
     result_file.unlink(missing_ok=True)
-    root = str(Path(__file__).resolve().parents[2])
-    code = f"import sys; sys.path.insert(0, {root!r}); from lolo.data import sandbox; sandbox.main()"
+    code = f"import sys; sys.path[:0] = {IMPORT_FROM!r}; from lolo.data import sandbox; sandbox.main()"
     call = {
         "module": function.__module__,
         "function": function.__qualname__,
         "arguments": [str(file), str(scratch), *arguments],
         "memory_bytes": memory_bytes,
         "seconds": seconds,
+        "output_bytes": OUTPUT_BYTES,
     }
     limits = f"{memory_bytes / 2**30:.2g} GiB and {seconds} s"
     with log_file.open("wb") as log:
@@ -102,7 +107,7 @@ def main() -> None:
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, call["seconds"]),
-        (resource.RLIMIT_FSIZE, OUTPUT_BYTES),
+        (resource.RLIMIT_FSIZE, call["output_bytes"]),
         (resource.RLIMIT_AS, call["memory_bytes"]),
     ):
         hard = resource.getrlimit(limit)[1]

@@ -256,9 +256,7 @@ def compare(
     return rows
 
 
-def _row(
-    name: str, task: Task, contestant: Contestant, seed: int, steps: int, curves: Curves, k: int
-) -> Row:
+def _row(name: str, task: Task, contestant: Contestant, seed: int, steps: int, curves: Curves, k: int) -> Row:
     def number(x: Any) -> float:
         return round(float(x), 6)
 

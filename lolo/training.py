@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lolo import evaluate, files, meta, parallel, pretrained, recipes
+from lolo import evaluation, files, meta, parallel, pretrained, recipes
 from lolo import tasks as tasks_
 from lolo.recipes import Recipe
 from lolo.trees import count_bytes
@@ -129,7 +129,9 @@ def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
     """Claim an empty or new folder. Raises RunError if something else is there."""
     if (run / "recipe.json").is_file():
         changed = recipes.diff(read_recipe(run), recipe)
-        differs = "; ".join(f"{name}: {a!r} there, {b!r} asked" for name, (a, b) in changed.items()) or "the same recipe"
+        differs = (
+            "; ".join(f"{name}: {a!r} there, {b!r} asked" for name, (a, b) in changed.items()) or "the same recipe"
+        )
         raise RunError(f"{run} already holds a run ({differs}). Go on with `lolo resume {run}`, or give another --out.")
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise RunError(f"{run} exists and is not an empty folder; give another --out.")
@@ -260,13 +262,13 @@ def validate(run: Run) -> dict[str, Any]:
     """Long unrolls with the present φ: train loss and loss on the validation split, means over seeds and tasks."""
     settings = run.recipe.validation
     steps = settings.steps or 10 * run.recipe.unroll.length
-    steps = max(steps // evaluate.WINDOW, 1) * evaluate.WINDOW
+    steps = max(steps // evaluation.WINDOW, 1) * evaluation.WINDOW
     seeds = [VALIDATION_SEEDS + i for i in range(settings.seeds)]
     make = pretrained.architecture(run.recipe.learner).optimizer
     phi = jax.device_get(run.state.meta_params)
     train, held = [], []
     for splits in run.tasks.values():
-        curves = evaluate.run(splits.train, splits.validation, make, [phi] * len(seeds), seeds, steps)
+        curves = evaluation.run(splits.train, splits.validation, make, [phi] * len(seeds), seeds, steps)
         limit = splits.train.loss_limit or float("inf")
         train.append(np.mean(np.where(np.isfinite(curves.train_loss[:, -1]), curves.train_loss[:, -1], limit)))
         held.append(np.mean(np.where(np.isfinite(curves.final["loss"]), curves.final["loss"], limit)))
@@ -452,4 +454,3 @@ def set_up(devices: int | None = None) -> None:
     parallel.use_cores(devices)
     jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-

@@ -1,0 +1,196 @@
+"""Meta-parameters in the files of other tool chains: learned_optimization (flax msgpack) and PyLO (safetensors).
+
+They hold numbers only, not λ1, λ2 or the clock's limit: those are the caller's to know (docs/interop.md). What is read
+is untrusted: sizes, names and dtypes are checked before use, nothing is unpickled, and everything wrong is a
+`files.FileError`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lolo import files
+from lolo import small_fc_spec as spec
+
+# PyLO's name of each layer -> (our weight, our bias). Its weights are stored [out, in], ours [in, out].
+PYLO_LAYERS = {"network.input": ("w0", "b0"), "network.linear_0": ("w1", "b1"), "network.output": ("w2", "b2")}
+NETWORK = tuple(spec.weight_shapes(1))
+
+# flax writes an array as msgpack's extension type 1: a packed (shape, dtype name, bytes in C order).
+FLAX_ARRAY = 1
+LIMITS = {
+    "max_str_len": 1 << 12,
+    "max_bin_len": 1 << 26,
+    "max_ext_len": 1 << 26,
+    "max_array_len": 1 << 10,
+    "max_map_len": 1 << 10,
+}
+
+MetaParams = dict[str, NDArray[np.float32]]
+
+
+class Extension(NamedTuple):
+    """A value of an extension type, unread until it is asked for."""
+
+    code: int
+    data: bytes
+
+
+def import_learned_optimization(path: str | Path) -> MetaParams:
+    """Meta-parameters of a `theta.state` of google/learned_optimization, or of Celo.
+
+    Args:
+      path: flax msgpack of `{nn: {~: {w0, b0, w1, b1, w2, b2}}, momentum_decays, rms_decays, adafactor_decays}`; the
+        outer levels (also a checkpoint's `params`) and the three decay offsets may be missing.
+
+    Returns: float32 arrays by our names. Raises files.FileError, and ImportError where msgpack is not installed.
+    """
+    tree = _read_msgpack(Path(path))
+    top = _descend(tree, "params")
+    network = _descend(_descend(top, "nn"), "~")
+    unknown = {*network, *top} - {"nn", "~", *NETWORK, *spec.DECAY_OFFSETS}
+    if unknown:
+        raise files.FileError(f"{path}: has {', '.join(sorted(map(str, unknown)))}: not a small_fc.")
+    found = {name: network[name] for name in NETWORK if name in network}
+    found |= {name: top[name] for name in spec.DECAY_OFFSETS if name in top}
+    return _checked({name: _flax_array(value, name, path) for name, value in found.items()}, path)
+
+
+def export_learned_optimization(meta_params: Mapping[str, Any], path: str | Path, *, with_decays: bool = True) -> None:
+    """Write meta-parameters as a `theta.state` that learned_optimization and Celo read.
+
+    Args:
+      meta_params: those of `small_fc`.
+      with_decays: write decay offsets of zero where there are none. Zero offsets change nothing, and the reference's
+        optimizer expects the entries; loaders of the later code, which has none, want False.
+
+    Raises ValueError for arrays that are no `small_fc`, or with_decays=False where decays were learned.
+    """
+    arrays = _checked(dict(meta_params), "meta_params")
+    decays = {name: arrays[name] for name in spec.DECAY_OFFSETS if name in arrays}
+    if decays and not with_decays:
+        raise ValueError("these meta-parameters have learned decays, without which they are another optimizer.")
+    if with_decays and not decays:
+        decays = {name: np.zeros(count, np.float32) for name, count in spec.DECAY_OFFSETS.items()}
+    msgpack = _msgpack()
+
+    def extension(array: NDArray[np.float32]) -> Any:
+        parts = (array.shape, array.dtype.name, np.ascontiguousarray(array).tobytes())
+        return msgpack.ExtType(FLAX_ARRAY, msgpack.packb(parts, use_bin_type=True))
+
+    network = {name: extension(arrays[name]) for name in NETWORK}
+    tree = {"nn": {"~": network}, **{name: extension(array) for name, array in decays.items()}}
+    files.write_bytes(Path(path), msgpack.packb(tree, use_bin_type=True))
+
+
+def import_pylo(path: str | Path) -> MetaParams:
+    """Meta-parameters of a PyLO checkpoint in safetensors: `network.{input,linear_0,output}.{weight,bias}`.
+
+    PyLO keeps decays in its optimizer, not in this file: there are none to read. Raises files.FileError.
+    """
+    tensors, _ = files.unpack(_read(Path(path)), str(path))
+    expected = [f"{layer}.{part}" for layer in PYLO_LAYERS for part in ("weight", "bias")]
+    if sorted(tensors) != sorted(expected):
+        raise files.FileError(f"{path}: has tensors {sorted(tensors)}; a PyLO network has {sorted(expected)}.")
+    arrays = {}
+    for layer, (weight, bias) in PYLO_LAYERS.items():
+        arrays[weight] = np.ascontiguousarray(tensors[f"{layer}.weight"].T)
+        arrays[bias] = tensors[f"{layer}.bias"]
+    return _checked(arrays, path)
+
+
+def export_pylo(meta_params: Mapping[str, Any], path: str | Path) -> None:
+    """Write meta-parameters as a safetensors checkpoint of PyLO's network.
+
+    Raises ValueError for arrays that are no `small_fc`, and for learned decays that are not zero: the file has no place
+    for them.
+    """
+    arrays = _checked(dict(meta_params), "meta_params")
+    if any(arrays[name].any() for name in spec.DECAY_OFFSETS if name in arrays):
+        raise ValueError(
+            "these meta-parameters have learned decays, and a PyLO checkpoint holds none. Leave "
+            f"{', '.join(spec.DECAY_OFFSETS)} out, and set the decays in PyLO's optimizer."
+        )
+    tensors = {}
+    for layer, (weight, bias) in PYLO_LAYERS.items():
+        tensors[f"{layer}.weight"], tensors[f"{layer}.bias"] = arrays[weight].T, arrays[bias]
+    files.write_bytes(Path(path), files.pack(tensors, {"format": "pt"}))
+
+
+def _checked(arrays: Mapping[str, Any], source: str | Path) -> MetaParams:
+    """The arrays, once names, dtypes and shapes are those of `small_fc`. Raises files.FileError."""
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    if missing := [name for name in NETWORK if name not in arrays]:
+        raise files.FileError(f"{source}: has no {', '.join(missing)}; a small_fc has {', '.join(NETWORK)}.")
+    if arrays["w1"].ndim != 2:
+        raise files.FileError(f"{source}: 'w1' has shape {arrays['w1'].shape}; expected [hidden, hidden].")
+    learner = {
+        **{"name": "small_fc", "hidden": int(arrays["w1"].shape[0]), "step_mult": 1e-3, "exp_mult": 1e-3},
+        **{"weight_decay": 0.0, "learn_decays": any(name in arrays for name in spec.DECAY_OFFSETS)},
+    }
+    files.check_meta_params(arrays, learner, str(source))
+    return arrays
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > files.MAX_WEIGHTS_BYTES:
+            raise files.FileError(f"{path}: {path.stat().st_size} bytes; at most {files.MAX_WEIGHTS_BYTES} are read.")
+        return path.read_bytes()
+    except OSError as error:
+        raise files.FileError(f"{path}: can't be read ({error.strerror}).") from error
+
+
+def _msgpack() -> ModuleType:
+    try:
+        return importlib.import_module("msgpack")
+    except ImportError as error:
+        raise ImportError("files of learned_optimization need msgpack: pip install 'lolo[interop]'.") from error
+
+
+def _unpack(content: bytes, source: str | Path) -> Any:
+    """One msgpack value; whatever is wrong with it is a FileError."""
+    msgpack = _msgpack()
+    try:
+        return msgpack.unpackb(content, ext_hook=Extension, raw=False, strict_map_key=True, **LIMITS)
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        reason = str(error) or type(error).__name__
+        raise files.FileError(f"{source}: not msgpack as flax writes it, or damaged ({reason}).") from error
+
+
+def _read_msgpack(path: Path) -> dict[Any, Any]:
+    tree = _unpack(_read(path), path)
+    if not isinstance(tree, dict):
+        raise files.FileError(f"{path}: holds a {type(tree).__name__}; expected a map of names to arrays.")
+    return tree
+
+
+def _descend(tree: dict[Any, Any], name: str) -> dict[Any, Any]:
+    """The map of that name where there is one, else the tree itself."""
+    return tree[name] if isinstance(tree.get(name), dict) else tree
+
+
+def _flax_array(value: Any, name: str, source: str | Path) -> NDArray[np.float32]:
+    """Read one array. Raises files.FileError unless it is float32 and its size is that of its shape."""
+    if not isinstance(value, Extension) or value.code != FLAX_ARRAY:
+        raise files.FileError(f"{source}: {name!r} is not an array as flax writes it.")
+    parts = _unpack(value.data, f"{source}, array {name!r}")
+    if not isinstance(parts, list) or len(parts) != 3:
+        raise files.FileError(f"{source}: array {name!r} is not (shape, dtype, bytes).")
+    shape, dtype, data = parts
+    whole = isinstance(shape, list) and all(type(extent) is int and 0 <= extent < 1 << 32 for extent in shape)
+    if not whole or len(shape) > 2:
+        raise files.FileError(f"{source}: array {name!r} has shape {shape!r}; expected one or two whole numbers.")
+    if dtype != "float32":
+        raise files.FileError(f"{source}: array {name!r} is {dtype!r}; expected float32.")
+    if not isinstance(data, bytes) or len(data) != 4 * math.prod(shape):
+        raise files.FileError(f"{source}: array {name!r} of shape {shape} needs {4 * math.prod(shape)} bytes.")
+    return np.frombuffer(data, "<f4").astype(np.float32).reshape(shape)

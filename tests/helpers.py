@@ -1,0 +1,110 @@
+"""Small problems and short runs that several test files share."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lolo import meta, recipes, tasks
+from lolo.learned import LearnedOptimizer
+
+# N = 12, L = 3: four truncations in an unroll, and nothing that takes long to compile.
+SMALL = {
+    "tasks": ("quadratic",),
+    "learner.name": "sgd",
+    "unroll.length": 12,
+    "unroll.truncation": 3,
+    "estimator.pairs": 3,
+    "estimator.sigma": 0.05,
+    "imitation.lr": 0.01,
+    "outer.steps": 20,
+}
+
+
+def small(recipe, changes=None):
+    """The recipe in the sizes of `SMALL`, with `changes`: dotted name -> value."""
+    for name, value in (SMALL | (changes or {})).items():
+        recipe = recipes.with_field(recipe, name, value)
+    return recipe
+
+
+class History(NamedTuple):
+    """A short meta-training: states[0] is the start, states[i + 1] and metrics[i] are after outer step i."""
+
+    states: list
+    metrics: list
+    compilations: int
+
+
+def run(setup, task_group, steps, seed=0, meta_params=None):
+    """Outer steps one by one, as the host loop runs them."""
+    step = jax.jit(partial(meta.meta_step, setup))
+    states, metrics = [jax.jit(partial(meta.meta_init, setup))(task_group, jax.random.key(seed), meta_params)], []
+    for _ in range(steps):
+        state, measured = step(task_group, states[-1])
+        states.append(state)
+        metrics.append(measured)
+    return History(states, metrics, step._cache_size())
+
+
+def recording():
+    """An outer optimizer that keeps φ where it is; its state is the last meta-gradient."""
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    return optax.GradientTransformation(zeros, lambda gradient, state, params=None: (zeros(gradient), gradient))
+
+
+def make_task(init, loss, data=None, size=64, batch=2, loss_limit=None):
+    """A Task from `init(key)` and `loss(params, stats, batch)`, each with stats; data default to N(0, 1) of [size]."""
+    if data is None:
+        data = jax.random.normal(jax.random.key(5), (size,))
+    return tasks.Task(
+        data,
+        init,
+        lambda data, indices: data[indices],
+        lambda params, stats, batch, key: loss(params, stats, batch),
+        lambda params, stats, batch: {"loss": loss(params, stats, batch)[0]},
+        size=size,
+        batch=batch,
+        loss_limit=loss_limit,
+    )
+
+
+def linear_learner(decay, dimensions=3):
+    """θ ← decay · θ + w with the meta-parameters w: inner training is a linear system, whatever the task."""
+
+    def optimizer(meta_params):
+        def update(grads, state, params):
+            return {"x": (decay - 1) * params["x"] + meta_params["w"]}, state
+
+        return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+    return LearnedOptimizer(lambda key: {"w": jnp.zeros(dimensions)}, optimizer)
+
+
+def agrees(estimates, exact, sigmas=4.0):
+    """Whether independent estimates [n, D] have the mean `exact` [D], within `sigmas` standard errors in each entry."""
+    estimates = np.asarray(estimates)
+    error = estimates.std(axis=0, ddof=1) / np.sqrt(len(estimates))
+    return bool(np.all(np.abs(estimates.mean(axis=0) - exact) < sigmas * error))
+
+
+def assert_close(ours, reference, rtol=1e-6, atol=0.0):
+    """Leaf by leaf; the trees must have the same structure."""
+    assert jax.tree.structure(ours) == jax.tree.structure(reference)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def same(a, b):
+    """Whether two trees are equal bit for bit."""
+    ours, theirs = jax.tree.leaves(a), jax.tree.leaves(b)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(ours, theirs, strict=True)
+    )
+
+
+def all_finite(tree):
+    return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))

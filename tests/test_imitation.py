@@ -1,0 +1,152 @@
+"""Eq. 1-5 on numbers that can be checked by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lolo import imitation
+from lolo.imitation import Losses, normalize_second_moment
+
+
+def test_mixing_weighs_the_learned_update_by_alpha():
+    learned, expert = {"a": jnp.array([4.0, -2.0]), "b": jnp.array(1.0)}, {"a": jnp.array([8.0, 2.0]), "b": jnp.array(3.0)}
+    mixed = imitation.mix_updates(jnp.float32(0.25), learned, expert)
+    np.testing.assert_array_equal(mixed["a"], [7.0, 1.0])
+    np.testing.assert_array_equal(mixed["b"], 2.5)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_an_update_of_weight_zero_is_not_added(bad):
+    good, bad = {"a": jnp.array([1.5, -0.1])}, {"a": jnp.array([bad, bad])}
+    follows_expert = imitation.mix_updates(jnp.float32(0.0), bad, good)
+    follows_learner = imitation.mix_updates(jnp.float32(1.0), good, bad)
+    np.testing.assert_array_equal(follows_expert["a"], good["a"])
+    np.testing.assert_array_equal(follows_learner["a"], good["a"])
+    assert not np.isfinite(imitation.mix_updates(jnp.float32(0.5), bad, good)["a"]).any()  # else nothing was tested
+
+
+def test_mixing_keeps_the_dtype_of_the_learned_update():
+    mixed = imitation.mix_updates(jnp.float32(0.5), {"a": jnp.ones(2, jnp.bfloat16)}, {"a": jnp.zeros(2, jnp.bfloat16)})
+    assert mixed["a"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(mixed["a"], np.float32), 0.5)
+
+
+def test_distance_sums_squares_over_all_parameters():
+    learned, expert = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])}, {"a": jnp.zeros(2), "b": jnp.array([[1.0]])}
+    assert imitation.squared_distance(learned, expert) == 1 + 4 + 4
+    assert imitation.squared_distance(learned, learned) == 0
+
+
+# Δ of J = 2 truncations, P = 2 slots, L = 2 steps.
+BC = jnp.array([[[3.0, 4.0], [1.0, 1.0]], [[0.0, 5.0], [1.0, 1.0]]])
+TASK = jnp.array([[[2.0, -2.0], [0.0, 0.0]], [[2.0, 2.0], [0.0, 0.0]]])
+ALL = jnp.ones((2, 2, 2), bool)
+
+
+def test_fusing_without_normalisation_is_equation_3():
+    fused = imitation.fuse(jnp.float32(0.25), Losses(task=TASK, bc=BC), ALL, imitation.raw)
+    np.testing.assert_allclose(fused[0, 0], [0.75 * 3 + 0.25 * 2, 0.75 * 4 - 0.25 * 2])
+    np.testing.assert_allclose(fused[1, 0], [0.25 * 2, 0.75 * 5 + 0.25 * 2])
+
+
+def test_fusing_normalised_differences_is_equation_4():
+    fused = imitation.fuse(jnp.float32(0.25), Losses(task=TASK, bc=BC), ALL, imitation.per_slot)
+    root = np.sqrt((9 + 16 + 0 + 25) / 4)  # of slot 0, over both truncations
+    np.testing.assert_allclose(fused[0, 0], [0.75 * 3 / root + 0.25, 0.75 * 4 / root - 0.25], rtol=1e-6)
+    np.testing.assert_allclose(fused[1, 0], [0.25, 0.75 * 5 / root + 0.25], rtol=1e-6)
+    np.testing.assert_allclose(fused[:, 1], 0.75, rtol=1e-6)  # Δ^task of slot 1 is 0 everywhere: ψ gives 0, not NaN
+
+
+def test_alpha_chooses_which_difference_teaches():
+    deltas = Losses(task=TASK, bc=BC)
+    np.testing.assert_array_equal(imitation.fuse(jnp.float32(0), deltas, ALL, imitation.raw), BC)
+    np.testing.assert_array_equal(imitation.fuse(jnp.float32(1), deltas, ALL, imitation.raw), TASK)
+
+
+def second_moment(x):
+    return np.mean(np.asarray(x, np.float64) ** 2, axis=(0, 2))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-6, 1.0, 1e6, 1e30])
+def test_psi_gives_unit_second_moment_at_any_scale(scale):
+    x = scale * jax.random.normal(jax.random.key(0), (2, 5, 40)) * jnp.logspace(-3, 3, 5)[:, None]
+    valid = jnp.ones(x.shape, bool)
+    np.testing.assert_allclose(second_moment(normalize_second_moment(x, valid)), 1.0, rtol=1e-5)
+
+
+def test_psi_with_an_epsilon_of_usual_size_would_not():
+    x = 1e-6 * jax.random.normal(jax.random.key(0), (1, 1, 40))
+    with_epsilon = x / jnp.sqrt(jnp.mean(x**2) + 1e-8)
+    assert second_moment(with_epsilon)[0] < 1e-3
+
+
+def test_psi_of_zero_is_zero():
+    zeros = jnp.zeros((2, 3, 4))
+    for normalize in imitation.NORMALIZERS.values():
+        np.testing.assert_array_equal(normalize(zeros, jnp.ones(zeros.shape, bool)), 0.0)
+        np.testing.assert_array_equal(normalize(zeros, jnp.zeros(zeros.shape, bool)), 0.0)
+
+
+@pytest.mark.parametrize("name", imitation.NORMALIZERS)
+@pytest.mark.parametrize("junk", [1e30, np.inf, np.nan])
+def test_invalid_steps_are_zero_and_change_nothing(name, junk):
+    normalize = imitation.NORMALIZERS[name]
+    x = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    valid = jnp.ones(x.shape, bool).at[0, 1].set(False).at[1, 2, 3].set(False)
+    clean, dirty = normalize(jnp.where(valid, x, 0.0), valid), normalize(jnp.where(valid, x, junk), valid)
+    np.testing.assert_array_equal(clean, dirty)
+    np.testing.assert_array_equal(np.asarray(dirty)[~np.asarray(valid)], 0.0)
+
+
+def test_psi_averages_over_valid_steps_only():
+    x = jnp.array([[[2.0, 2.0, 7.0, 7.0]]])
+    valid = jnp.array([[[True, True, False, False]]])
+    np.testing.assert_allclose(normalize_second_moment(x, valid)[0, 0], [1, 1, 0, 0], rtol=1e-6)
+
+
+def test_psi_is_taken_per_slot_or_jointly():
+    x = jnp.broadcast_to(jnp.array([1.0, 3.0])[:, None], (2, 2, 4))
+    valid = jnp.ones(x.shape, bool)
+    np.testing.assert_allclose(imitation.per_slot(x, valid), 1.0, rtol=1e-6)
+    in_one = imitation.joint(x, valid)
+    np.testing.assert_allclose(in_one[:, 0], 1 / np.sqrt(5), rtol=1e-6)
+    np.testing.assert_allclose(in_one[:, 1], 3 / np.sqrt(5), rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.floats(-100, 100, width=32).filter(lambda x: x == 0 or abs(x) > 1e-3), min_size=6, max_size=6),
+    st.integers(-20, 20),
+)
+def test_psi_ignores_scale_and_keeps_signs(numbers, exponent):
+    x = jnp.array(numbers, jnp.float32).reshape(1, 1, 6)
+    valid = jnp.ones(x.shape, bool)
+    plain = normalize_second_moment(x, valid)
+    np.testing.assert_allclose(normalize_second_moment(x * 2.0**exponent, valid), plain, rtol=1e-6)
+    np.testing.assert_array_equal(jnp.sign(plain), jnp.sign(x))
+    np.testing.assert_allclose(normalize_second_moment(-x, valid), -plain, rtol=1e-6)
+
+
+def test_alpha_grows_linearly_from_0_to_1():
+    alphas = [float(imitation.linear(jnp.int32(t), 5)) for t in range(5)]
+    assert alphas == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_run_of_one_step_has_alpha_0():
+    assert float(imitation.linear(jnp.int32(0), 1)) == 0.0
+
+
+@pytest.mark.parametrize("name", imitation.ALPHA_SCHEDULES)
+@pytest.mark.parametrize("total", [1, 2, 7])
+def test_alpha_is_a_float32_weight(name, total):
+    for t in range(total):
+        alpha = jax.jit(lambda t: imitation.ALPHA_SCHEDULES[name](t, total))(jnp.int32(t))  # noqa: B023
+        assert alpha.dtype == jnp.float32 and alpha.shape == () and 0.0 <= float(alpha) <= 1.0
+
+
+def test_constant_schedules_do_not_move():
+    assert {float(imitation.zero(jnp.int32(t), 9)) for t in range(9)} == {0.0}
+    assert {float(imitation.one(jnp.int32(t), 9)) for t in range(9)} == {1.0}

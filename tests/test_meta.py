@@ -1,0 +1,715 @@
+"""One outer step: starts, pushes, gradients, and what happens to bad numbers."""
+
+import dataclasses
+from functools import partial
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import agrees, all_finite, assert_close, linear_learner, make_task, recording, run, same, small
+from scipy import stats
+
+from lolo import estimators, experts, inner, meta, recipes, replay
+from lolo import tasks as tasks_
+from lolo.recipes import BC_ONLY, LOLO, NAIVE, RECIPES
+
+QUADRATIC = (tasks_.quadratic(4).train,)
+
+
+def setup_of(recipe, changes=None, **fields):
+    return recipes.build(small(recipe, changes))._replace(**fields)
+
+
+# --- one code path --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("per_update", [1, 4])
+def test_a_recipe_compiles_once(name, per_update):
+    history = run(setup_of(RECIPES[name], {"unroll.truncations_per_update": per_update}), QUADRATIC, 8)
+    assert history.compilations == 1
+    assert all_finite(history.states[-1]) and all_finite(history.metrics)
+    assert not same(history.states[-1].meta_params, history.states[0].meta_params)
+    assert int(history.states[-1].outer_step) == 8
+
+
+def test_alpha_runs_from_0_to_1():
+    history = run(setup_of(LOLO, {"outer.steps": 5}), QUADRATIC, 5)
+    assert [float(m.alpha_mix) for m in history.metrics] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [float(m.alpha_loss) for m in history.metrics] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_naive_carries_no_expert():
+    naive, bc_only = (run(setup_of(recipe), QUADRATIC, 1).states[-1].slots[0] for recipe in (NAIVE, BC_ONLY))
+    assert jax.tree.leaves(naive.inner.expert) == jax.tree.leaves(naive.replay.states.expert) == []
+    assert jax.tree.leaves(bc_only.inner.expert) != []
+
+
+def straight_line_pes(setup, task, outer_steps, seed):
+    """PES written a second time, in Python loops: no imitation, no buffer, no shared code but the optimizers'."""
+    key_params, key_run = jax.random.split(jax.random.key(seed))
+    phi = setup.learned.init(key_params)
+    outer_state, sigma, pairs = setup.outer.init(phi), setup.estimator.sigma, setup.estimator.pairs
+    names, thetas, memories, sums = sorted(phi), {}, {}, [None] * pairs
+
+    @jax.jit
+    def train_step(phi, theta, memory, key):
+        key_batch, key_loss = jax.random.split(key)
+        batch = task.data[jax.random.randint(key_batch, (task.batch,), 0, task.size)]
+        loss, gradient = jax.value_and_grad(lambda theta: task.loss(theta, {}, batch, key_loss)[0])(theta)
+        update, memory = setup.learned.optimizer(phi).update(gradient, memory, theta)
+        return jax.tree.map(jnp.add, theta, update), memory, loss
+
+    for t in range(outer_steps):
+        group_key = jax.random.fold_in(jax.random.fold_in(key_run, t), 0)
+        (key,) = jax.random.split(group_key, 1)
+        _, key = jax.random.split(key)
+        gradient = dict.fromkeys(names, 0.0)
+        for p in range(pairs):
+            _, _, key_noise, key_start, key_steps, _ = jax.random.split(jax.random.fold_in(key, p), 6)
+            if t % (len(setup.first_lengths) and setup.first_lengths[0]) == 0:
+                theta, _ = task.init(jax.random.split(key_start, 4)[2])
+                for sign in (1, -1):
+                    thetas[p, sign], memories[p, sign] = theta, setup.learned.optimizer(phi).init(theta)
+                sums[p] = dict.fromkeys(names, 0.0)
+            normal = sigma * jax.random.normal(key_noise, (len(names),))
+            noise = dict(zip(names, normal, strict=True))
+            sums[p] = {name: sums[p][name] + noise[name] for name in names}
+            mean = {}
+            for sign in (1, -1):
+                candidate, losses = {name: phi[name] + sign * noise[name] for name in names}, []
+                for n in range(setup.truncation):
+                    step_key = jax.random.fold_in(key_steps, n)
+                    thetas[p, sign], memories[p, sign], loss = train_step(
+                        candidate, thetas[p, sign], memories[p, sign], step_key
+                    )
+                    losses.append(float(loss))
+                mean[sign] = np.mean(losses)
+            weight = (mean[1] - mean[-1]) / (2 * sigma**2 * pairs)
+            gradient = {name: gradient[name] + weight * sums[p][name] for name in names}
+        gradient = {name: jnp.asarray(value, jnp.float32) for name, value in gradient.items()}
+        updates, outer_state = setup.outer.update(gradient, outer_state, phi)
+        phi = optax.apply_updates(phi, updates)
+    return phi
+
+
+def test_naive_equals_a_straight_line_pes():
+    # A clip that never fires: it would hide the gradient's scale.
+    setup = setup_of(NAIVE, {"outer.clip_position": "none"}, outer=optax.sgd(1e-2, momentum=0.5))
+    history = run(setup, QUADRATIC, 10, seed=4)  # two unrolls and a half
+    ours, again = history.states[-1].meta_params, straight_line_pes(setup, QUADRATIC[0], 10, seed=4)
+    moved = {name: ours[name] - history.states[0].meta_params[name] for name in ours}
+    for name in ours:
+        np.testing.assert_allclose(ours[name], again[name], atol=2e-4 * abs(float(moved[name])) + 1e-7)
+    # Another outer step, or another seed, is seen.
+    assert abs(ours["momentum_logit"] - history.states[-2].meta_params["momentum_logit"]) > 1e-4
+    other = straight_line_pes(setup, QUADRATIC[0], 10, seed=5)
+    assert abs(other["momentum_logit"] - ours["momentum_logit"]) > 1e-4
+
+
+@pytest.mark.parametrize("alpha_loss", ["zero", "linear", "one"])
+def test_alpha_zero_follows_adam(alpha_loss):
+    changes = {"imitation.alpha_mix": "zero", "imitation.alpha_loss": alpha_loss, "replay.threshold": 1.0}
+    setup = setup_of(LOLO, changes)
+    history = run(setup, QUADRATIC, 4)  # one unroll
+    task, adam, key_run = QUADRATIC[0], optax.adam(0.01), jax.random.split(jax.random.key(0))[1]
+    for p in range(setup.estimator.pairs):
+        for t in range(4):
+            (key,) = jax.random.split(jax.random.fold_in(jax.random.fold_in(key_run, t), 0), 1)
+            keys = jax.random.split(jax.random.fold_in(jax.random.split(key)[1], p), 6)
+            if t == 0:
+                theta, _ = task.init(jax.random.split(keys[3], 4)[2])
+                memory = adam.init(theta)
+            for n in range(setup.truncation):
+                key_batch, key_loss = jax.random.split(jax.random.fold_in(keys[4], n))
+                batch = task.sample(key_batch, jnp.int32(0))
+                gradient = jax.grad(lambda theta: task.loss(theta, {}, batch, key_loss)[0])(theta)  # noqa: B023
+                update, memory = adam.update(gradient, memory, theta)
+                theta = optax.apply_updates(theta, update)
+        for sign in (0, 1):
+            found = jax.tree.map(lambda x: x[p, sign], history.states[-1].slots[0].inner.params)  # noqa: B023
+            assert_close(found, theta, rtol=2e-6, atol=2e-7)
+    for measured in history.metrics:
+        assert float(measured.delta_task_rms[0]) == 0.0  # both signs follow the expert: exactly, not nearly
+        assert float(measured.delta_bc_rms[0]) > 0.0
+        assert all_finite(measured)
+    assert all_finite(history.states[-1])
+    norms = [float(m.gradient_norm) for m in history.metrics]
+    if alpha_loss == "one":
+        assert norms == [0.0] * 4  # ψ(0) = 0
+    else:
+        assert min(norms) > 0.0
+
+
+def test_adam_read_from_the_learners_accumulators_is_adam():
+    changes = {"learner.name": "small_fc", "learner.hidden": 4, "estimator.pairs": 2, "imitation.expert": "adam"}
+    own = run(setup_of(LOLO, changes), QUADRATIC, 6)
+    shared = run(setup_of(LOLO, changes | {"imitation.expert": "adam-of-learner"}), QUADRATIC, 6)
+    assert jax.tree.leaves(shared.states[-1].slots[0].inner.expert) == []
+    assert_close(shared.states[-1].slots[0].inner.params, own.states[-1].slots[0].inner.params, rtol=1e-4, atol=1e-6)
+    assert_close(shared.states[-1].meta_params, own.states[-1].meta_params, rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(shared.metrics, own.metrics, strict=True):
+        np.testing.assert_allclose(ours.bc_loss, theirs.bc_loss, rtol=1e-4)
+
+
+# --- the gradient ---------------------------------------------------------------------------------------------------
+
+DECAY, LENGTH, TRUNCATION = 0.9, 20, 5
+WEIGHTS = np.array([1.0, -0.5, 2.0], np.float32)
+
+
+def linear_setup(kind, pairs=16):
+    changes = {"unroll.length": LENGTH, "unroll.truncation": TRUNCATION, "estimator.kind": kind}
+    changes |= {"estimator.pairs": pairs, "estimator.sigma": 0.1}
+    return setup_of(NAIVE, changes, learned=linear_learner(DECAY), outer=recording())
+
+
+def linear_task():
+    """The loss is linear in θ, with a batch-dependent offset that both signs must share."""
+    init = lambda key: ({"x": jax.random.normal(key, (3,))}, {})  # noqa: E731
+    return make_task(init, lambda params, stats, batch: (params["x"] @ WEIGHTS + jnp.sum(batch), stats))
+
+
+def unroll_gradients(kind, unrolls=48):
+    """Meta-gradients [unrolls, 3] of whole unrolls at one φ: means over their truncations."""
+    setup, task_group = linear_setup(kind), (linear_task(),)
+
+    @jax.jit
+    def outer_steps(state):
+        def body(state, _):
+            state, _ = meta.meta_step(setup, task_group, state)
+            return state, state.outer["w"]
+
+        return jax.lax.scan(body, state, length=unrolls * LENGTH // TRUNCATION)[1]
+
+    gradients = outer_steps(meta.meta_init(setup, task_group, jax.random.key(0)))
+    return np.asarray(gradients).reshape(unrolls, LENGTH // TRUNCATION, 3).mean(axis=1)
+
+
+@pytest.mark.parametrize("kind", estimators.ESTIMATORS)
+def test_outer_steps_estimate_the_exact_gradient(kind):
+    exact = np.mean((1 - DECAY ** np.arange(LENGTH)) / (1 - DECAY)) * WEIGHTS
+    gradients = unroll_gradients(kind)
+    assert agrees(gradients, exact) == (kind != "es")
+    assert not agrees(-gradients, exact)
+
+
+def test_the_last_loss_of_an_unroll_is_credited_to_the_accumulated_direction():
+    """Only the first step moves θ, and only the last step's loss sees it: all blame is on the first noise."""
+
+    def optimizer(meta_params):
+        def update(grads, count, params):
+            return {"x": jnp.where(count == 0, meta_params["w"], 0.0)}, count + 1
+
+        return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+
+    def loss(params, stats, batch):
+        last = stats["n"] == 11
+        return jnp.where(last, jnp.sum(params["x"]), 0.0), {"n": stats["n"] + 1}
+
+    task = make_task(lambda key: ({"x": jnp.zeros(3)}, {"n": jnp.int32(0)}), loss)
+    setup = setup_of(NAIVE, outer=recording())
+    setup = setup._replace(learned=linear_learner(1.0)._replace(optimizer=optimizer))
+    states = run(setup, (task,), 4).states[1:]  # one unroll of four truncations
+    sums = [np.asarray(state.slots[0].estimator["w"]) for state in states]  # [P, 3]
+    assert [float(np.abs(s.outer["w"]).max()) for s in states[:3]] == [0.0] * 3
+
+    delta = 2 * sums[0].sum(axis=1)  # x = w ± ε_1 to the end
+    steps = setup.estimator.pairs * setup.truncation
+    credited = delta @ sums[3] / (2 * setup.estimator.sigma**2 * steps)
+    to_newest = delta @ (sums[3] - sums[2]) / (2 * setup.estimator.sigma**2 * steps)
+    np.testing.assert_allclose(states[3].outer["w"], credited, rtol=1e-4)
+    assert np.abs(states[3].outer["w"] - to_newest).max() > 0.1 * np.abs(credited).max()
+
+
+def test_gradients_of_several_tasks_are_averaged():
+    task, setup = QUADRATIC[0], setup_of(NAIVE, outer=recording())
+    silent = dataclasses.replace(task, loss=lambda *args: (0.0 * task.loss(*args)[0], args[1]))
+    other = tasks_.quadratic(3).train  # other shapes, other data
+    alone = run(setup, (task,), 3)
+    with_silent, with_other = run(setup, (task, silent), 3), run(setup, (task, other), 3)
+    for t in range(1, 4):
+        assert_close(with_silent.states[t].outer, jax.tree.map(lambda g: g / 2, alone.states[t].outer), rtol=1e-5)  # noqa: B023
+    assert not np.allclose(with_other.states[1].outer["momentum_logit"], alone.states[1].outer["momentum_logit"] / 2)
+    assert with_other.metrics[-1].task_loss.shape == (2,) and with_other.metrics[-1].start_step.shape == (2, 3)
+    assert not same(with_other.states[-1].slots[0].push_truncation, with_other.states[-1].slots[1].push_truncation) or (
+        not same(with_other.states[-1].slots[0].estimator, with_other.states[-1].slots[1].estimator)
+    )
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_noise_both_signs_of_a_pair_are_equal_bit_for_bit():
+    setup = setup_of(LOLO, {"replay.threshold": 0.3}, outer=recording())
+
+    def silent(key, state):
+        return state, state, state  # PES's sum, which starts at zero
+
+    quiet = run(setup._replace(estimator=setup.estimator._replace(sample=silent)), QUADRATIC, 12)
+    loud = run(setup, QUADRATIC, 12)
+    assert any(int(m.start_step.max()) > 0 for m in quiet.metrics)  # states were reused
+    for before, quiet_state, loud_state in zip(quiet.metrics, quiet.states[1:], loud.states[1:], strict=True):
+        signs = [jax.tree.map(lambda x: x[:, sign], quiet_state.slots[0].inner) for sign in (0, 1)]  # noqa: B023
+        assert same(*signs)
+        assert float(before.delta_task_rms[0]) == float(before.delta_bc_rms[0]) == 0.0
+        params = loud_state.slots[0].inner.params["x"]
+        assert not np.array_equal(params[:, 0], params[:, 1])
+    # Slots are independent problems.
+    params = np.asarray(quiet.states[-1].slots[0].inner.params["x"])
+    assert len(np.unique(params[:, 0, 0])) == len(params)
+
+
+def test_both_signs_see_the_same_batches_and_slots_see_different_ones():
+    task = make_task(
+        lambda key: ({"x": jnp.ones(2)}, {"batch": jnp.zeros(2)}),
+        lambda params, stats, batch: (jnp.sum(params["x"] ** 2) * jnp.mean(batch**2), {"batch": batch}),
+    )
+    for state in run(setup_of(LOLO), (task,), 6).states[1:]:
+        batches, params = np.asarray(state.slots[0].inner.stats["batch"]), state.slots[0].inner.params["x"]
+        np.testing.assert_array_equal(batches[:, 0], batches[:, 1])
+        assert not np.array_equal(params[:, 0], params[:, 1])
+        assert len(np.unique(batches[:, 0, 0])) > 1
+
+
+def test_the_snapshot_is_the_state_before_the_step_of_the_push_for_both_signs():
+    setup = setup_of(LOLO, {"unroll.truncation": 6})
+    phi = setup.learned.init(jax.random.key(0))
+    candidates = jax.tree.map(lambda x: jnp.stack([x + 0.1, x - 0.1]), phi)
+    learner = setup.learned.optimizer(phi)
+    fresh = inner.begin(QUADRATIC[0], learner, setup.expert, jax.random.key(1))
+    start = jax.tree.map(lambda x: jnp.stack([x, x]), fresh._replace(step=jnp.int32(30)))
+    unroll = jax.jit(partial(meta.truncated_unroll, setup, QUADRATIC[0]))
+    args = candidates, jnp.float32(0.5), start, jax.random.key(2)
+    ends = []
+    for offset in range(6):
+        end, snapshot, records = unroll(*args, jnp.int32(offset))
+        ends.append((end, records))
+        np.testing.assert_array_equal(snapshot.step, 30 + offset)
+        np.testing.assert_array_equal(end.step, 36)
+        if offset == 0:
+            assert same(snapshot, start)
+        # The snapshot trained on, from the same keys, has the loss that was recorded at that step.
+        for sign in (0, 1):
+            held = jax.tree.map(lambda x: x[sign], snapshot)  # noqa: B023
+            own = setup.learned.optimizer(jax.tree.map(lambda x: x[sign], candidates))  # noqa: B023
+            key = jax.random.fold_in(args[3], offset)
+            _, record = inner.inner_step(QUADRATIC[0], own, setup.expert, args[1], held, key)
+            np.testing.assert_allclose(record.task, records.task[sign, offset], rtol=1e-5)
+    assert all(same(end, ends[0]) for end in ends)  # where the snapshot is taken changes nothing
+
+
+# --- starts ---------------------------------------------------------------------------------------------------------
+
+
+def start_many(setup, fresh, starting, size=1, slots_count=600):
+    """`start_unrolls` on slots whose buffers hold `size` states of step 5; inner states are at step 77."""
+    setup = setup._replace(estimator=setup.estimator._replace(pairs=slots_count), first_lengths=(4,) * slots_count)
+    slots = meta.meta_init(setup, QUADRATIC, jax.random.key(0)).slots[0]
+    held = jax.tree.map(lambda x: jnp.ones((slots_count, *x.shape[2:]), x.dtype), slots.inner)
+    buffers = slots.replay
+    for _ in range(size):
+        buffers = jax.vmap(replay.push)(buffers, held._replace(step=jnp.full(slots_count, 5, jnp.int32)))
+    before = slots._replace(
+        inner=slots.inner._replace(step=jnp.full((slots_count, 2), 77, jnp.int32)),
+        replay=buffers,
+        push_truncation=jnp.full(slots_count, -1, jnp.int32),
+        fresh=jnp.full(slots_count, fresh),
+    )
+    phi = setup.learned.init(jax.random.key(1))
+    keys, length = jax.random.split(jax.random.key(2), slots_count), jnp.full(slots_count, 4, jnp.int32)
+    starting = jnp.full(slots_count, starting)
+    after = jax.jit(partial(meta.start_unrolls, setup, QUADRATIC[0]))(phi, before, starting, keys, length)
+    return before, after
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.4, 1.0])
+def test_fresh_starts_have_the_share_of_the_threshold(threshold):
+    _, after = start_many(setup_of(LOLO, {"replay.threshold": threshold}), fresh=False, starting=True)
+    steps = np.asarray(after.inner.step)
+    np.testing.assert_array_equal(steps[:, 0], steps[:, 1])
+    assert set(np.unique(steps)) <= {0, 5}
+    share, error = np.mean(steps[:, 0] == 0), np.sqrt(threshold * (1 - threshold) / len(steps))
+    assert abs(share - threshold) <= 4 * error
+    # The states themselves: replayed ones are the buffer's, fresh ones are all different, both signs start alike.
+    params = np.asarray(after.inner.params["x"])
+    np.testing.assert_array_equal(params[:, 0], params[:, 1])
+    np.testing.assert_array_equal(params[steps[:, 0] == 5], 1.0)
+    fresh = params[steps[:, 0] == 0, 0]
+    assert len(np.unique(fresh[:, 0])) == len(fresh)
+
+
+def test_an_empty_buffer_and_a_bad_slot_start_fresh_whatever_the_threshold():
+    setup = setup_of(LOLO, {"replay.threshold": 0.0})
+    for size, fresh in ((0, False), (1, True)):
+        _, after = start_many(setup, fresh=fresh, starting=True, size=size, slots_count=50)
+        assert np.all(np.asarray(after.inner.step) == 0)
+
+
+def test_slots_that_do_not_start_stay_as_they_are():
+    before, after = start_many(setup_of(LOLO), fresh=False, starting=False, slots_count=20)
+    assert same(after, before)
+
+
+def test_the_push_is_drawn_among_the_truncations_of_the_unroll():
+    _, after = start_many(setup_of(LOLO), fresh=False, starting=True)
+    counts = np.bincount(after.push_truncation, minlength=4)
+    assert len(counts) == 4 and stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("read", replay.READ_RULES)
+def test_every_read_rule_starts_unrolls_from_held_states(read):
+    history = run(setup_of(LOLO, {"replay.read": read, "replay.threshold": 0.0}), QUADRATIC, 17)
+    starts = [int(k) for m, s in zip(history.metrics, history.states[1:], strict=True) for k in m.start_step[0]]
+    assert max(starts) > 0 and all_finite(history.states[-1])
+    sizes = [int(x) for x in history.states[-1].slots[0].replay.size]
+    # Four unrolls ended; `pop` took one state out at the start of each but the first, the fifth may have pushed.
+    assert max(sizes) <= 2 if read == "pop" else min(sizes) == 4
+
+
+@pytest.fixture(scope="module")
+def long_run():
+    """LOLO over 30 unrolls of four truncations, one per outer step."""
+    return run(setup_of(LOLO, {"replay.threshold": 0.2, "outer.steps": 200}, outer=recording()), QUADRATIC, 120)
+
+
+def test_replayed_unrolls_continue_the_step_count(long_run):
+    replayed = 0
+    for t, (measured, state) in enumerate(zip(long_run.metrics, long_run.states[1:], strict=True)):
+        slots, start = state.slots[0], np.asarray(measured.start_step[0])
+        reached = start + 3 * np.asarray(slots.position)
+        np.testing.assert_array_equal(slots.inner.step, np.stack([reached, reached], axis=1))
+        np.testing.assert_array_equal(measured.reached[0], reached)
+        # The expert's own count is part of the state and goes on with it.
+        np.testing.assert_array_equal(slots.inner.expert[0][0].count, slots.inner.step)
+        np.testing.assert_array_equal(measured.started[0], int(t % 4 == 0))
+        replayed += int(np.sum(start > 0)) * (t % 4 == 0)
+    assert replayed > 30
+    assert max(int(m.start_step.max()) for m in long_run.metrics) > 12  # further than one unroll reaches
+
+
+def test_an_unroll_starts_from_the_oldest_state_of_its_own_slot(long_run):
+    seen = 0
+    for t in range(4, 120, 4):
+        before, start = long_run.states[t].slots[0].replay, np.asarray(long_run.metrics[t].start_step[0])
+        oldest = [int(replay.at(jax.tree.map(lambda x: x[p], before), 0).step) for p in range(3)]  # noqa: B023
+        for p in range(3):
+            assert start[p] in (0, oldest[p])
+            seen += start[p] > 0
+    assert seen > 30
+
+
+def test_one_state_is_written_per_unroll_and_slot(long_run):
+    for t in range(0, 120, 4):
+        writes = np.zeros(3, int)
+        for before, after in zip(long_run.states[t : t + 4], long_run.states[t + 1 : t + 5], strict=True):
+            before, after = before.slots[0].replay, after.slots[0].replay
+            changed = np.any(np.asarray(before.states.params["x"] != after.states.params["x"]), axis=2)  # [P, M]
+            assert np.all(changed.sum(axis=1) <= 1)
+            moved = (before.head != after.head) | (before.size != after.size)
+            np.testing.assert_array_equal(changed.any(axis=1), moved)
+            writes += changed.sum(axis=1)
+        assert writes.tolist() == [1, 1, 1]
+
+
+def uniform_over(samples, bins):
+    return stats.chisquare(np.bincount(samples, minlength=bins)).pvalue > 1e-3
+
+
+def test_the_step_of_the_push_is_uniform_over_the_unroll():
+    """N_push in [K, K + N). One slot, because slots share the offset within a truncation; one unroll a step."""
+    changes = {"estimator.pairs": 1, "unroll.truncations_per_update": 4, "replay.threshold": 0.5}
+    setup = setup_of(LOLO, changes, outer=recording())
+
+    @jax.jit
+    def outer_steps(state):
+        def body(state, _):
+            state, measured = meta.meta_step(setup, QUADRATIC, state)
+            newest, _ = replay.newest(jax.tree.map(lambda x: x[0], state.slots[0].replay), jax.random.key(0))
+            return state, (newest.step - measured.start_step[0, 0], measured.start_step[0, 0])
+
+        return jax.lax.scan(body, state, length=1200)[1]
+
+    after_start, starts = map(np.asarray, outer_steps(meta.meta_init(setup, QUADRATIC, jax.random.key(3))))
+    assert after_start.min() == 0 and after_start.max() == 11
+    assert uniform_over(after_start, 12)
+    assert uniform_over(after_start[starts > 0], 12) and (starts > 0).mean() > 0.4
+    assert not uniform_over(np.minimum(after_start, 10), 12)  # the test can tell
+
+
+def test_the_stored_state_is_either_sign(long_run):
+    """A state pushed before the first step of its truncation is one of the pair's two states of the step before."""
+    signs = []
+    for before, after in zip(long_run.states[:-1], long_run.states[1:], strict=True):
+        before, after = before.slots[0], after.slots[0]
+        for p in range(3):
+            newest, _ = replay.newest(jax.tree.map(lambda x: x[p], after.replay), jax.random.key(0))  # noqa: B023
+            ours = np.asarray(newest.params["x"])
+            for sign in (0, 1):
+                if np.array_equal(ours, before.inner.params["x"][p, sign]) and int(after.position[p]) > 1:
+                    signs.append(sign)
+    assert {0, 1} == set(signs)
+
+
+# --- lengths of unrolls ---------------------------------------------------------------------------------------------
+
+
+def unroll_lengths(history, pairs):
+    """For each slot the lengths in truncations of its finished unrolls, from when unrolls started (J = 1)."""
+    started = np.array([m.started[0] for m in history.metrics])
+    return [np.diff(np.flatnonzero(started[:, p])).tolist() for p in range(pairs)]
+
+
+def test_stagger_shortens_the_first_unrolls():
+    history = run(setup_of(LOLO, {"unroll.stagger": True, "estimator.pairs": 4}), QUADRATIC, 13)
+    assert [lengths[:3] for lengths in unroll_lengths(history, 4)] == [[1, 4, 4], [2, 4, 4], [3, 4, 4], [4, 4, 4]]
+    in_phase = run(setup_of(LOLO, {"estimator.pairs": 4}), QUADRATIC, 13)
+    assert unroll_lengths(in_phase, 4) == [[4, 4, 4]] * 4
+
+
+def test_a_shortened_unroll_also_writes_one_state():
+    history = run(setup_of(LOLO, {"unroll.stagger": True, "estimator.pairs": 4}), QUADRATIC, 4)
+    assert history.states[1].slots[0].replay.size[0] == 1
+    assert history.states[4].slots[0].replay.size.tolist()[1:] >= [1, 1, 1]
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "log-uniform", "curriculum"])
+def test_unrolls_have_the_lengths_that_were_drawn(schedule):
+    history = run(setup_of(LOLO, {"unroll.schedule": schedule, "outer.steps": 40}), QUADRATIC, 40)
+    found = unroll_lengths(history, 3)
+    assert {length for lengths in found for length in lengths} <= {1, 2, 3, 4}
+    assert len({length for lengths in found for length in lengths}) > 1
+    for state in history.states[1:]:
+        slots = state.slots[0]
+        assert np.all((slots.position >= 1) & (slots.position <= slots.length) & (slots.push_truncation < slots.length))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "curriculum"])
+def test_an_update_of_n_over_l_truncations_is_a_whole_unroll(schedule):
+    if schedule == "curriculum":
+        pytest.skip("lengths differ by design") if False else None
+    setup = setup_of(LOLO, {"unroll.truncations_per_update": 4, "unroll.schedule": schedule})
+    history = run(setup, QUADRATIC, 5)
+    for measured, state in zip(history.metrics, history.states[1:], strict=True):
+        if schedule == "constant":
+            assert measured.started.tolist() == [[1, 1, 1]]
+            assert state.slots[0].position.tolist() == state.slots[0].length.tolist() == [4, 4, 4]
+
+
+# --- bad numbers ----------------------------------------------------------------------------------------------------
+
+
+def rare_nan_task(share=16):
+    """One example of `share` is NaN: it spoils the loss of its batch, in one slot."""
+    data = jax.random.normal(jax.random.key(5), (share,)).at[0].set(jnp.nan)
+    return make_task(
+        lambda key: ({"x": jax.random.normal(key, (2,))}, {}),
+        lambda params, stats, batch: (jnp.mean((params["x"][:, None] - batch) ** 2), stats),
+        data=data,
+        size=share,
+        batch=1,
+    )
+
+
+@pytest.mark.parametrize("recipe", [LOLO, NAIVE], ids=["lolo", "naive"])
+def test_a_pair_with_a_bad_number_is_dropped_and_starts_fresh(recipe):
+    changes = {"replay.threshold": 0.0, "estimator.pairs": 6} if recipe is LOLO else {"estimator.pairs": 6}
+    history = run(setup_of(recipe, changes), (rare_nan_task(),), 40)
+    dropped = np.array([m.dropped[0] for m in history.metrics])  # [steps, P]
+    started = np.array([m.started[0] for m in history.metrics])
+    start_steps = np.array([m.start_step[0] for m in history.metrics])
+    assert 10 < dropped.sum() < 0.5 * dropped.size
+    np.testing.assert_array_equal(started[1:][dropped[:-1] == 1], 1)
+    np.testing.assert_array_equal(start_steps[1:][dropped[:-1] == 1], 0)
+    if recipe is LOLO:
+        assert start_steps.max() > 0  # others do start from their buffers
+    for measured, state in zip(history.metrics, history.states[1:], strict=True):
+        slots = state.slots[0]
+        ok = np.isfinite(slots.inner.params["x"]).all(axis=(1, 2))
+        np.testing.assert_array_equal(slots.fresh, measured.dropped[0] == 1)
+        assert np.all(ok | np.asarray(slots.fresh))
+        assert all_finite(slots.replay) and all_finite(state.meta_params) and all_finite(measured)
+        np.testing.assert_array_equal(np.asarray(measured.first_bad[0]) == 1, measured.dropped[0] == 1)
+    assert int(history.states[-1].bad_steps) == 0
+
+
+def test_a_dropped_pair_has_no_weight_in_the_gradient():
+    setup = setup_of(NAIVE, {"estimator.pairs": 2})
+    directions = {"w": jnp.array([[[1.0], [10.0]]])}
+    task = jnp.array([[[[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], [[1.0, jnp.nan, 1.0], [0.0, 5.0, 0.0]]]])
+    records = inner.StepRecord(task, jnp.zeros_like(task), jnp.ones_like(task))
+    whole = jnp.zeros((1, 2), jnp.int32)
+    seen = meta.Truncation(records, directions, whole, whole, whole)
+    gradients, measured = meta.collect(setup, rare_nan_task(), jnp.float32(1.0), seen)
+    np.testing.assert_allclose(gradients.fused["w"], [(1 + 2 + 3) / 3 / (2 * 0.05**2)], rtol=1e-6)
+    assert measured["dropped"].tolist() == [0, 1] and measured["first_bad"].tolist() == [0, 1]
+    assert int(measured["good_pairs"]) == 1
+    np.testing.assert_allclose(measured["task_loss"], 1.0)
+
+
+def test_an_outer_step_without_a_good_pair_changes_nothing_and_is_counted():
+    good = QUADRATIC[0]
+    bad = dataclasses.replace(good, data=jnp.full_like(good.data, jnp.nan))
+    setup = setup_of(LOLO)
+    step = jax.jit(partial(meta.meta_step, setup))
+    state = meta.meta_init(setup, (good,), jax.random.key(0))
+    for task, bad_steps in ((good, 0), (bad, 1), (bad, 2), (good, 0), (bad, 1)):
+        before = state
+        state, measured = step((task,), state)
+        assert int(state.bad_steps) == bad_steps
+        unchanged = same((state.meta_params, state.outer), (before.meta_params, before.outer))
+        assert unchanged == (bad_steps > 0)
+        assert all_finite((state.meta_params, state.outer, state.slots[0].replay, measured))
+        assert measured.dropped.tolist() == [[int(bad_steps > 0)] * 3]
+    assert int(state.outer_step) == 5
+
+
+def test_one_bad_task_does_not_void_the_others():
+    good = QUADRATIC[0]
+    bad = dataclasses.replace(good, data=jnp.full_like(good.data, jnp.nan))
+    history = run(setup_of(NAIVE), (good, bad), 3)
+    assert all_finite(history.states[-1].meta_params)
+    assert not same(history.states[-1].meta_params, history.states[0].meta_params)
+    assert int(history.states[-1].bad_steps) == 0
+    assert history.metrics[-1].dropped.tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+def huge_updates():
+    """A learned optimizer whose first update is finite and whose square is not."""
+
+    def optimizer(meta_params):
+        return optax.stateless(lambda grads, params: jax.tree.map(lambda g: 1e30 + 0 * g, grads))
+
+    return linear_learner(1.0)._replace(optimizer=optimizer)
+
+
+@pytest.mark.parametrize("what,code", [("loss", 1), ("gradient", 2), ("bc", 3)])
+def test_the_first_bad_number_is_named(what, code):
+    losses = {
+        "loss": lambda params, stats, batch: (jnp.sum(params["x"]) * jnp.nan, stats),
+        "gradient": lambda params, stats, batch: (jnp.sum(jnp.sqrt(params["x"])), stats),  # at 0
+        "bc": lambda params, stats, batch: (jnp.sum(params["x"]), stats),
+    }
+    task = make_task(lambda key: ({"x": jnp.zeros(2)}, {}), losses[what])
+    setup = setup_of(LOLO)
+    setup = setup._replace(learned=huge_updates()) if what == "bc" else setup
+    history = run(setup, (task,), 2)
+    for measured in history.metrics:
+        assert measured.first_bad.tolist() == [[code] * 3]
+        assert measured.dropped.tolist() == [[1] * 3]
+    assert int(history.states[-1].bad_steps) == 2
+
+
+def test_first_bad_is_the_earliest_of_either_sign():
+    ok = np.ones((1, 3, 2, 4), np.float32)
+    task, bc, gradient = ok.copy(), ok.copy(), ok.copy()
+    task[0, 0, 0, 3] = gradient[0, 0, 1, 2] = bc[0, 0, 0, 1] = np.nan  # bc at step 1 comes first
+    gradient[0, 1, 1, 2] = task[0, 1, 0, 2] = np.inf  # at one step the loss is computed first
+    code = meta.first_bad(inner.StepRecord(*map(jnp.asarray, (task, bc, gradient))))
+    assert code.tolist() == [[3, 1, 0]]
+
+
+def test_the_loss_limit_clips_finite_losses_only():
+    setup = setup_of(NAIVE)
+    limited = dataclasses.replace(rare_nan_task(), loss_limit=2.0)
+    task = jnp.array([[[[5.0, 5.0, 1.5], [1.0, 7.0, 1.0]], [[0.0, 0.0, jnp.inf], [0.0, 0.0, 0.0]], [[0.0] * 3] * 2]])
+    records = inner.StepRecord(task, jnp.zeros_like(task), jnp.ones_like(task))
+    whole = jnp.zeros((1, 3), jnp.int32)
+    seen = meta.Truncation(records, {"w": jnp.ones((1, 3, 1))}, whole, whole, whole)
+    gradients, measured = meta.collect(setup, limited, jnp.float32(1.0), seen)
+    # min(5, 2) - 1, then 2 - 2, then 1.5 - 1; the pair with the infinite loss is dropped, not clipped.
+    np.testing.assert_allclose(gradients.fused["w"], [(1.0 + 0.0 + 0.5) / 6 / (2 * 0.05**2)], rtol=1e-6)
+    assert measured["dropped"].tolist() == [0, 1, 0]
+    unlimited = dataclasses.replace(limited, loss_limit=None)
+    gradients, _ = meta.collect(setup, unlimited, jnp.float32(1.0), seen)
+    np.testing.assert_allclose(gradients.fused["w"], [(4.0 - 2.0 + 0.5) / 6 / (2 * 0.05**2)], rtol=1e-6)
+    np.testing.assert_allclose(measured["task_loss"], (5 + 5 + 1.5 + 1 + 7 + 1) / 12, rtol=1e-6)  # as it was
+
+
+def test_inner_training_that_explodes_is_dropped_and_meta_params_stay_finite():
+    setup = setup_of(NAIVE)
+    exploding = {"log_learning_rate": jnp.float32(25.0), "momentum_logit": jnp.float32(0.0)}
+    history = run(setup, QUADRATIC, 6, meta_params=exploding)
+    assert sum(int(m.dropped.sum()) for m in history.metrics) > 0
+    assert all_finite([state.meta_params for state in history.states])
+
+
+# --- the program ----------------------------------------------------------------------------------------------------
+
+M = 7  # a size that nothing else in these programs has
+
+
+def subprograms(value):
+    """The jaxprs among an equation's parameters."""
+    if hasattr(value, "eqns"):
+        yield value
+    elif hasattr(value, "jaxpr"):
+        yield value.jaxpr
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from subprograms(item)
+
+
+def loop_carries(program, depth=0):
+    """(number of loops around it, shapes of its carry) for every scan and while loop of a jaxpr."""
+    for equation in program.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "scan":
+            carried = params["jaxpr"].in_avals[params["num_consts"] :][: params["num_carry"]]
+        elif name == "while":
+            carried = params["body_jaxpr"].in_avals[params["body_nconsts"] :]
+        else:
+            carried = None
+        if carried is not None:
+            yield depth, [aval.shape for aval in carried]
+        for value in params.values():
+            for inside in subprograms(value):
+                yield from loop_carries(inside, depth + (carried is not None))
+
+
+def rings_carried(program):
+    """Depths of the loops that carry something of M places."""
+    return sorted(depth for depth, shapes in loop_carries(program) if any(M in shape for shape in shapes))
+
+
+@pytest.mark.parametrize("slots_per_block", [1, 3])
+def test_no_inner_loop_carries_the_buffer(slots_per_block):
+    changes = {"replay.capacity": M, "unroll.truncations_per_update": 2, "estimator.slots_per_block": slots_per_block}
+    setup = setup_of(LOLO, changes)
+    state = meta.meta_init(setup, QUADRATIC, jax.random.key(0))
+    program = jax.make_jaxpr(partial(meta.meta_step, setup))(QUADRATIC, state).jaxpr
+    depths = [depth for depth, _ in loop_carries(program)]
+    assert max(depths) >= 2  # truncations, slots, steps: the loops were found
+    assert rings_carried(program) == [0]  # the loop over truncations alone; its buffers are the donated state
+
+    def push_inside(buffer, new):  # what must not happen, and is found if it does
+        def truncation(buffer, _):
+            return jax.lax.fori_loop(0, 3, lambda n, held: replay.push(held, new, n == 1), buffer), None
+
+        return jax.lax.scan(truncation, buffer, length=2)[0]
+
+    one = jax.tree.map(lambda x: x[0, 0], state.slots[0].inner)
+    assert rings_carried(jax.make_jaxpr(push_inside)(replay.init(one, M), one).jaxpr) == [0, 1]
+
+
+@pytest.mark.parametrize("slots_per_block", [1, 3])
+def test_blocks_change_the_program_and_not_the_result(slots_per_block):
+    setup = setup_of(LOLO, {"estimator.slots_per_block": slots_per_block}, outer=recording())
+    blocks = run(setup, QUADRATIC, 6)
+    one_by_one = run(setup_of(LOLO, outer=recording()), QUADRATIC, 6)
+    assert_close(blocks.states[-1].slots[0].inner, one_by_one.states[-1].slots[0].inner, rtol=1e-5, atol=1e-6)
+    assert_close(blocks.states[-1].slots[0].replay, one_by_one.states[-1].slots[0].replay, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not():
+    setup = setup_of(LOLO)
+    first, again, other = (run(setup, QUADRATIC, 5, seed=seed).states[-1] for seed in (1, 1, 2))
+    assert same(first, again) and not same(first.meta_params, other.meta_params)
+
+
+def test_given_meta_params_are_where_it_starts():
+    given = {"log_learning_rate": jnp.float32(-3.0), "momentum_logit": jnp.float32(0.5)}
+    assert same(helpers.run(setup_of(LOLO), QUADRATIC, 0, meta_params=given).states[0].meta_params, given)
