@@ -1,7 +1,4 @@
-"""A trainer's loop as Lightning and Hugging Face have it: a module makes its optimizer and scheduler, a loop drives them.
-
-python examples/torch_trainer_loop.py
-"""
+"""A loop as Lightning's or Hugging Face's trainer has it: the module makes optimizer and scheduler, the loop drives."""
 
 import torch
 from torch import nn
@@ -16,8 +13,7 @@ class Classifier(nn.Module):
         self.body = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten())
         self.head, self.weights = nn.Linear(16 * 36, 10), weights
 
-    def training_step(self, batch):
-        images, labels = batch
+    def training_step(self, images, labels):
         return nn.functional.cross_entropy(self.head(self.body((images.float() - 73) / 85)), labels.long())
 
     def configure_optimizers(self, steps):
@@ -32,8 +28,12 @@ def main(steps: int = 200, weights="lolo-small") -> tuple[float, float]:
     loader, module, losses = torch.utils.data.DataLoader(data, 128, shuffle=True), Classifier(weights), []
     optimizer, scheduler = module.configure_optimizers(steps)
     for _, batch in zip(range(steps), loader, strict=False):
-        (loss := module.training_step(batch)).backward()
+        (loss := module.training_step(*batch)).backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step(), scheduler.step(), optimizer.zero_grad()
         losses.append(loss.item())
     return losses[0], sum(losses[-10:]) / len(losses[-10:])
+
+
+if __name__ == "__main__":
+    print("first and last loss: {:.3f} {:.3f}".format(*main()))

@@ -14,7 +14,7 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import files, recipes, studies, training
+from lolo import files, health, recipes, studies, training
 from lolo import tasks as tasks_
 from lolo.recipes import Recipe
 
@@ -24,6 +24,7 @@ HELP = """lolo: learned optimizers that keep working past the unroll they were m
   lolo train RECIPE [--field VALUE] meta-train by a recipe; `lolo train lolo --help` lists every field
   lolo resume RUN                   go on with a stopped run
   lolo eval OPTIMIZER... --task T   long runs from the same inits and batches: table, rows, curves
+  lolo doctor RUN                   whether a run is healthy, in plain words
   lolo recipes                      the recipes, and the fields in which they differ
   lolo tasks                        the tasks
   lolo weights                      the weights inside the package
@@ -261,6 +262,21 @@ def tasks_command(argv: list[str]) -> int:
     return tyro.cli(list_tasks, args=argv, prog="lolo tasks")
 
 
+def doctor_command(argv: list[str]) -> int:
+    """lolo doctor RUN"""
+
+    def doctor(run: tyro.conf.Positional[Path]) -> int:
+        """Whether a meta-training is healthy, in plain words, and what to try when it is not.
+
+        Args:
+          run: the run's folder.
+        """
+        print(health.report(health.examine(run)))
+        return 0
+
+    return tyro.cli(doctor, args=argv, prog="lolo doctor")
+
+
 def weights_command(argv: list[str]) -> int:
     """lolo weights"""
 
@@ -279,6 +295,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": resume_command,
     "eval": eval_command,
     "reproduce": reproduce_command,
+    "doctor": doctor_command,
     "recipes": recipes_command,
     "tasks": tasks_command,
     "weights": weights_command,

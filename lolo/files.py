@@ -151,9 +151,14 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 # --- safetensors --------------------------------------------------------------------------------------------------
 
 
+def contiguous(array: NDArray[Any]) -> NDArray[Any]:
+    """The array in C order, its shape kept: `np.ascontiguousarray` alone makes [] into [1]."""
+    return np.ascontiguousarray(array).reshape(np.shape(array))
+
+
 def pack(arrays: Arrays, metadata: dict[str, str] | None = None) -> bytes:
     """Arrays as safetensors. Made contiguous first: the writer stores wrong numbers for strided arrays."""
-    return safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, metadata)
+    return safetensors.numpy.save({name: contiguous(x) for name, x in arrays.items()}, metadata)
 
 
 def unpack(content: bytes, source: str) -> tuple[Arrays, dict[str, str]]:
@@ -204,7 +209,7 @@ def digest(arrays: Arrays) -> str:
     """sha256 over names, dtypes, shapes and bytes, in the order of names."""
     hasher = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = contiguous(arrays[name])
         hasher.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
         hasher.update(array.tobytes())
     return hasher.hexdigest()
@@ -222,7 +227,7 @@ def write_weights(
     card: dict[str, Any] | None = None,
 ) -> None:
     """Write meta-parameters with their architecture, recipe and card as one safetensors file."""
-    arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in meta_params.items()}
+    arrays = {name: contiguous(np.asarray(x, np.float32)) for name, x in meta_params.items()}
     metadata = {
         "format": WEIGHTS_FORMAT,
         "format_version": str(WEIGHTS_VERSION),

@@ -390,9 +390,9 @@ def summarize(
         return jnp.stack([m[name] for m in measured])
 
     def norm_of_mean(name: str) -> jax.Array:
-        return optax.global_norm(jax.tree.map(lambda *g: sum(g) / len(g), *(getattr(g, name) for g in gradients)))
+        return optax.tree.norm(jax.tree.map(lambda *g: sum(g) / len(g), *(getattr(g, name) for g in gradients)))
 
-    norm_task, norm = norm_of_mean("task"), optax.global_norm(gradient)
+    norm_task, norm = norm_of_mean("task"), optax.tree.norm(gradient)
     deviation = jnp.maximum(jnp.mean(stacked("mean_square_pair")) - norm**2, 0.0)
     return Metrics(
         task_loss=stacked("task_loss"),

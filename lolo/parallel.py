@@ -29,15 +29,15 @@ def cores() -> int:
 
 
 def use_cores(count: int | None = None) -> None:
-    """Ask JAX for one CPU device per core. Must come before anything runs in JAX; harmless where GPUs are used.
-
-    Raises RuntimeError if JAX has been used already in this process.
-    """
+    """Ask JAX for one CPU device per core; where JAX runs already, its devices stay as they are."""
     # Without this, Eigen splits every product over the cores, in an order that depends on their number.
     flag = "--xla_cpu_multi_thread_eigen=false"
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    jax.config.update("jax_num_cpu_devices", count or cores())
+    try:
+        jax.config.update("jax_num_cpu_devices", count or cores())
+    except RuntimeError:  # JAX has been used in this process
+        pass
 
 
 def mesh(pairs: int, devices: int | None = None) -> Mesh:

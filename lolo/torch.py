@@ -7,7 +7,7 @@
 The same function as `lolo.learned.small_fc`, computed features-first and in blocks that stay in cache: 16 inputs per
 entry, those of the row and column moments in their own smaller spaces, normalisation folded into the first weights and
 time into the first bias. Small tensors of equal shape share a block, so that many leaves cost little. Written in plain
-torch operations, so that it runs on any device; its speed was measured on CPUs only.
+torch operations, which any device has; tested and timed on CPUs only, not yet on a GPU.
 """
 
 from __future__ import annotations
@@ -452,7 +452,8 @@ class LoLO(torch.optim.Optimizer):
 
     Data parallel (DDP): gradients are averaged before the step, so every process makes the same update; nothing to set.
     Sharded parameters (FSDP, DTensor) are refused: normalisation needs means over the whole tensor.
-    `torch.compile` around a training step works; the optimizer's part runs as it is, uncompiled.
+    `torch.compile` around a training step works; the optimizer's part runs as it is, uncompiled (a graph break, so
+    not under fullgraph=True).
     Raises ValueError for weights or numbers that make no sense, TypeError for parameters it can't move, RuntimeError
     for gradients it can't use.
     """

@@ -298,7 +298,7 @@ def log_step(run: Run, metrics: meta.Metrics, seconds: float) -> dict[str, Any]:
     }
     if row["dropped"]:
         row["first_bad"] = [
-            {"task": name, "slot": p, "start_step": int(m.start_step[g, p]), "first": BAD[m.first_bad[g, p]]}
+            {"task": name, "slot": int(p), "start_step": int(m.start_step[g, p]), "first": BAD[m.first_bad[g, p]]}
             for g, name in enumerate(run.tasks)
             for p in np.flatnonzero(m.dropped[g])
         ]

@@ -1,5 +1,6 @@
 """Small problems and short runs that several test files share."""
 
+import functools
 from functools import partial
 from typing import NamedTuple
 
@@ -36,13 +37,19 @@ class History(NamedTuple):
 
     states: list
     metrics: list
-    compilations: int
+    compilations: int  # of the outer step, in all runs of this setup on tasks of this kind
 
 
-def run(setup, task_group, steps, seed=0, meta_params=None):
-    """Outer steps one by one, as the host loop runs them."""
-    step = jax.jit(partial(meta.meta_step, setup))
-    states, metrics = [jax.jit(partial(meta.meta_init, setup))(task_group, jax.random.key(seed), meta_params)], []
+@functools.cache
+def compiled(setup, kinds):
+    """`meta_init` and `meta_step`, jitted once for all tests that use this setup; `kinds` is the tasks' structure."""
+    return jax.jit(partial(meta.meta_init, setup)), jax.jit(partial(meta.meta_step, setup))
+
+
+def run(setup, task_group, steps, seed=0, meta_params=None, state=None):
+    """Outer steps one by one, as the host loop runs them; from `state`, if given."""
+    init, step = compiled(setup, jax.tree.structure(task_group))
+    states, metrics = [init(task_group, jax.random.key(seed), meta_params) if state is None else state], []
     for _ in range(steps):
         state, measured = step(task_group, states[-1])
         states.append(state)
@@ -50,6 +57,7 @@ def run(setup, task_group, steps, seed=0, meta_params=None):
     return History(states, metrics, step._cache_size())
 
 
+@functools.cache
 def recording():
     """An outer optimizer that keeps φ where it is; its state is the last meta-gradient."""
     zeros = partial(jax.tree.map, jnp.zeros_like)

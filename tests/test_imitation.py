@@ -12,7 +12,10 @@ from lolo.imitation import Losses, normalize_second_moment
 
 
 def test_mixing_weighs_the_learned_update_by_alpha():
-    learned, expert = {"a": jnp.array([4.0, -2.0]), "b": jnp.array(1.0)}, {"a": jnp.array([8.0, 2.0]), "b": jnp.array(3.0)}
+    learned, expert = (
+        {"a": jnp.array([4.0, -2.0]), "b": jnp.array(1.0)},
+        {"a": jnp.array([8.0, 2.0]), "b": jnp.array(3.0)},
+    )
     mixed = imitation.mix_updates(jnp.float32(0.25), learned, expert)
     np.testing.assert_array_equal(mixed["a"], [7.0, 1.0])
     np.testing.assert_array_equal(mixed["b"], 2.5)
@@ -35,7 +38,10 @@ def test_mixing_keeps_the_dtype_of_the_learned_update():
 
 
 def test_distance_sums_squares_over_all_parameters():
-    learned, expert = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])}, {"a": jnp.zeros(2), "b": jnp.array([[1.0]])}
+    learned, expert = (
+        {"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])},
+        {"a": jnp.zeros(2), "b": jnp.array([[1.0]])},
+    )
     assert imitation.squared_distance(learned, expert) == 1 + 4 + 4
     assert imitation.squared_distance(learned, learned) == 0
 

@@ -91,7 +91,7 @@ def test_scoring_does_not_depend_on_the_rest_of_the_batch(name):
     assert all((same_stats[key] == stats[key]).all() for key in stats)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["mlp", "char_mlp", "resnet18, cifar", "gpt"])
 def test_models_vmap_over_slots_of_parameters(name):
     model, inputs = SMALL[name]
     params, stats = jax.vmap(model.init)(jax.random.split(KEY, 2))

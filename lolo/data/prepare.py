@@ -108,6 +108,7 @@ def _already_there(name: str, target: Path) -> dict[str, Any]:
         raise DataError.at(target, f"holds {manifest['name']!r} already", "give another folder, or delete this one")
     for _, array in _arrays(manifest):
         _check_array(target, array)
+    (target / JOURNAL).unlink(missing_ok=True)  # left by a kill just behind the manifest
     return manifest
 
 

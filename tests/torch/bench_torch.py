@@ -28,6 +28,13 @@ def draw_meta_params(hidden=32, seed=0, learn_decays=False):
     }
 
 
+def following_momentum():
+    """φ that needs no meta-training: d is the normalised momentum of decay 0.999."""
+    phi = {name: np.zeros(shape, np.float32) for name, shape in spec.weight_shapes(2).items()}
+    phi["w0"][4], phi["w1"][0, 0], phi["w1"][1, 1], phi["w2"][:, 0] = (1, -1), 1, 1, (1, -1)
+    return phi
+
+
 def mlp(widths=WIDTHS):
     layers = [torch.nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
     generator = torch.Generator().manual_seed(0)

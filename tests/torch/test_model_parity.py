@@ -176,7 +176,7 @@ def compare(model, twin, inputs, torch_inputs, training, tolerance):
         labels = jnp.arange(outputs[..., 0].size).reshape(outputs.shape[:-1]) % outputs.shape[-1]
         return models.cross_entropy(outputs, labels), (outputs, new_stats)
 
-    gradient, (outputs, new_stats) = jax.grad(loss, has_aux=True)(params)
+    gradient, (outputs, new_stats) = jax.jit(jax.grad(loss, has_aux=True))(params)
     expected = twin(torch_inputs)
     flat = expected.reshape(-1, expected.shape[-1])
     nn.functional.cross_entropy(flat, torch.arange(len(flat)) % flat.shape[-1]).backward()

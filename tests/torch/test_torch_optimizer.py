@@ -11,7 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from bench_torch import draw_meta_params
+from bench_torch import draw_meta_params, following_momentum
 
 from lolo import files
 from lolo.torch import LoLO
@@ -313,12 +313,8 @@ def test_a_gradient_that_is_not_finite_reaches_the_parameter_and_no_other():
 
 
 def test_loss_falls_with_a_network_that_follows_momentum():
-    phi = {n: np.zeros_like(x) for n, x in PHI.items()}
-    # d = relu(x) − relu(−x) of the normalised slow momentum, column 4 of the inputs.
-    phi["w0"][4, 0], phi["w0"][4, 1], phi["w1"][0, 0], phi["w1"][1, 1] = 1, -1, 1, 1
-    phi["w2"][0, 0], phi["w2"][1, 0] = 1, -1
     model = make_model()
-    optimizer = LoLO(model.parameters(), weights=phi, lr=3.0)
+    optimizer = LoLO(model.parameters(), weights=following_momentum(), lr=3.0)
     first = backward(model).item()
     train(model, optimizer, 100)
     assert backward(model).item() < 0.5 * first

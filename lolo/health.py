@@ -1,0 +1,134 @@
+"""Is a meta-training healthy? `lolo doctor RUN` reads a run's folder and says so in plain words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lolo import files, training
+
+
+class Finding(NamedTuple):
+    """One thing looked at."""
+
+    good: bool
+    what: str  # what was found, with its numbers
+    try_: tuple[str, ...] = ()  # what to do about it, most promising first
+
+
+def examine(run: Path) -> list[Finding]:
+    """Findings about a run, in the order in which to read them. Raises RunError, FileError."""
+    recipe = training.read_recipe(run)
+    rows = training.log_rows(run)
+    steps = [row for row in rows if "task_loss" in row]
+    if not steps:
+        return [Finding(False, f"{run} has a recipe, but no outer step was done.", (f"lolo resume {run}",))]
+    pairs = recipe.estimator.pairs
+    return [
+        progress(run, steps, recipe.outer.steps),
+        loss_trend(steps, rows),
+        signal(steps, pairs),
+        dropped_pairs(steps, pairs * len(recipe.tasks)),
+        start_steps(steps, recipe),
+        alpha(steps, recipe),
+        checkpoints(run),
+    ]
+
+
+def progress(run: Path, steps: list[dict[str, Any]], total: int) -> Finding:
+    """How far the run is, and how fast."""
+    done = steps[-1]["step"] + 1
+    rate = float(np.median([row["inner_steps_per_second"] for row in steps[-200:]]))
+    words = f"{done} of {total} outer steps done, {rate:,.0f} inner steps per second."
+    return Finding(done >= total, words, () if done >= total else (f"go on with: lolo resume {run}",))
+
+
+def loss_trend(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Finding:
+    """Whether validation, or the training loss where there is none, went down."""
+    measured = [row["validation"]["held_loss"] for row in rows if "validation" in row]
+    if len(measured) >= 2:
+        best, last = min(measured), measured[-1]
+        words = f"validation loss: first {measured[0]:.4f}, best {best:.4f}, last {last:.4f}."
+        if last <= best * 1.02:
+            return Finding(True, words)
+        advice = ("use best.safetensors", "a smaller outer.lr or outer.final_lr", "more estimator.pairs")
+        return Finding(False, words + " The last is more than 2 % above the best.", advice)
+    losses = np.array([np.mean(row["task_loss"]) for row in steps], float)
+    tenth = max(len(losses) // 10, 1)
+    first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
+    words = f"task loss: {first:.4f} in the first tenth of the outer steps, {last:.4f} in the last."
+    return Finding(last <= first, words, () if last <= first else ("a smaller outer.lr", "more estimator.pairs"))
+
+
+def signal(steps: list[dict[str, Any]], pairs: int) -> Finding:
+    """Signal-to-noise of the meta-gradient against what pure noise would give, 1 / (P − 1)."""
+    ratio = float(np.median([row["signal_to_noise"] for row in steps[-500:]]))
+    noise = 1 / (pairs - 1) if pairs > 1 else float("inf")
+    words = f"signal-to-noise of the meta-gradient: {ratio:.3f}; noise alone gives {noise:.3f} with {pairs} pairs."
+    if ratio > noise:
+        return Finding(True, words)
+    return Finding(False, words, ("more estimator.pairs", "a larger estimator.sigma", "estimator.kind nres"))
+
+
+def dropped_pairs(steps: list[dict[str, Any]], slots: int) -> Finding:
+    """How many pairs had non-finite numbers."""
+    dropped = sum(row["dropped"] for row in steps)
+    share = dropped / (slots * len(steps))
+    words = f"{dropped} pairs dropped for non-finite numbers, {100 * share:.2f} % of all."
+    if share <= 0.01:
+        return Finding(True, words)
+    kinds = [bad["first"] for row in steps for bad in row.get("first_bad", [])]
+    first = max(set(kinds), key=kinds.count)
+    advice = ("a smaller learner.step_mult", "a smaller imitation.lr", "non-finite numbers in the task's data?")
+    return Finding(False, f"{words} Most often {first} went bad first.", advice)
+
+
+def start_steps(steps: list[dict[str, Any]], recipe: Any) -> Finding:
+    """Where unrolls started, against the stationary mean (1 − P_th) / P_th · N/2."""
+    starts = np.array([k for row in steps for k in row["starts"]], float)
+    if recipe.replay.threshold >= 1:
+        return Finding(bool((starts == 0).all()), "every unroll starts from a random init: the buffer is off.")
+    threshold = max(recipe.replay.threshold, 1e-9)
+    stationary = (1 - threshold) / threshold * recipe.unroll.length / 2
+    words = (
+        f"{len(starts)} unrolls, start step: mean {starts.mean():.0f}, largest {starts.max():.0f}; "
+        f"{100 * float((starts == 0).mean()):.0f} % fresh. The mean tends to {stationary:.0f}."
+    )
+    late = starts[len(starts) // 2 :]
+    if late.size < 20 or late.mean() > 0.2 * stationary:
+        return Finding(True, words)
+    return Finding(False, words, ("more outer.steps", "a smaller replay.threshold", "look for dropped pairs"))
+
+
+def alpha(steps: list[dict[str, Any]], recipe: Any) -> Finding:
+    """How far the hand-over from the expert is."""
+    mix, loss = steps[-1]["alpha_mix"], steps[-1]["alpha_loss"]
+    words = f"the learned optimizer's weight: {mix:.2f} in the step (Eq. 1), {loss:.2f} in the loss (Eq. 3)."
+    finished = steps[-1]["step"] + 1 >= recipe.outer.steps
+    if not finished or (mix >= 1 and loss >= 1):
+        return Finding(True, words)
+    advice = ("imitation.alpha_mix linear and imitation.alpha_loss linear end at 1",)
+    return Finding(False, words + " It never stood on its own.", advice)
+
+
+def checkpoints(run: Path) -> Finding:
+    """Whether the newest checkpoint is whole."""
+    steps = files.checkpoints(run)
+    if not steps:
+        return Finding(False, "there is no checkpoint.", ("start again with `lolo train`",))
+    try:
+        files.read_checkpoint(run, steps[-1])
+    except files.FileError as error:
+        return Finding(False, f"the newest checkpoint is damaged: {error}", ("lolo resume uses the one before it",))
+    return Finding(True, f"{len(steps)} checkpoints, the newest at outer step {steps[-1]} is whole.")
+
+
+def report(findings: list[Finding]) -> str:
+    """Findings as lines for a terminal."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{'ok  ' if finding.good else 'LOOK'}  {finding.what}")
+        lines += [f"      try: {advice}" for advice in finding.try_]
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""The command line: bad input is one line that names value and cure, exit status 2, and nothing half-written."""
+
+import numpy as np
+import pytest
+
+from lolo import cli, files, recipes
+from test_files import LEARNER, meta_params
+
+
+def run(capsys, *argv):
+    status = cli.main(list(argv))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+BAD = [
+    (["trian"], ["'trian'", "'train'"]),
+    (["train", "lol"], ["'lol'", "'lolo'"]),
+    (["train", "lolo", "--replay.treshold", "0.2"], ["--replay.treshold", "'--replay.threshold'"]),
+    (["train", "lolo", "--task", "fashion-mpl"], ["'fashion-mpl'", "'fashion-mlp'"]),
+    (["train", "lolo", "--task", "missing.py:make"], ["missing.py", "path.py:function"]),
+    (["train", "lolo", "--unroll.length", "120"], ["unroll.length=120", "try 100"]),
+    (["train", "lolo", "--init", "nothing.safetensors"], ["nothing.safetensors", "no such weights file"]),
+    (["train", "lolo", "--imitation.expert", "adan"], ["'adan'", "'adam'"]),
+    (["train", "lolo", "--replay.threshold", "2"], ["replay.threshold=2", "from 0 to 1"]),
+    (["resume", "nowhere"], ["nowhere", "lolo train"]),
+    (["doctor", "nowhere"], ["nowhere", "lolo train"]),
+    (["eval", "nothing.safetensors"], ["nothing.safetensors", "no such weights file"]),
+    (["eval", "adamw:fast"], ["adamw:fast", "adamw:1e-3"]),
+    (["eval", "adammw:1e-3"], ["'adammw'", "'adamw'"]),
+    (["eval", "adamw:1e-3", "--task", "book-mlp"], ["'book-mlp'", "'books-mlp'"]),
+    (["eval", "adamw:1e-3", "--steps", "150"], ["steps=150", "multiple of 100"]),
+    (["reproduce", "quik"], ["'quik'", "'quick'"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), BAD, ids=lambda value: " ".join(value)[:40])
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argv, words):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *argv)
+    assert status == 2
+    assert err.count("\n") == 1 and err.startswith("lolo: ")
+    for word in words:
+        assert word in err
+    assert not any(tmp_path.iterdir()), "something was written"
+
+
+def test_corrupted_weights_are_one_line(tmp_path, capsys):
+    path = tmp_path / "w.safetensors"
+    files.write_weights(path, meta_params(), learner=LEARNER)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    status, _, err = run(capsys, "eval", str(path))
+    assert status == 2 and err.count("\n") == 1 and "damaged" in err
+
+
+def test_foreign_safetensors_are_one_line(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(files.pack({"layer": np.zeros(3, np.float32)}, {"format": "pt"}))
+    status, _, err = run(capsys, "eval", str(path))
+    assert status == 2 and "not lolo weights" in err
+
+
+def test_an_output_folder_with_a_run_is_refused(tmp_path, capsys):
+    small = ["--task", "quadratic", "--outer.steps", "1", "--unroll.length", "20", "--unroll.truncation", "10"]
+    small += ["--estimator.pairs", "2", "--validation.every", "0", "--out", str(tmp_path / "run")]
+    status, out, _ = run(capsys, "train", "lolo", *small)
+    assert status == 0 and out.strip() == f"{tmp_path}/run/last.safetensors"
+    status, _, err = run(capsys, "train", "lolo", *small, "--seed", "3")
+    assert status == 2 and "already holds a run (seed: 0 there, 3 asked)" in err
+    status, out, _ = run(capsys, "doctor", str(tmp_path / "run"))
+    assert status == 0 and "1 of 1 outer steps done" in out
+
+
+def test_help_lists_every_command_and_every_field(capsys):
+    _, out, _ = run(capsys, "--help")
+    for command in cli.COMMANDS:
+        assert f"lolo {command}" in out
+    with pytest.raises(SystemExit):
+        cli.main(["train", "lolo", "--help"])
+    out = capsys.readouterr().out.replace("-", "_")
+    for field in recipes.fields():
+        assert field in out
+
+
+def test_lists(capsys):
+    assert "fashion-mlp" in run(capsys, "tasks")[1]
+    assert "replay.threshold=1.0" in run(capsys, "recipes")[1]
+    assert run(capsys, "weights")[0] == 0

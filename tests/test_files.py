@@ -1,0 +1,207 @@
+"""Weights, checkpoints and logs: whole or absent, verified, refused by name."""
+
+import json
+import os
+import struct
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from lolo import files, small_fc_spec
+
+LEARNER = {
+    "name": "small_fc",
+    "hidden": 4,
+    "step_mult": 1e-3,
+    "exp_mult": 1e-3,
+    "learn_decays": False,
+    "weight_decay": 0.0,
+    "clock_limit": None,
+}
+
+
+def meta_params(hidden=4):
+    generator = np.random.default_rng(0)
+    shapes = small_fc_spec.weight_shapes(hidden)
+    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def weights_path(tmp_path):
+    path = tmp_path / "w.safetensors"
+    files.write_weights(path, meta_params(), learner=LEARNER, recipe={"seed": 3}, card={"summary": "small"})
+    return path
+
+
+def test_weights_come_back_as_they_were(weights_path):
+    read = files.read_weights(weights_path)
+    assert read.learner == LEARNER and read.recipe == {"seed": 3} and read.card == {"summary": "small"}
+    for name, array in meta_params().items():
+        np.testing.assert_array_equal(read.meta_params[name], array)
+
+
+def test_strided_arrays_are_stored_right():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    read, _ = files.unpack(files.pack({"t": array.T, "s": array[:, ::2], "scalar": np.array(5.0, np.float32)}), "test")
+    assert read["scalar"].shape == () and read["scalar"] == 5
+    np.testing.assert_array_equal(read["t"], array.T)
+    np.testing.assert_array_equal(read["s"], array[:, ::2])
+
+
+@pytest.mark.parametrize("position", [0.2, 0.5, 0.9, 0.999])
+def test_a_flipped_byte_is_refused(weights_path, position):
+    content = bytearray(weights_path.read_bytes())
+    content[int(position * len(content))] ^= 0x10
+    weights_path.write_bytes(content)
+    with pytest.raises(files.FileError):
+        files.read_weights(weights_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, 0.5, -1])
+def test_a_truncated_file_is_refused(weights_path, keep):
+    content = weights_path.read_bytes()
+    weights_path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(files.FileError, match=r"w\.safetensors"):
+        files.read_weights(weights_path)
+
+
+def rewritten(path, **metadata):
+    arrays, old = files.unpack(path.read_bytes(), "test")
+    path.write_bytes(files.pack(arrays, old | metadata))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"format": "other"}, "not lolo weights"),
+        ({"format_version": "9"}, "format_version '9'"),
+        ({"sha256": "0" * 64}, "damaged"),
+        ({"learner": "{"}, "not JSON"),
+        ({"learner": json.dumps({**LEARNER, "name": "big_fc"})}, "unknown learned optimizer 'big_fc'"),
+        ({"learner": json.dumps({**LEARNER, "hidden": 5})}, "has tensors"),
+        ({"learner": json.dumps({**LEARNER, "hidden": 10**9})}, "hidden=1000000000"),
+        ({"learner": json.dumps({**LEARNER, "step_mult": "x"})}, "step_mult='x'"),
+    ],
+)
+def test_foreign_and_future_weights_are_refused_by_name(weights_path, metadata, words):
+    rewritten(weights_path, **metadata)
+    with pytest.raises(files.FileError, match=words):
+        files.read_weights(weights_path)
+
+
+def test_weights_with_nan_are_refused(tmp_path):
+    bad = meta_params()
+    bad["w1"][0, 0] = np.nan
+    files.write_weights(tmp_path / "w.safetensors", bad, learner=LEARNER)
+    with pytest.raises(files.FileError, match="'w1' has numbers that are not finite"):
+        files.read_weights(tmp_path / "w.safetensors")
+
+
+def test_a_missing_name_lists_what_ships(tmp_path):
+    with pytest.raises(files.FileError, match="no such weights file"):
+        files.read_weights("no-such-weights")
+
+
+def header(entries):
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [],
+        {"a": 1},
+        {"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
+        {"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**60]}},
+        {"__metadata__": {"a": 1}},
+    ],
+)
+def test_descriptions_that_lie_are_refused(entries):
+    with pytest.raises(files.FileError):
+        files.unpack(header(entries) + b"\0" * 4, "test")
+
+
+@hypothesis.given(st.binary(max_size=200))
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_random_bytes_raise_nothing_but_the_documented_error(content):
+    with pytest.raises(files.FileError):
+        files.unpack(content, "fuzz")
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def arrays(step):
+    return {"a": np.full((3, 2), step, np.float32), "empty": np.zeros((0, 2), np.float32)}
+
+
+def test_checkpoints_keep_the_newest_and_come_back(tmp_path):
+    for step in (10, 20, 30, 40):
+        files.write_checkpoint(tmp_path, step, arrays(step), {"note": step}, keep=2)
+    assert files.checkpoints(tmp_path) == [30, 40]
+    read, manifest = files.read_checkpoint(tmp_path, 40)
+    np.testing.assert_array_equal(read["a"], arrays(40)["a"])
+    assert read["empty"].shape == (0, 2) and manifest["note"] == 40
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "bad manifest", "no state"])
+def test_the_checkpoint_before_a_damaged_one_is_used_and_the_user_told(tmp_path, damage):
+    for step in (1, 2):
+        files.write_checkpoint(tmp_path, step, arrays(step), {})
+    folder = files.checkpoint_folder(tmp_path, 2)
+    state, manifest = folder / "state.safetensors", folder / "manifest.json"
+    content = state.read_bytes()
+    if damage == "flip":
+        state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "truncate":
+        state.write_bytes(content[:-3])
+    elif damage == "no manifest":
+        manifest.unlink()
+    elif damage == "bad manifest":
+        manifest.write_text("{}")
+    else:
+        state.unlink()
+    told = []
+    newest = files.newest_checkpoint(tmp_path, told.append)
+    assert newest is not None and newest[1]["outer_step"] == 1
+    assert len(told) == 1 and "00000002" in told[0]
+
+
+def test_no_whole_checkpoint_is_none(tmp_path):
+    assert files.newest_checkpoint(tmp_path, print) is None
+
+
+@pytest.mark.parametrize("when", ["fsync", "replace", "rename"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, when):
+    files.write_checkpoint(tmp_path, 1, arrays(1), {})
+    files.write_json(tmp_path / "recipe.json", {"a": 1})
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, when, full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_json(tmp_path / "recipe.json", {"a": 2})
+        files.write_checkpoint(tmp_path, 2, arrays(2), {})
+    monkeypatch.undo()
+    assert files.checkpoints(tmp_path) == [1]
+    assert not list(tmp_path.rglob("*.tmp"))
+    files.read_checkpoint(tmp_path, 1)
+
+
+def test_a_half_written_last_line_of_a_log_is_skipped_and_one_in_the_middle_is_not(tmp_path):
+    log = tmp_path / "log.jsonl"
+    files.append_json_line(log, {"step": 0, "x": float("nan")})
+    log.write_text(log.read_text() + '{"step": 1, "lo')
+    assert list(files.read_json_lines(log)) == [{"step": 0, "x": "nan"}]
+    log.write_text('{"step": 1, "lo\n{"step": 2}\n')
+    with pytest.raises(files.FileError, match="line 1"):
+        list(files.read_json_lines(log))

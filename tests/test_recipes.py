@@ -1,0 +1,362 @@
+"""Recipes: the methods as differences, JSON and back, and errors that name the value and the cure."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lolo import experts, inner, recipes
+from lolo import tasks as tasks_
+from lolo.recipes import BC_ONLY, LOLO, NAIVE, RecipeError, check, diff, fields, from_dict, to_dict, with_field
+
+
+def changed(changes, recipe=LOLO):
+    for name, value in changes.items():
+        recipe = with_field(recipe, name, value)
+    return recipe
+
+
+def message(call, *args):
+    """The one line of the error that a call must raise."""
+    with pytest.raises(RecipeError) as caught:
+        call(*args)
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".")
+    return text
+
+
+# --- methods are differences ----------------------------------------------------------------------------------------
+
+
+def test_bc_only_is_lolo_without_its_buffer():
+    assert diff(LOLO, BC_ONLY) == {"replay.threshold": (0.1, 1.0)}
+
+
+def test_naive_is_bc_only_without_imitation_and_without_psi():
+    assert diff(BC_ONLY, NAIVE) == {
+        "imitation.alpha_mix": ("linear", "one"),
+        "imitation.alpha_loss": ("linear", "one"),
+        "imitation.normalize": ("slot", "none"),
+    }
+
+
+def test_the_paper_and_the_labs_code_give_the_default_sizes():
+    assert (LOLO.outer.steps, LOLO.unroll.length, LOLO.unroll.truncation, LOLO.replay.capacity) == (5000, 1000, 50, 4)
+    assert (LOLO.estimator.sigma, LOLO.estimator.pairs, LOLO.replay.threshold) == (0.01, 8, 0.1)
+    assert (LOLO.imitation.expert, LOLO.imitation.lr, LOLO.unroll.truncations_per_update) == ("adam", 1e-3, 1)
+
+
+def test_a_recipe_differs_from_itself_in_nothing_and_diff_finds_each_field():
+    assert diff(LOLO, LOLO) == {}
+    for name, value in fields(LOLO).items():
+        others = {tuple: ("quadratic",), str: "other", bool: True, int: -7}
+        other = others.get(type(value), -7.0)
+        assert diff(LOLO, with_field(LOLO, name, other)) == {name: (value, other)}
+
+
+def test_methods_are_recognised_by_imitation_and_replay_alone():
+    for name, recipe in recipes.RECIPES.items():
+        assert recipes.method_of(changed({"seed": 3, "outer.steps": 7}, recipe)) == name
+    assert recipes.method_of(with_field(LOLO, "replay.capacity", 5)) is None
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_recipes_build_as_they_are(name):
+    setup = recipes.build(recipes.RECIPES[name])
+    assert (setup.expert is None) == (name == "naive")
+    assert (setup.truncation, setup.capacity, setup.estimator.pairs) == (50, 4, 8)
+    assert setup.first_lengths == (20,) * 8
+
+
+def test_stagger_shortens_first_unrolls_in_whole_truncations():
+    setup = recipes.build(changed({"unroll.stagger": True}))
+    assert setup.first_lengths == (3, 5, 8, 10, 13, 15, 18, 20)
+    few = recipes.build(changed({"unroll.stagger": True, "unroll.length": 200, "estimator.pairs": 8}))
+    assert few.first_lengths == (1, 1, 2, 2, 3, 3, 4, 4)
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def values_like(value):
+    kinds = {
+        bool: st.booleans(),
+        int: st.integers(-(2**53), 2**53),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        str: st.text(max_size=8),
+        tuple: st.lists(st.text(max_size=8), max_size=3).map(tuple),
+        type(None): st.none() | st.floats(0, 1e6),
+    }
+    return kinds[type(value)]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.fixed_dictionaries({name: values_like(value) for name, value in fields(LOLO).items()}))
+def test_a_recipe_survives_json(values):
+    recipe = changed(values)
+    assert fields(recipe) == values
+    again = from_dict(json.loads(json.dumps(to_dict(recipe))))
+    assert again == recipe
+    assert [type(value) for value in fields(again).values()] == [type(value) for value in fields(recipe).values()]
+
+
+def test_whole_numbers_are_read_as_floats_where_floats_are_meant():
+    data = to_dict(LOLO)
+    data["replay"] = data["replay"] | {"threshold": 1}
+    data["learner"] = data["learner"] | {"clock_limit": 10_000}
+    recipe = from_dict(data)
+    assert isinstance(recipe.replay.threshold, float) and recipe.replay == BC_ONLY.replay
+    assert isinstance(recipe.learner.clock_limit, float)
+
+
+def edited(section, name, value):
+    data = to_dict(LOLO)
+    if section:
+        data[section] = data[section] | {name: value}
+    else:
+        data[name] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    "data,words",
+    [
+        (edited("replay", "treshold", 0.2), ["'replay.treshold'", "did you mean 'replay.threshold'?"]),
+        (edited("", "sead", 1), ["'sead'", "did you mean 'seed'?"]),
+        (edited("outer", "steps", "many"), ["'outer.steps'", "'many'", "int"]),
+        (edited("outer", "steps", 2.5), ["'outer.steps'", "2.5", "int"]),
+        (edited("outer", "steps", True), ["'outer.steps'", "True", "int"]),
+        (edited("outer", "lr", True), ["'outer.lr'", "True", "float"]),
+        (edited("outer", "lr", None), ["'outer.lr'", "None", "float"]),
+        (edited("unroll", "stagger", 1), ["'unroll.stagger'", "1", "bool"]),
+        (edited("learner", "clock_limit", "never"), ["'learner.clock_limit'", "'never'"]),
+        (edited("learner", "name", 3), ["'learner.name'", "3", "str"]),
+        (edited("", "tasks", "quadratic"), ["'tasks'", "'quadratic'"]),
+        (edited("", "tasks", [1]), ["'tasks'", "[1]"]),
+        (edited("", "replay", 4), ["'replay'", "object", "int"]),
+        (edited("", "format_version", 2), ["format_version 2"]),
+        (edited("", "format_version", "1"), ["format_version '1'"]),
+        ({}, ["format_version None"]),
+        ([], ["JSON object", "list"]),
+        (None, ["JSON object", "NoneType"]),
+    ],
+)
+def test_foreign_recipes_are_refused_by_name(data, words):
+    text = message(from_dict, data)
+    for word in words:
+        assert word in text
+
+
+def test_every_field_must_be_there():
+    for name in fields(LOLO):
+        section, _, field = name.rpartition(".")
+        data = json.loads(json.dumps(to_dict(LOLO)))
+        del (data[section] if section else data)[field]
+        assert f"{name!r} is missing" in message(from_dict, data)
+
+
+def test_the_architecture_is_read_alone_and_names_its_source():
+    stored = dataclasses.asdict(LOLO.learner)
+    assert recipes.learner_from_dict(stored, "a.safetensors") == LOLO.learner
+    assert message(recipes.learner_from_dict, stored | {"hiden": 3}, "a.safetensors").startswith("a.safetensors: ")
+
+
+# --- fields ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name,near",
+    [
+        ("replay.treshold", "replay.threshold"),
+        ("outer.step", "outer.steps"),
+        ("unroll.len", "unroll.length"),
+        ("learner.hiden", "learner.hidden"),
+        ("sed", "seed"),
+        ("tasks.name", "tasks"),
+    ],
+)
+def test_an_unknown_field_suggests_the_nearest(name, near):
+    assert f"{name!r}; did you mean {near!r}?" in message(with_field, LOLO, name, 1)
+
+
+@pytest.mark.parametrize(
+    "name,value,near",
+    [
+        ("learner.name", "small_fcc", "small_fc"),
+        ("imitation.expert", "adamw", "adam"),
+        ("imitation.alpha_mix", "liner", "linear"),
+        ("imitation.alpha_loss", "ones", "one"),
+        ("imitation.normalize", "slots", "slot"),
+        ("replay.read", "oldst", "oldest"),
+        ("replay.push", "randm", "random"),
+        ("unroll.schedule", "log_uniform", "log-uniform"),
+        ("estimator.kind", "ped", "pes"),
+        ("outer.clip_position", "befor", "before"),
+    ],
+)
+def test_an_unknown_choice_suggests_the_nearest(name, value, near):
+    text = message(recipes.build, with_field(LOLO, name, value))
+    assert name in text and repr(value) in text and f"did you mean {near!r}?" in text
+
+
+# Changes that don't go together -> what the error must say: the field, its value, the cure.
+CONFLICTS = [
+    ({"unroll.length": 1010}, ["unroll.length=1010", "unroll.truncation=50", "try 1000"]),
+    ({"unroll.length": 30}, ["unroll.length=30", "try 50"]),
+    ({"unroll.truncation": 0}, ["unroll.truncation=0", "try"]),
+    (
+        {"unroll.stagger": True, "unroll.truncations_per_update": 20},
+        ["truncations_per_update=20", "set unroll.stagger to False"],
+    ),
+    ({"replay.capacity": 0}, ["replay.capacity=0", "at least 1"]),
+    ({"unroll.truncations_per_update": 0}, ["unroll.truncations_per_update=0", "at least 1"]),
+    ({"estimator.pairs": 0}, ["estimator.pairs=0", "at least 1"]),
+    ({"estimator.slots_per_block": 0}, ["estimator.slots_per_block=0", "at least 1"]),
+    ({"outer.steps": 0}, ["outer.steps=0", "at least 1"]),
+    ({"outer.max_bad_steps": 0}, ["outer.max_bad_steps=0", "at least 1"]),
+    ({"learner.hidden": 0}, ["learner.hidden=0", "at least 1"]),
+    ({"estimator.slots_per_block": 3}, ["estimator.pairs=8", "=3", "try estimator.slots_per_block=1"]),
+    ({"estimator.sigma": 0.0}, ["estimator.sigma=0.0", "positive"]),
+    ({"estimator.sigma": float("nan")}, ["estimator.sigma=nan", "positive"]),
+    ({"outer.lr": -1e-3}, ["outer.lr=-0.001", "positive"]),
+    ({"imitation.lr": float("inf")}, ["imitation.lr=inf", "positive"]),
+    ({"learner.step_mult": 0.0}, ["learner.step_mult=0.0", "positive"]),
+    ({"replay.threshold": 1.5}, ["replay.threshold=1.5", "from 0 to 1"]),
+    ({"replay.threshold": -0.1}, ["replay.threshold=-0.1", "from 0 to 1"]),
+    ({"replay.threshold": float("nan")}, ["replay.threshold=nan", "from 0 to 1"]),
+    ({"tasks": ()}, ["tasks is empty", "lolo tasks"]),
+    (
+        {"imitation.expert": "adam-of-learner", "learner.name": "sgd"},
+        ["imitation.expert='adam-of-learner'", "use imitation.expert='adam'"],
+    ),
+    (
+        {"imitation.expert": "adam-of-learner", "learner.learn_decays": True},
+        ["imitation.expert='adam-of-learner'", "use imitation.expert='adam'"],
+    ),
+    ({"replay.push": "struggle"}, ["replay.push", "'struggle'", "'random'"]),
+]
+
+
+@pytest.mark.parametrize("changes,words", CONFLICTS, ids=lambda x: ",".join(x) if isinstance(x, dict) else "")
+def test_values_that_do_not_go_together_are_refused_in_a_sentence(changes, words):
+    text = message(check, changed(changes))
+    for word in words:
+        assert word in text
+    assert message(recipes.build, changed(changes)) == text  # nothing is built from it
+
+
+def test_the_length_that_an_error_suggests_is_accepted():
+    for length, suggested in ((1010, 1000), (30, 50), (1999, 1950)):
+        assert f"try {suggested}." in message(check, with_field(LOLO, "unroll.length", length))
+        check(with_field(LOLO, "unroll.length", suggested))
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+def draws(schedule, step=0, total=100, count=2000):
+    """Lengths in truncations that new unrolls get; N / L = 20."""
+    draw = recipes.unroll_schedules(LOLO.unroll, total)[schedule]
+    lengths = jax.vmap(lambda key: draw(key, jnp.int32(step)))(jax.random.split(jax.random.key(0), count))
+    assert lengths.dtype == jnp.int32
+    return np.broadcast_to(lengths, count)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "uniform", "log-uniform", "curriculum"])
+@pytest.mark.parametrize("step", [0, 50, 99])
+def test_lengths_are_whole_truncations_from_a_tenth_to_the_whole(schedule, step):
+    lengths = draws(schedule, step)
+    assert lengths.min() >= 2 and lengths.max() <= 20
+
+
+def test_a_constant_unroll_is_always_whole_and_random_ones_reach_both_ends():
+    assert set(draws("constant").tolist()) == {20}
+    for schedule in ("uniform", "log-uniform"):
+        assert set(draws(schedule).tolist()) == set(range(2, 21))
+    assert np.median(draws("uniform")) > 9 > np.median(draws("log-uniform"))
+
+
+def test_the_curriculum_grows_to_the_whole_by_half_of_meta_training():
+    lengths = [draws("curriculum", step, count=1)[0] for step in range(0, 100, 5)]
+    assert lengths == sorted(lengths) and lengths[0] == 2 and lengths[9] < 20 and lengths[10:] == [20] * 10
+
+
+def test_the_shortest_unroll_is_one_truncation():
+    unroll = dataclasses.replace(LOLO.unroll, length=50)
+    for draw in recipes.unroll_schedules(unroll, 10).values():
+        assert int(draw(jax.random.key(0), jnp.int32(0))) == 1
+
+
+# --- what is built --------------------------------------------------------------------------------------------------
+
+
+def first_update(recipe, scale):
+    """The first update of φ that a gradient of the norm `scale` gets."""
+    outer, phi = recipes.build_outer(recipe.outer), {"w": jnp.zeros(4)}
+    updates, _ = outer.update({"w": jnp.full(4, scale / 2)}, outer.init(phi), phi)
+    return np.asarray(updates["w"])
+
+
+def test_the_outer_rate_warms_up_and_decays():
+    outer, phi = recipes.build_outer(changed({"outer.steps": 100, "outer.warmup": 0.1}).outer), {"w": jnp.zeros(())}
+
+    def step(state, _):
+        updates, state = outer.update({"w": jnp.ones(())}, state, phi)
+        return state, -updates["w"]
+
+    rates = np.asarray(jax.lax.scan(step, outer.init(phi), length=100)[1])
+    np.testing.assert_allclose(rates[:11].max(), 3e-3, rtol=1e-3)
+    assert np.argmax(rates) == 10 and 0 < rates[0] < 1e-3
+    np.testing.assert_allclose(rates[99], 1e-3, rtol=0.01)
+
+
+def test_a_clip_before_adam_normalises_and_one_after_it_does_not_fire():
+    # Adam forgets the scale; a clip to 1 of its small updates changes nothing.
+    for position in ("before", "after", "none"):
+        recipe = with_field(LOLO, "outer.clip_position", position)
+        np.testing.assert_allclose(first_update(recipe, 1e3), first_update(recipe, 1e5), rtol=1e-4)
+    outer = changed({"outer.clip_position": "before"}).outer
+    built, phi = recipes.build_outer(outer), {"w": jnp.zeros(1)}
+    _, state = built.update({"w": jnp.full(1, 1e3)}, built.init(phi), phi)
+    np.testing.assert_allclose(optax.tree_utils.tree_get(state, "mu")["w"], 0.1, rtol=1e-5)  # 0.1 · the clipped 1
+
+
+def test_weight_decay_is_given_to_the_expert_too_and_cancels_in_bc():
+    decay = {"learner.hidden": 4, "learner.weight_decay": 0.3, "learner.step_mult": 0.01}
+    recipe, plain = changed(decay), changed({"learner.hidden": 4, "learner.step_mult": 0.01})
+    task, key = tasks_.quadratic(4).train, jax.random.key(2)
+
+    def bc(learner_recipe, expert_recipe):
+        learner, expert = recipes.build_learner(learner_recipe.learner), recipes.build_expert(expert_recipe)
+        optimizer = learner.optimizer(learner.init(jax.random.key(0)))
+        state = inner.begin(task, optimizer, expert, jax.random.key(1))
+        step = jax.jit(lambda state: inner.inner_step(task, optimizer, expert, jnp.float32(0.5), state, key))
+        return float(step(state)[1].bc)
+
+    np.testing.assert_allclose(bc(recipe, recipe), bc(plain, plain), rtol=1e-3)
+    assert abs(bc(recipe, plain) / bc(plain, plain) - 1) > 0.1  # without the correction it would not
+
+
+def test_the_decay_of_the_expert_is_the_learners():
+    params = {"x": jnp.array([2.0, -1.0])}
+    for make in experts.EXPERTS.values():
+        if make is experts.adam_of_learner:
+            continue
+        expert = make(0.1)
+        decayed = experts.with_decay(expert, 0.25)
+        grads = {"x": jnp.array([0.3, 0.4])}
+        ours, _ = decayed.update(grads, decayed.init(params), params, learner_state=None)
+        theirs, _ = expert.update(grads, expert.init(params), params, learner_state=None)
+        np.testing.assert_allclose(ours["x"] - theirs["x"], -0.25 * params["x"], rtol=1e-5)
+
+
+def test_small_recipes_of_the_tests_are_valid():
+    for recipe in recipes.RECIPES.values():
+        check(small(recipe))

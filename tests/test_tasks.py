@@ -1,0 +1,210 @@
+"""Named tasks, and a user's own task from a file."""
+
+import hashlib
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lolo import tasks
+from lolo.tasks import TASKS, Splits, TaskError
+
+CLASSES = {"fashion-mlp": 10, "books-mlp": 48}
+SIZES = {"fashion-mlp": (57_000, 3_000, 10_000)}
+PARAMETERS = {"fashion-mlp": 3_466, "books-mlp": 48 * 8 + 64 * 32 + 32 + 32 * 32 + 32 + 32 * 48 + 48, "quadratic": 8}
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(params=TASKS)
+def name(request):
+    return request.param
+
+
+def test_splits_are_the_same_problem_on_other_data(name):
+    splits = tasks.resolve(name)
+    assert isinstance(splits, Splits)
+    for split in splits:
+        # Equal but for leaves: another split needs another compilation only where sizes differ.
+        for field in ("init", "examples", "loss", "score", "batch", "loss_limit"):
+            assert getattr(split, field) == getattr(splits.train, field)
+    leaves = [np.asarray(jax.tree.leaves(split.data)[0]) for split in splits]
+    for i in range(3):
+        for j in range(i):
+            shortest = min(len(leaves[i]), len(leaves[j]))
+            assert not np.array_equal(leaves[i][:shortest], leaves[j][:shortest])
+    sizes = tuple(split.size for split in splits)
+    if name in SIZES:
+        assert sizes == SIZES[name]
+    if name == "books-mlp":
+        assert sizes == tuple(len(leaf) - tasks.CONTEXT for leaf in leaves)
+        assert sizes[0] > 10 * sizes[1] > 0 and sizes[2] > 10_000
+
+
+def test_examples_of_the_quadratic_are_in_one_split_only():
+    rows = [{row.tobytes() for row in np.asarray(split.data)} for split in tasks.quadratic()]
+    assert [len(split) for split in rows] == [1000, 1000, 1000] and len(set.union(*rows)) == 3000
+
+
+def test_loss_and_gradient_at_the_start(name):
+    task = tasks.resolve(name).train
+    params, stats = task.init(KEY)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
+    batch = task.sample(jax.random.key(1), jnp.int32(0))
+    assert all(leaf.shape[0] == task.batch for leaf in jax.tree.leaves(batch))
+    (loss, new_stats), gradient = jax.value_and_grad(task.loss, has_aux=True)(params, stats, batch, KEY)
+    assert loss.shape == () and np.isfinite(loss)
+    assert jax.tree.structure(new_stats) == jax.tree.structure(stats)
+    assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, params)
+    for leaf in jax.tree.leaves(gradient):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0
+    if name in CLASSES:
+        chance = math.log(CLASSES[name])
+        assert abs(float(loss) - chance) < 0.4
+        assert task.loss_limit == pytest.approx(1.5 * chance) and task.loss_limit > loss
+    else:
+        assert task.loss_limit is None
+
+
+def test_a_step_along_the_gradient_lowers_the_loss(name):
+    task = tasks.resolve(name).train
+    params, stats = task.init(KEY)
+    batch = task.sample(jax.random.key(1), jnp.int32(0))
+    loss = lambda params: task.loss(params, stats, batch, KEY)[0]  # noqa: E731
+    before, gradient = jax.value_and_grad(loss)(params)
+    assert loss(jax.tree.map(lambda p, g: p - 0.05 * g, params, gradient)) < before
+    assert loss(jax.tree.map(lambda p, g: p + 0.05 * g, params, gradient)) > before
+
+
+def test_batches_and_inits_are_decided_by_their_key(name):
+    task = tasks.resolve(name).train
+    sample = lambda key: np.concatenate(  # noqa: E731
+        [np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(task.sample(key, jnp.int32(3)))]
+    )
+    np.testing.assert_array_equal(sample(KEY), sample(KEY))
+    assert not np.array_equal(sample(KEY), sample(jax.random.key(1)))
+    inits = [jax.tree.leaves(task.init(key)) for key in (KEY, KEY, jax.random.key(1))]
+    assert all(np.array_equal(a, b) for a, b in zip(inits[0], inits[1], strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(inits[0], inits[2], strict=True))
+
+
+def test_score_is_the_loss_and_more(name):
+    for task in tasks.resolve(name):
+        params, stats = task.init(KEY)
+        batch = task.examples(task.data, jnp.array([0, 1, task.size - 1]))
+        score = task.score(params, stats, batch)
+        np.testing.assert_allclose(score["loss"], task.loss(params, stats, batch, KEY)[0], rtol=1e-6)
+        assert all(value.shape == () for value in score.values())
+        if name in CLASSES:
+            assert set(score) == {"loss", "accuracy"} and 0 <= score["accuracy"] <= 1
+
+
+def test_the_last_example_of_the_books_ends_with_the_last_character():
+    task = tasks.books_mlp().validation
+    inputs, labels = task.examples(task.data, jnp.array([0, task.size - 1]))
+    np.testing.assert_array_equal(inputs[0], task.data[:8])
+    assert labels[0] == task.data[8]
+    np.testing.assert_array_equal(inputs[1], task.data[-9:-1])
+    assert labels[1] == task.data[-1]
+
+
+def test_images_are_normalised():
+    task = tasks.fashion_mlp().train
+    images, labels = task.sample(KEY, jnp.int32(0))
+    assert images.shape == (128, 64) and images.dtype == jnp.float32
+    assert abs(float(images.mean())) < 0.15 and abs(float(images.std()) - 1) < 0.15
+    assert set(np.unique(labels).tolist()) == set(range(10))
+
+
+def test_cross_entropy_by_hand():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
+    labels = jnp.array([0, 2], jnp.uint8)
+    np.testing.assert_allclose(
+        tasks.cross_entropy(logits + 100.0, labels), -(math.log(0.5) + math.log(0.8)) / 2, rtol=1e-4
+    )
+
+
+# --- a user's own task ----------------------------------------------------------------------------------------------
+
+SOURCE = """
+from lolo.tasks import quadratic
+
+def make():
+    return quadratic(3)
+
+def wrong():
+    return 7
+
+number = 3
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def error(call, name):
+    with pytest.raises(TaskError) as caught:
+        call(name)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_users_task_is_resolved_and_pinned_by_its_hash(source):
+    name = f"{source}:make"
+    pinned = tasks.pin(name)
+    assert pinned == f"{name}@{hashlib.sha256(SOURCE.encode()).hexdigest()}"
+    assert tasks.pin(pinned) == pinned
+    for known in (name, pinned):
+        assert tasks.resolve(known).train.data.shape == (1000, 3)
+
+
+def test_named_tasks_are_pinned_as_they_are():
+    for known in TASKS:
+        assert tasks.pin(known) == known
+
+
+def test_a_file_that_changed_is_refused(source):
+    pinned = tasks.pin(f"{source}:make")
+    ran = source.parent / "ran"
+    source.write_text(SOURCE + f"\nopen({str(ran)!r}, 'w').close()\n")
+    found = hashlib.sha256(source.read_bytes()).hexdigest()
+    for call in (tasks.pin, tasks.resolve):
+        text = error(call, pinned)
+        assert str(source) in text and "has changed" in text and found in text
+    assert not ran.exists()  # refused before its code ran
+
+
+@pytest.mark.parametrize(
+    "name,words",
+    [
+        ("fashion", ["'fashion'", "did you mean 'fashion-mlp'?", "path.py:function"]),
+        ("book-mlp", ["'book-mlp'", "did you mean 'books-mlp'?"]),
+        ("", ["unknown task ''"]),
+        ("nowhere.py:make", ["nowhere.py does not exist", "path.py:function"]),
+        ("mine.txt:make", ["'mine.txt:make'", "path.py:function"]),
+    ],
+)
+def test_an_unknown_task_is_named_with_a_cure(name, words):
+    for call in (tasks.pin, tasks.resolve):
+        text = error(call, name)
+        for word in words:
+            assert word in text
+
+
+def test_a_function_that_is_missing_or_returns_something_else_is_named(source):
+    assert "no function 'absent'" in error(tasks.resolve, f"{source}:absent")
+    assert "no function 'number'" in error(tasks.resolve, f"{source}:number")
+    assert "returned int; expected lolo.Splits" in error(tasks.resolve, f"{source}:wrong")
+
+
+def test_resolving_a_file_leaves_the_import_path_alone(source):
+    before = list(sys.path)
+    tasks.resolve(f"{source}:make")
+    assert sys.path == before
