@@ -55,7 +55,7 @@ class Slots(NamedTuple):
     push_truncation: jax.Array  # [P] int32: the truncation of this unroll in which a state is pushed
     estimator: PyTree  # leaves [P, *shape]
     position: jax.Array  # [P] int32: truncations done in this unroll
-    length: jax.Array  # [P] int32: truncations this unroll has
+    length: jax.Array  # [P] int32: truncations this unroll has; negative before a slot's first
     fresh: jax.Array  # [P] bool: numbers went bad; start from a random init at the next boundary
 
 
@@ -115,9 +115,9 @@ def meta_init(setup: Setup, tasks: tuple[Task, ...], seed_key: jax.Array, meta_p
         )
         noise = jax.vmap(setup.estimator.init, in_axes=(0, None))(jax.random.split(key_run, pairs), meta_params)
         zeros = jnp.zeros(pairs, jnp.int32)
-        first = jnp.asarray(setup.first_lengths, jnp.int32)
-        # position = length: every slot starts an unroll in the first outer step; that one has `first` truncations.
-        return Slots(empty, rings, zeros, noise, position=first, length=first, fresh=jnp.ones(pairs, bool))
+        # Negative: not started yet. The first unroll has this many truncations, later ones what `draw_length` says.
+        first = -jnp.asarray(setup.first_lengths, jnp.int32)
+        return Slots(empty, rings, zeros, noise, position=zeros, length=first, fresh=jnp.ones(pairs, bool))
 
     return MetaState(
         meta_params,
@@ -245,7 +245,7 @@ def run_truncation(
 
     starting = slots.fresh | (slots.position >= slots.length)
     drawn = jax.vmap(setup.draw_length, in_axes=(0, None))(keys_length, outer_step)
-    length = jnp.where(starting, jnp.where(outer_step == 0, slots.length, drawn), slots.length)
+    length = jnp.where(starting, jnp.where(slots.length < 0, -slots.length, drawn), slots.length)
     position = jnp.where(starting, 0, slots.position)
     new = jax.vmap(setup.estimator.init, in_axes=(0, None))(keys_estimator, meta_params)
     noise, directions, estimator = jax.vmap(setup.estimator.sample)(keys_noise, select(starting, new, slots.estimator))
@@ -289,9 +289,13 @@ def run_truncation(
     return slots, Truncation(records, directions, start_step, starting.astype(jnp.int32), reached)
 
 
+LARGEST = 1e12
+"""A loss beyond this counts as not finite: what is computed from it would leave float32."""
+
+
 def finite(records: StepRecord) -> jax.Array:
     """Whether loss, gradient and bc of a step are all finite. [..., L] -> [..., L] bool."""
-    return jnp.isfinite(records.task) & jnp.isfinite(records.gradient) & jnp.isfinite(records.bc)
+    return (jnp.abs(records.task) < LARGEST) & jnp.isfinite(records.gradient) & (records.bc < LARGEST)
 
 
 def meta_step(
@@ -318,7 +322,7 @@ def meta_step(
     )
     gradient = jax.tree.map(lambda *g: sum(g) / len(tasks), *(g.fused for g in gradients))
     updates, outer = setup.outer.update(gradient, state.outer, state.meta_params)
-    good = jnp.any(jnp.stack([m["good_pairs"] for m in measured]) > 0)
+    good = jnp.any(jnp.stack([m["good_pairs"] for m in measured]) > 0) & jnp.isfinite(optax.tree.norm(gradient))
     state = MetaState(
         meta_params=select(good, optax.apply_updates(state.meta_params, updates), state.meta_params),
         outer=select(good, outer, state.outer),
@@ -364,15 +368,16 @@ def collect(setup: Setup, task: Task, alpha: jax.Array, seen: Truncation) -> tup
         "delta_bc_rms": jnp.sqrt(jnp.sum(deltas.bc**2) / steps),
         "mean_square_pair": jnp.sum(jnp.where(good, weight**2 * norms, 0.0)) / count,
         "dropped": jnp.sum(~good, axis=0),
-        "first_bad": jnp.max(first_bad(records), axis=0),
+        "first_bad": first_bad(records),
     }
     return gradients, measured
 
 
 def first_bad(records: StepRecord) -> jax.Array:
-    """What went bad first in each pair: 0 nothing, 1 loss, 2 gradient, 3 bc. [J, P, 2, L] -> [J, P]."""
-    bad = jnp.stack([~jnp.isfinite(x) for x in (records.task, records.gradient, records.bc)], axis=-1)
-    in_order = jnp.any(bad, axis=2).reshape(*bad.shape[:2], -1)  # [J, P, L · 3], step by step
+    """What went bad first in each pair: 0 nothing, 1 loss, 2 gradient, 3 bc. [J, P, 2, L] -> [P]."""
+    tests = jnp.abs(records.task) < LARGEST, jnp.isfinite(records.gradient), records.bc < LARGEST
+    bad = ~jnp.stack(tests, axis=-1)
+    in_order = jnp.moveaxis(jnp.any(bad, axis=2), 1, 0).reshape(bad.shape[1], -1)  # [P, J · L · 3], step by step
     return jnp.where(jnp.any(in_order, axis=-1), jnp.argmax(in_order, axis=-1) % 3 + 1, 0).astype(jnp.int32)
 
 

@@ -40,11 +40,14 @@ def use_cores(count: int | None = None) -> None:
         pass
 
 
-def mesh(pairs: int, devices: int | None = None) -> Mesh:
-    """As many local devices as divide the number of pairs, at most `devices`."""
+def mesh(blocks: int, devices: int | None = None) -> Mesh:
+    """As many local devices as divide the number of blocks, at most `devices`.
+
+    Blocks are whole, whatever the number of devices: what vmap advances together never depends on it.
+    """
     available = jax.local_devices()
-    most = min(len(available), devices or len(available), pairs)
-    count = max(n for n in range(1, most + 1) if pairs % n == 0)
+    most = min(len(available), devices or len(available), blocks)
+    count = max(n for n in range(1, most + 1) if blocks % n == 0)
     return Mesh(np.array(available[:count]), (AXIS,))
 
 

@@ -159,12 +159,14 @@ def diff(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
     return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
 
-def with_field(recipe: Any, name: str, value: Any) -> Any:
+def with_field(recipe: Recipe, name: str, value: Any) -> Recipe:
     """The recipe with one field, named by its dotted name, set to `value`."""
-    head, _, rest = name.partition(".")
-    if not hasattr(recipe, head) or (rest and not dataclasses.is_dataclass(getattr(recipe, head))):
-        raise unknown("recipe field", name, fields())
-    return dataclasses.replace(recipe, **{head: with_field(getattr(recipe, head), rest, value) if rest else value})
+    if name not in fields(recipe):
+        raise unknown("recipe field", name, fields(recipe))
+    section, _, field = name.rpartition(".")
+    if section:
+        value = dataclasses.replace(getattr(recipe, section), **{field: value})
+    return dataclasses.replace(recipe, **{section or field: value})
 
 
 def unknown(what: str, name: str, known: Any) -> RecipeError:
@@ -228,50 +230,98 @@ def _value(hint: Any, value: Any, name: str) -> Any:
             return None
         return _value(typing.get_args(hint)[0], value, name)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise RecipeError(f"recipe field {name!r} is too large for a float.") from None
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise RecipeError(f"recipe field {name!r} can't be {value!r}: expected {getattr(hint, '__name__', hint)}.")
 
 
+AT_LEAST_ONE = (
+    "learner.hidden",
+    "replay.capacity",
+    "unroll.truncation",
+    "unroll.truncations_per_update",
+    "estimator.pairs",
+    "estimator.slots_per_block",
+    "outer.steps",
+    "outer.max_bad_steps",
+    "validation.seeds",
+)
+POSITIVE = ("learner.step_mult", "imitation.lr", "estimator.sigma", "outer.lr", "outer.clip")
+NOT_NEGATIVE = (
+    "learner.exp_mult",
+    "learner.weight_decay",
+    "outer.final_lr",
+    "outer.weight_decay",
+    "validation.every",
+    "validation.steps",
+)
+SHARES = ("replay.threshold", "outer.warmup")
+
+
 def check(recipe: Recipe) -> None:
-    """Raise RecipeError for values that don't go together."""
-    unroll, pairs, per_update = recipe.unroll, recipe.estimator.pairs, recipe.unroll.truncations_per_update
-    if unroll.truncation < 1 or unroll.length % max(unroll.truncation, 1):
-        near = max(unroll.length // max(unroll.truncation, 1), 1) * max(unroll.truncation, 1)
+    """Raise RecipeError for values that can't be, or that don't go together."""
+    values = fields(recipe)
+    for name in AT_LEAST_ONE:
+        if values[name] < 1:
+            raise RecipeError(f"{name}={values[name]} must be at least 1.")
+    for name in POSITIVE:
+        if not (math.isfinite(values[name]) and values[name] > 0):
+            raise RecipeError(f"{name}={values[name]} must be a positive number.")
+    for name in NOT_NEGATIVE:
+        if not (math.isfinite(values[name]) and values[name] >= 0):
+            raise RecipeError(f"{name}={values[name]} must be 0 or a positive number.")
+    for name in SHARES:
+        if not 0 <= values[name] <= 1:
+            raise RecipeError(f"{name}={values[name]} is a share: give a number from 0 to 1.")
+    if recipe.learner.clock_limit is not None and not recipe.learner.clock_limit >= 0:
+        raise RecipeError(f"learner.clock_limit={recipe.learner.clock_limit} must be 0 or more, or None.")
+    if not recipe.tasks or len(set(recipe.tasks)) < len(recipe.tasks):
+        raise RecipeError(f"tasks={recipe.tasks} must name at least one task, none of them twice; see `lolo tasks`.")
+    pick({"random": None}, "replay.push", recipe.replay.push)
+    check_unroll(recipe.unroll)
+    check_pairs(recipe.estimator)
+    check_learner(recipe)
+
+
+def check_unroll(unroll: Unroll) -> None:
+    """Raise RecipeError unless unrolls are whole truncations."""
+    length, truncation = unroll.length, unroll.truncation
+    if length < truncation or length % truncation:
+        near = max(length // truncation, 1) * truncation
+        raise RecipeError(f"unroll.length={length} must be a multiple of unroll.truncation={truncation}; try {near}.")
+    if unroll.stagger and unroll.truncations_per_update * truncation >= length:
         raise RecipeError(
-            f"unroll.length={unroll.length} must be a multiple of unroll.truncation={unroll.truncation}; try {near}."
+            f"unroll.stagger has no meaning with truncations_per_update={unroll.truncations_per_update}: every "
+            "update holds a whole unroll; set unroll.stagger to False."
         )
-    if unroll.stagger and per_update * unroll.truncation >= unroll.length:
+
+
+def check_pairs(estimator: Estimator) -> None:
+    """Raise RecipeError unless blocks are whole."""
+    if estimator.pairs % estimator.slots_per_block:
         raise RecipeError(
-            f"unroll.stagger has no meaning with truncations_per_update={per_update}: every update holds a whole "
-            "unroll; set unroll.stagger to False."
+            f"estimator.pairs={estimator.pairs} must be a multiple of estimator.slots_per_block="
+            f"{estimator.slots_per_block}; try estimator.slots_per_block=1."
         )
-    at_least_one = ("replay.capacity", "unroll.truncations_per_update", "estimator.pairs", "outer.steps")
-    for name in (*at_least_one, "estimator.slots_per_block", "learner.hidden", "outer.max_bad_steps"):
-        if fields(recipe)[name] < 1:
-            raise RecipeError(f"{name}={fields(recipe)[name]} must be at least 1.")
-    if pairs % recipe.estimator.slots_per_block:
+
+
+def check_learner(recipe: Recipe) -> None:
+    """Raise RecipeError for a learner that lacks what other fields ask of it."""
+    learner = recipe.learner
+    if learner.name == "sgd" and (learner.weight_decay or learner.clock_limit is not None or learner.learn_decays):
         raise RecipeError(
-            f"estimator.pairs={pairs} must be a multiple of estimator.slots_per_block="
-            f"{recipe.estimator.slots_per_block}; try estimator.slots_per_block=1."
+            "learner.name='sgd' has no weight_decay, clock_limit or learn_decays; leave them as they are, or use "
+            "learner.name='small_fc'."
         )
-    for name in ("estimator.sigma", "outer.lr", "imitation.lr", "learner.step_mult"):
-        value = fields(recipe)[name]
-        if not (math.isfinite(value) and value > 0):
-            raise RecipeError(f"{name}={value} must be a positive number.")
-    if not 0 <= recipe.replay.threshold <= 1:
-        raise RecipeError(f"replay.threshold={recipe.replay.threshold} is a probability: give a number from 0 to 1.")
-    if not recipe.tasks:
-        raise RecipeError("tasks is empty: name at least one, see `lolo tasks`.")
-    if recipe.imitation.expert == "adam-of-learner" and (
-        recipe.learner.name != "small_fc" or recipe.learner.learn_decays
-    ):
+    if recipe.imitation.expert == "adam-of-learner" and (learner.name != "small_fc" or learner.learn_decays):
         raise RecipeError(
             "imitation.expert='adam-of-learner' reads small_fc's accumulators at the standard decays; "
             "use imitation.expert='adam'."
         )
-    pick({"random": None}, "replay.push", recipe.replay.push)
 
 
 def build_learner(learner: Learner) -> learned.LearnedOptimizer:

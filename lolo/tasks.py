@@ -12,6 +12,8 @@ import functools
 import hashlib
 import importlib.util
 import math
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,6 +205,7 @@ def resolve(name: str) -> Splits:
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} can't be imported; a task file is Python source, named path.py:function.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as import does: dataclasses look their module up
     spec.loader.exec_module(module)
     make = getattr(module, function, None)
     if not callable(make):
@@ -213,14 +216,16 @@ def resolve(name: str) -> Splits:
     return splits
 
 
+USER_TASK = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)(?:@(?P<sha256>[0-9a-f]{64}))?")
+
+
 def _parts(name: str) -> tuple[Path | None, str, str | None]:
     """Path, function and stated sha256 of a task's name; path is None for named tasks."""
-    head, _, stated = name.partition("@")
-    source, separator, function = head.rpartition(":")
-    if separator and source.endswith(".py"):
-        if not Path(source).is_file():
-            raise TaskError(f"task file {source} does not exist; give it as path.py:function.")
-        return Path(source), function, stated or None
+    user = USER_TASK.fullmatch(name)
+    if user:
+        if not Path(user["path"]).is_file():
+            raise TaskError(f"task file {user['path']} does not exist; give it as path.py:function.")
+        return Path(user["path"]), user["function"], user["sha256"]
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
         raise TaskError(f"unknown task {name!r}; did you mean {near!r}? Your own: path.py:function.")

@@ -215,7 +215,7 @@ def prepare(
     """Build, place and compile what a recipe names. Raises RecipeError, TaskError, FileError."""
     setup = recipes.build(recipe)
     splits = tasks or {name: tasks_.resolve(name) for name in recipe.tasks}
-    over = parallel.mesh(recipe.estimator.pairs, devices)
+    over = parallel.mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
     train_tasks = parallel.place(tuple(s.train for s in splits.values()), over)
     meta_params = None
     if init is not None:
@@ -354,12 +354,17 @@ def best_validation(rows: list[dict[str, Any]]) -> float | None:
 
 def diagnosis(run: Run, row: dict[str, Any]) -> str:
     """Why a run stopped, from its last row."""
-    first = row["first_bad"][0]
+    first = row["first_bad"][0] if row["dropped"] else None
+    where = "The meta-gradient itself was not finite."
+    if first is not None:
+        where = (
+            f"In task {first['task']!r}, slot {first['slot']}, start step {first['start_step']}, {first['first']} went "
+            "bad first."
+        )
     kept = f" The last good checkpoint is at outer step {run.saved}." if run.saved >= 0 else ""
     return (
         f"every pair had non-finite numbers in {run.recipe.outer.max_bad_steps} outer steps in a row, up to outer step "
-        f"{row['step']}; meta-parameters were left unchanged. In task {first['task']!r}, slot {first['slot']}, start "
-        f"step {first['start_step']}, {first['first']} went bad first.{kept} Try a smaller learner.step_mult or "
+        f"{row['step']}; meta-parameters were left unchanged. {where}{kept} Try a smaller learner.step_mult or "
         "imitation.lr, or look for non-finite numbers in the task's data."
     )
 

@@ -40,11 +40,8 @@ for count in asked:
     assert max(slots[0].replay.size) > 0
     results[count] = [digest(state.meta_params), digest(jax.device_get((state.outer, slots))), digest(metrics)]
 meshes = {pairs: parallel.mesh(pairs).devices.size for pairs in (1, 3, 4, 5, 6, 8)}
-try:
-    parallel.use_cores(1 + devices)
-    late = "accepted"
-except RuntimeError:
-    late = "refused"
+parallel.use_cores(1 + devices)
+late = len(jax.devices())
 print(json.dumps({"results": results, "meshes": meshes, "late": late}))
 """
 
@@ -90,8 +87,8 @@ def test_slots_are_spread_over_as_many_devices_as_divide_them(on_four):
     assert on_four["meshes"] == {"1": 1, "3": 3, "4": 4, "5": 1, "6": 3, "8": 4}
 
 
-def test_asking_for_cores_after_jax_has_started_is_refused(on_four):
-    assert on_four["late"] == "refused"
+def test_asking_for_cores_after_jax_has_started_changes_nothing(on_four):
+    assert on_four["late"] == 4
 
 
 @pytest.mark.slow
