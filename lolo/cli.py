@@ -25,6 +25,7 @@ HELP = """lolo: learned optimizers that keep working past the unroll they were m
   lolo resume RUN                   go on with a stopped run
   lolo eval OPTIMIZER... --task T   long runs from the same inits and batches: table, rows, curves
   lolo doctor RUN                   whether a run is healthy, in plain words
+  lolo data prepare NAME --to DIR   read a data set once: ImageNet-32, FineWeb, IDX, text, ...
   lolo recipes                      the recipes, and the fields in which they differ
   lolo tasks                        the tasks
   lolo weights                      the weights inside the package
@@ -277,6 +278,45 @@ def doctor_command(argv: list[str]) -> int:
     return tyro.cli(doctor, args=argv, prog="lolo doctor")
 
 
+def data_command(argv: list[str]) -> int:
+    """lolo data prepare|list|verify"""
+    from lolo.data import prepare as preparation
+
+    def prepare(
+        name: tyro.conf.Positional[str], to: Path, source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    ) -> int:
+        """Read a data set once and keep it as memory-mapped arrays; goes on where it was stopped.
+
+        Args:
+          name: imagenet32, fineweb, idx, text, characters, textures or books.
+          to: a folder of its own.
+          source: the folder or file that holds the data; not needed for textures and books.
+        """
+        with telling() as teller:
+            manifest = preparation.prepare(
+                name, source, to, lambda done, total, line: teller(f"preparing {name}", done, total, line)
+            )
+        counts = {split: content["count"] for split, content in manifest["splits"].items()}
+        print(f"{to}: {name}, {counts}")
+        return 0
+
+    def list_(folder: tyro.conf.Positional[Path]) -> int:
+        """What was prepared in a folder: in itself and in those directly in it."""
+        for found in preparation.list_prepared(folder):
+            print(f"{found.folder}: {found.problem or f'{found.name}, {found.counts}, {found.data_bytes:,} bytes'}")
+        return 0
+
+    def verify(folder: tyro.conf.Positional[Path]) -> int:
+        """Compare every array of a prepared data set with its sha256."""
+        with telling() as teller:
+            preparation.verify(folder, lambda done, total, line: teller("verifying", done, total, line))
+        print(f"{folder}: every file is as it was written.")
+        return 0
+
+    commands: dict[str, Callable[..., Any]] = {"prepare": prepare, "list": list_, "verify": verify}
+    return tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="lolo data")
+
+
 def weights_command(argv: list[str]) -> int:
     """lolo weights"""
 
@@ -296,6 +336,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": eval_command,
     "reproduce": reproduce_command,
     "doctor": doctor_command,
+    "data": data_command,
     "recipes": recipes_command,
     "tasks": tasks_command,
     "weights": weights_command,

@@ -29,7 +29,11 @@ def cores() -> int:
 
 
 def use_cores(count: int | None = None) -> None:
-    """Ask JAX for one CPU device per core; where JAX runs already, its devices stay as they are."""
+    """Ask JAX for one CPU device per core. Call it before anything runs in JAX.
+
+    Where JAX runs already, its devices and its splitting of products over threads stay as they are: results are then
+    those of that process, not byte-equal to those of another number of cores.
+    """
     # Without this, Eigen splits every product over the cores, in an order that depends on their number.
     flag = "--xla_cpu_multi_thread_eigen=false"
     if flag not in os.environ.get("XLA_FLAGS", ""):

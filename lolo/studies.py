@@ -97,12 +97,20 @@ def meta_train(
         changed = recipes.diff(training.read_recipe(run), recipe)
         if changed:
             raise training.RunError(f"{run} holds another recipe ({', '.join(changed)} differ); give another --out.")
+        if finished(run, recipe):
+            return run / "last.safetensors"
         result = training.resume(run, stop=stop, told=progress, say=say)
     else:
         result = training.train(recipe, run, stop=stop, told=progress, say=say)
     if not result.finished:
         raise Interrupted(f"stopped. Go on with the same command: what is done in {out} is kept.")
     return run / "last.safetensors"
+
+
+def finished(run: Path, recipe: Recipe) -> bool:
+    """Whether a run's last weights are those of its last outer step. Its checkpoints and log may be gone by then."""
+    path = run / "last.safetensors"
+    return path.is_file() and files.read_weights(path).card.get("outer_step") == recipe.outer.steps
 
 
 class Interrupted(RuntimeError):

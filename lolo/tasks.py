@@ -64,12 +64,6 @@ class Splits(NamedTuple):
     test: Task
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean softmax cross-entropy in nats. logits: [B, C], labels: [B] int. Returns: []."""
-    picked = jnp.take_along_axis(logits, labels[:, None].astype(jnp.int32), axis=-1)[:, 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
-
-
 def classification(
     splits: dict[str, PyTree],
     model: models.Model,
@@ -93,12 +87,15 @@ def classification(
     def loss(params: PyTree, stats: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
         inputs, labels = batch
         logits, stats = model.apply(params, stats, inputs, training=True)
-        return cross_entropy(logits, labels), stats
+        return models.cross_entropy(logits, labels), stats
 
     def score(params: PyTree, stats: PyTree, batch: PyTree) -> dict[str, jax.Array]:
         inputs, labels = batch
         logits, _ = model.apply(params, stats, inputs, training=False)
-        return {"loss": cross_entropy(logits, labels), "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels)}
+        return {
+            "loss": models.cross_entropy(logits, labels),
+            "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels),
+        }
 
     def task(split: str) -> Task:
         data = jax.tree.map(jnp.asarray, splits[split])

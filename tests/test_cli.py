@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from test_files import LEARNER, meta_params
 
 from lolo import cli, files, recipes
-from test_files import LEARNER, meta_params
 
 
 def run(capsys, *argv):
