@@ -85,6 +85,7 @@ class TrainArguments:
     out: Path | None = None  # folder of the run; default: runs/RECIPE-TASK-seedSEED
     init: str | None = None  # weights to go on from: a name or a file
     devices: int | None = None  # devices (on CPU: cores) to use at most; does not change the result
+    checkpoint_seconds: float = 20.0  # time between two checkpoints, at least
 
 
 def train_command(argv: list[str]) -> int:
@@ -99,7 +100,7 @@ def train_command(argv: list[str]) -> int:
     recipe = recipes.pick(recipes.RECIPES, "recipe", name)
     arguments = tyro.cli(
         TrainArguments,
-        args=known_options(options, ["out", "init", "devices"]),
+        args=known_options(options, ["out", "init", "devices", "checkpoint_seconds"]),
         default=TrainArguments(recipe),
         prog=f"lolo train {name}",
         config=(tyro.conf.FlagConversionOff,),
@@ -111,7 +112,14 @@ def train_command(argv: list[str]) -> int:
     training.set_up()
     return supervise(
         name,
-        lambda **hooks: training.train(recipe, out, init=arguments.init, devices=arguments.devices, **hooks),
+        lambda **hooks: training.train(
+            recipe,
+            out,
+            init=arguments.init,
+            devices=arguments.devices,
+            checkpoint_seconds=arguments.checkpoint_seconds,
+            **hooks,
+        ),
     )
 
 
@@ -150,16 +158,20 @@ def supervise(what: str, run: Callable[..., training.Result]) -> int:
 def resume_command(argv: list[str]) -> int:
     """lolo resume RUN"""
 
-    def resume(run: tyro.conf.Positional[Path], devices: int | None = None) -> int:
+    def resume(run: tyro.conf.Positional[Path], devices: int | None = None, checkpoint_seconds: float = 20.0) -> int:
         """Go on with a stopped run from its newest whole checkpoint.
 
         Args:
           run: the run's folder.
           devices: devices (on CPU: cores) to use at most; does not change the result.
+          checkpoint_seconds: time between two checkpoints, at least.
         """
         training.read_recipe(run)
         training.set_up()
-        return supervise(str(run), lambda **hooks: training.resume(run, devices=devices, **hooks))
+        return supervise(
+            str(run),
+            lambda **hooks: training.resume(run, devices=devices, checkpoint_seconds=checkpoint_seconds, **hooks),
+        )
 
     return tyro.cli(resume, args=argv, prog="lolo resume")
 
@@ -344,7 +356,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point. Returns the exit status: 0 done, 2 bad input, 3 stopped on request, 4 numbers gone bad."""
+    """Entry point. Returns the exit status: 0 done, 2 bad input, 3 stopped on request, 4 numbers gone bad,
+    5 the disk."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
@@ -358,6 +371,9 @@ def main(argv: list[str] | None = None) -> int:
     except training.DivergedError as error:
         say(str(error))
         return 4
+    except OSError as error:  # a full disk, a folder without permission: whatever was written before is whole
+        say(f"{error.filename or 'the output'} can't be written or read: {error.strerror}. Mend that and try again.")
+        return 5
     except studies.Interrupted as error:
         say(str(error))
         return 3

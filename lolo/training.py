@@ -29,7 +29,6 @@ from lolo.recipes import Recipe
 from lolo.trees import count_bytes
 
 VALIDATION_SEEDS = 900_000  # evaluation seeds of validation unrolls count from here
-CHECKPOINT_SECONDS = 20.0
 BAD = ("nothing", "the loss", "the gradient", "the imitation distance")
 
 
@@ -198,6 +197,7 @@ class Run:
     state: meta.MetaState
     out: Path | None
     rows: list[dict[str, Any]]  # of the log
+    checkpoint_seconds: float = 20.0  # between two checkpoints, at least
     saved: int = -1  # outer step of the newest checkpoint
     saved_at: float = 0.0
 
@@ -334,7 +334,7 @@ def loop(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[
                 save_weights(run, "best", {"validation": measured})
             save_weights(run, "last", {"validation": measured})
             save_checkpoint(run)
-        elif time.monotonic() - run.saved_at > CHECKPOINT_SECONDS:
+        elif time.monotonic() - run.saved_at > run.checkpoint_seconds:
             save_checkpoint(run)
         loss = float(np.mean(row["task_loss"]))
         starts = float(np.mean(jax.device_get(metrics.start_step)))
@@ -376,6 +376,7 @@ def train(
     init: str | Path | None = None,
     tasks: dict[str, tasks_.Splits] | None = None,
     devices: int | None = None,
+    checkpoint_seconds: float = 20.0,
     stop: Stop | None = None,
     told: Callable[[Progress], None] = lambda progress: None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
@@ -388,6 +389,8 @@ def train(
       init: weights to go on from, a name or a path.
       tasks: your own splits by name, in place of the recipe's names (then only this call can resume the run).
       devices: how many of JAX's local devices to use at most; the result does not depend on it.
+      checkpoint_seconds: time between two checkpoints, at least; one is also written at the start, at each
+        validation, and at the end.
       stop: set its `requested` to end after the current outer step.
       told: called after every outer step; say: called with messages for people.
 
@@ -397,6 +400,7 @@ def train(
         recipe = dataclasses.replace(recipe, tasks=tuple(tasks_.pin(name) for name in recipe.tasks))
     source = None if init is None else files.read_weights(init)
     run = prepare(recipe, source, tasks, devices)
+    run.checkpoint_seconds = checkpoint_seconds
     if out is not None:
         run.out = Path(out)
         sizes = {
@@ -416,6 +420,7 @@ def resume(
     *,
     tasks: dict[str, tasks_.Splits] | None = None,
     devices: int | None = None,
+    checkpoint_seconds: float = 20.0,
     stop: Stop | None = None,
     told: Callable[[Progress], None] = lambda progress: None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
@@ -437,6 +442,7 @@ def resume(
     if manifest.get("versions") != versions():
         say(f"versions differ from the checkpoint's ({manifest.get('versions')}): the result may differ in last bits.")
     run = prepare(recipe, None, tasks, devices)
+    run.checkpoint_seconds = checkpoint_seconds
     like = jax.eval_shape(lambda: run.state)
     state = state_from_arrays(arrays, like, str(folder))
     run.state = parallel.place(state, run.over, parallel.state_specs(state))

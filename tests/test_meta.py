@@ -12,7 +12,7 @@ import pytest
 from helpers import agrees, all_finite, assert_close, linear_learner, make_task, recording, run, same, small
 from scipy import stats
 
-from lolo import estimators, experts, inner, meta, recipes, replay
+from lolo import experts, inner, meta, recipes, replay
 from lolo import tasks as tasks_
 from lolo.recipes import BC_ONLY, LOLO, NAIVE, RECIPES
 
@@ -200,7 +200,7 @@ def unroll_gradients(kind, unrolls=48):
     return np.asarray(gradients).reshape(unrolls, LENGTH // TRUNCATION, 3).mean(axis=1)
 
 
-@pytest.mark.parametrize("kind", estimators.ESTIMATORS)
+@pytest.mark.parametrize("kind", ["pes", "es"])
 def test_outer_steps_estimate_the_exact_gradient(kind):
     exact = np.mean((1 - DECAY ** np.arange(LENGTH)) / (1 - DECAY)) * WEIGHTS
     gradients = unroll_gradients(kind)
@@ -487,14 +487,20 @@ def unroll_lengths(history, pairs):
     return [np.diff(np.flatnonzero(started[:, p])).tolist() for p in range(pairs)]
 
 
-def test_stagger_shortens_the_first_unrolls():
-    setup = setup_of(LOLO, {"unroll.stagger": True, "estimator.pairs": 4})
+def test_stagger_shortens_the_first_unrolls_and_no_other():
+    changes = {"unroll.stagger": True, "estimator.pairs": 4, "unroll.truncations_per_update": 2}
+    setup = setup_of(LOLO, changes)
     assert setup.first_lengths == (1, 2, 3, 4)
-    history = run(setup, QUADRATIC, 13)
-    assert [lengths[:3] for lengths in unroll_lengths(history, 4)] == [[1, 4, 4], [2, 4, 4], [3, 4, 4], [4, 4, 4]]
+    history = run(setup, QUADRATIC, 6)
+    started = np.array([m.started[0] for m in history.metrics])  # [outer steps, P], two truncations each
+    starts = ([0, 1, 5, 9], [0, 2, 6, 10], [0, 3, 7, 11], [0, 4, 8])  # in truncations: the first length, then 4 each
+    for p, truncations in enumerate(starts):
+        assert started[:, p].tolist() == np.bincount(np.array(truncations) // 2, minlength=6).tolist()
     # A shortened unroll writes its one state too: the push is drawn among the truncations that it has.
-    sizes = np.array([state.slots[0].replay.size for state in history.states])
-    assert [int(sizes[n, n - 1]) for n in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    for p, truncations in enumerate(starts):
+        ends = (truncations[1] + 1) // 2
+        assert int(history.states[ends].slots[0].replay.size[p]) >= 1
+    assert history.states[2].slots[0].replay.size[3] == 1
 
 
 def test_slots_are_in_phase_by_default(long_run):
@@ -603,17 +609,19 @@ def test_the_first_bad_number_is_named(what, code):
     state = inner.begin(task, learner, expert, jax.random.key(0))
     _, record = inner.inner_step(task, learner, expert, jnp.float32(0.5), state, jax.random.key(1))
     records = jax.tree.map(lambda x: jnp.full((1, 1, 2, 1), x), record)
-    assert meta.first_bad(records).tolist() == [[code]]
+    assert meta.first_bad(records).tolist() == [code]
     assert bool(jnp.all(meta.finite(records))) == (code == 0)
 
 
-def test_first_bad_is_the_earliest_of_either_sign():
-    ok = np.ones((1, 3, 2, 4), np.float32)
-    task, bc, gradient = ok.copy(), ok.copy(), ok.copy()
+def test_first_bad_is_the_earliest_of_either_sign_and_truncation():
+    """Two truncations of five pairs, four steps each."""
+    task, gradient, bc = (np.ones((2, 5, 2, 4), np.float32) for _ in range(3))
     task[0, 0, 0, 3] = gradient[0, 0, 1, 2] = bc[0, 0, 0, 1] = np.nan  # bc at step 1 comes first
     gradient[0, 1, 1, 2] = task[0, 1, 0, 2] = np.inf  # at one step the loss is computed first
-    code = meta.first_bad(inner.StepRecord(*map(jnp.asarray, (task, bc, gradient))))
-    assert code.tolist() == [[3, 1, 0]]
+    task[0, 2, 1, 3] = bc[1, 2, 0, 0] = np.nan  # the first truncation comes first
+    gradient[1, 3, 0, 1] = np.nan  # the first truncation was good
+    codes = meta.first_bad(inner.StepRecord(*map(jnp.asarray, (task, bc, gradient))))
+    assert codes.tolist() == [3, 1, 1, 2, 0]
 
 
 def test_the_loss_limit_clips_finite_losses_only():
@@ -633,11 +641,27 @@ def test_the_loss_limit_clips_finite_losses_only():
     np.testing.assert_allclose(measured["task_loss"], (5 + 5 + 1.5 + 1 + 7 + 1) / 12, rtol=1e-6)  # as it was
 
 
-def test_inner_training_that_explodes_is_dropped_and_meta_params_stay_finite():
-    exploding = {"log_learning_rate": jnp.float32(25.0), "momentum_logit": jnp.float32(0.0)}
+@pytest.mark.parametrize("log_rate", [8.0, 14.0, 20.0, 25.0])
+def test_inner_training_that_explodes_is_dropped_before_it_voids_the_step(log_rate):
+    """With these rates losses pass through numbers that are finite and whose squares are not."""
+    exploding = {"log_learning_rate": jnp.float32(log_rate), "momentum_logit": jnp.float32(0.0)}
     history = run(setup_of(NAIVE), QUADRATIC, 6, meta_params=exploding)
     assert sum(int(m.dropped.sum()) for m in history.metrics) > 0
-    assert all_finite([state.meta_params for state in history.states])
+    assert all_finite([state.meta_params for state in history.states]) and all_finite(history.metrics)
+    for before, after, measured in zip(history.states, history.states[1:], history.metrics, strict=False):
+        moved = not same(before.meta_params, after.meta_params)
+        assert moved == bool(jnp.any(measured.dropped == 0)) == (int(after.bad_steps) == 0)
+
+
+@pytest.mark.parametrize("big", [1e15, 1e30, 3e38])
+def test_a_loss_that_is_finite_but_beyond_use_does_not_outweigh_the_other_pairs(big):
+    task = jnp.array([[[[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], [[1.0, big, 1.0], [0.0, 5.0, 0.0]]]])
+    records = inner.StepRecord(task, jnp.zeros_like(task), jnp.ones_like(task))
+    whole = jnp.zeros((1, 2), jnp.int32)
+    seen = meta.Truncation(records, {"w": jnp.array([[[1.0], [10.0]]])}, whole, whole, whole)
+    gradients, measured = meta.collect(setup_of(NAIVE, {"estimator.pairs": 2}), QUADRATIC[0], jnp.float32(1.0), seen)
+    np.testing.assert_allclose(gradients.fused["w"], [(1 + 2 + 3) / 3 / (2 * 0.05**2)], rtol=1e-6)
+    assert measured["dropped"].tolist() == [0, 1] and all_finite(measured)
 
 
 # --- the program ----------------------------------------------------------------------------------------------------

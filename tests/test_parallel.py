@@ -26,7 +26,7 @@ digest = lambda tree: hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in j
 
 results = {}
 for count in asked:
-    over = parallel.mesh(recipe.estimator.pairs, count)
+    over = parallel.mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, count)
     assert over.devices.size == count, over
     state = jax.jit(lambda key: meta.meta_init(setup, task_group, key))(jax.random.key(seed))
     step = parallel.compile_step(setup, state, over)
@@ -39,7 +39,7 @@ for count in asked:
     slots = jax.device_get(state.slots)
     assert max(slots[0].replay.size) > 0
     results[count] = [digest(state.meta_params), digest(jax.device_get((state.outer, slots))), digest(metrics)]
-meshes = {pairs: parallel.mesh(pairs).devices.size for pairs in (1, 3, 4, 5, 6, 8)}
+meshes = {blocks: parallel.mesh(blocks).devices.size for blocks in (1, 3, 4, 5, 6, 8)}
 parallel.use_cores(1 + devices)
 late = len(jax.devices())
 print(json.dumps({"results": results, "meshes": meshes, "late": late}))
@@ -83,12 +83,18 @@ def test_any_number_of_devices_gives_the_same_bytes(on_four):
     assert all(ours != theirs for ours, theirs in zip(alone, other_seed, strict=True))  # the digests can tell
 
 
-def test_slots_are_spread_over_as_many_devices_as_divide_them(on_four):
+def test_blocks_are_spread_over_as_many_devices_as_divide_them(on_four):
     assert on_four["meshes"] == {"1": 1, "3": 3, "4": 4, "5": 1, "6": 3, "8": 4}
 
 
 def test_asking_for_cores_after_jax_has_started_changes_nothing(on_four):
     assert on_four["late"] == 4
+
+
+@pytest.mark.slow
+def test_blocks_of_several_slots_give_the_same_bytes():
+    results = run(4, [1, 2], SMALL | {"estimator.slots_per_block": 2}, 6)["results"]
+    assert results["1"] == results["2"]
 
 
 @pytest.mark.slow

@@ -135,6 +135,7 @@ def edited(section, name, value):
         (edited("outer", "steps", True), ["'outer.steps'", "True", "int"]),
         (edited("outer", "lr", True), ["'outer.lr'", "True", "float"]),
         (edited("outer", "lr", None), ["'outer.lr'", "None", "float"]),
+        (edited("outer", "lr", 10**400), ["'outer.lr'", "too large"]),
         (edited("unroll", "stagger", 1), ["'unroll.stagger'", "1", "bool"]),
         (edited("learner", "clock_limit", "never"), ["'learner.clock_limit'", "'never'"]),
         (edited("learner", "name", 3), ["'learner.name'", "3", "str"]),
@@ -180,6 +181,7 @@ def test_the_architecture_is_read_alone_and_names_its_source():
         ("learner.hiden", "learner.hidden"),
         ("sed", "seed"),
         ("tasks.name", "tasks"),
+        ("learner", "learner.name"),  # a section is no field
     ],
 )
 def test_an_unknown_field_suggests_the_nearest(name, near):
@@ -210,7 +212,9 @@ def test_an_unknown_choice_suggests_the_nearest(name, value, near):
 CONFLICTS = [
     ({"unroll.length": 1010}, ["unroll.length=1010", "unroll.truncation=50", "try 1000"]),
     ({"unroll.length": 30}, ["unroll.length=30", "try 50"]),
-    ({"unroll.truncation": 0}, ["unroll.truncation=0", "try"]),
+    ({"unroll.length": 0}, ["unroll.length=0", "try 50"]),
+    ({"unroll.length": -50}, ["unroll.length=-50", "try 50"]),
+    ({"unroll.truncation": 0}, ["unroll.truncation=0", "at least 1"]),
     (
         {"unroll.stagger": True, "unroll.truncations_per_update": 20},
         ["truncations_per_update=20", "set unroll.stagger to False"],
@@ -231,7 +235,19 @@ CONFLICTS = [
     ({"replay.threshold": 1.5}, ["replay.threshold=1.5", "from 0 to 1"]),
     ({"replay.threshold": -0.1}, ["replay.threshold=-0.1", "from 0 to 1"]),
     ({"replay.threshold": float("nan")}, ["replay.threshold=nan", "from 0 to 1"]),
-    ({"tasks": ()}, ["tasks is empty", "lolo tasks"]),
+    ({"tasks": ()}, ["tasks=()", "at least one", "lolo tasks"]),
+    ({"tasks": ("quadratic", "quadratic")}, ["tasks=('quadratic', 'quadratic')", "twice"]),
+    ({"validation.seeds": 0}, ["validation.seeds=0", "at least 1"]),
+    ({"validation.every": -1}, ["validation.every=-1", "0 or a positive"]),
+    ({"validation.steps": -5}, ["validation.steps=-5", "0 or a positive"]),
+    ({"outer.clip": 0.0}, ["outer.clip=0.0", "positive"]),
+    ({"outer.final_lr": -1.0}, ["outer.final_lr=-1.0", "0 or a positive"]),
+    ({"outer.warmup": 5.0}, ["outer.warmup=5.0", "from 0 to 1"]),
+    ({"outer.warmup": float("nan")}, ["outer.warmup=nan", "from 0 to 1"]),
+    ({"learner.exp_mult": float("nan")}, ["learner.exp_mult=nan", "positive"]),
+    ({"learner.weight_decay": -1.0}, ["learner.weight_decay=-1.0", "positive"]),
+    ({"learner.clock_limit": -5.0}, ["learner.clock_limit=-5.0", "0 or more"]),
+    ({"learner.name": "sgd", "learner.weight_decay": 0.1}, ["learner.name='sgd'", "use learner.name='small_fc'"]),
     (
         {"imitation.expert": "adam-of-learner", "learner.name": "sgd"},
         ["imitation.expert='adam-of-learner'", "use imitation.expert='adam'"],

@@ -118,14 +118,6 @@ def test_images_are_normalised():
     assert set(np.unique(labels).tolist()) == set(range(10))
 
 
-def test_cross_entropy_by_hand():
-    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
-    labels = jnp.array([0, 2], jnp.uint8)
-    np.testing.assert_allclose(
-        tasks.cross_entropy(logits + 100.0, labels), -(math.log(0.5) + math.log(0.8)) / 2, rtol=1e-4
-    )
-
-
 # --- a user's own task ----------------------------------------------------------------------------------------------
 
 SOURCE = """
@@ -146,6 +138,18 @@ def source(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(SOURCE)
     return path
+
+
+def test_a_task_file_may_define_dataclasses_and_lie_in_a_folder_with_an_at_sign(tmp_path):
+    folder = tmp_path / "me@work"
+    folder.mkdir()
+    head = (
+        "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Sizes:\n    x: int\n"
+    )
+    (folder / "mine.py").write_text(head + SOURCE)
+    pinned = tasks.pin(f"{folder}/mine.py:make")
+    assert pinned.startswith(f"{folder}/mine.py:make@")
+    assert tasks.resolve(pinned).train.data.shape == (1000, 3)
 
 
 def error(call, name):
