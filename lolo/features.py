@@ -2,10 +2,13 @@
 
 The textbook builds an [entries, 39] array. Here the inputs stay where they vary: 16 of them per entry, 12 only along
 the rows or columns of the factored moments, 11 not at all within a tensor (the time features, `time_inputs`).
+Every tensor is seen as k matrices [a, b]: its two largest axes last, in their order, and all others merged into k.
+Below two axes k = a = 1. Inputs come first and entries last, so that the arithmetic runs along memory.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -34,9 +37,9 @@ class Moments(NamedTuple):
 class Inputs(NamedTuple):
     """The inputs of one tensor before normalisation, each in the space where it varies."""
 
-    entry: jax.Array  # [16, *shape], in the order of spec.ENTRY_COLUMNS
-    row: jax.Array  # [6, *shape with extent 1 along the largest axis], spec.ROW_COLUMNS
-    column: jax.Array | None  # [6, *shape with extent 1 along the second axis]; None below two axes: equal to row
+    entry: jax.Array  # [16, k·a·b], in the order of spec.ENTRY_COLUMNS
+    row: jax.Array  # [6, k, a, b] with extent 1 along the largest axis, in the order of spec.ROW_COLUMNS
+    column: jax.Array  # [6, k, a, b] with extent 1 along the second largest axis; equal to row below two axes
 
 
 def decays(meta_params: dict[str, jax.Array]) -> Decays:
@@ -61,11 +64,11 @@ def decays(meta_params: dict[str, jax.Array]) -> Decays:
 def init_moments(param: jax.Array) -> Moments:
     """Zero moments in float32, whatever the parameter's dtype."""
     shape, axes = param.shape, spec.factored_axes(param.shape)
-    if axes is None:
-        row, column = shape, (0,)
-    else:
-        row = tuple(n for axis, n in enumerate(shape) if axis != axes.largest)
-        column = tuple(n for axis, n in enumerate(shape) if axis != axes.second)
+
+    def without(dropped: int) -> tuple[int, ...]:
+        return tuple(n for axis, n in enumerate(shape) if axis != dropped)
+
+    row, column = (shape, (0,)) if axes is None else (without(axes.largest), without(axes.second))
     return Moments(jnp.zeros((3, *shape)), jnp.zeros(shape), row=jnp.zeros((3, *row)), column=jnp.zeros((3, *column)))
 
 
@@ -77,6 +80,8 @@ def _average(decay: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
 
 def accumulate(moments: Moments, grad: jax.Array, decay: Decays) -> Moments:
     """One step of all moments. grad: [*shape] float32."""
+    if grad.size == 0:
+        return moments
     squared = grad**2
     axes, floored = spec.factored_axes(grad.shape), squared + spec.FACTORED_EPSILON
     if axes is None:
@@ -92,39 +97,82 @@ def accumulate(moments: Moments, grad: jax.Array, decay: Decays) -> Moments:
     )
 
 
+def _matrix_order(shape: tuple[int, ...], axes: spec.FactoredAxes | None) -> list[int]:
+    last = sorted(axes or ())
+    return [axis for axis in range(len(shape)) if axis not in last] + last
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """k, a, b."""
+    if spec.factored_axes(shape) is None:
+        return 1, 1, math.prod(shape)
+    *kept, a, b = (shape[axis] for axis in _matrix_order(shape, spec.factored_axes(shape)))
+    return math.prod(kept), a, b
+
+
+def as_matrices(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[*lead, *shape] -> [*lead, k, a, b]. Axes of `x` may have extent 1 where `shape` has more."""
+    axes, lead = spec.factored_axes(shape), x.ndim - len(shape)
+    x = jnp.transpose(x, [*range(lead), *(lead + axis for axis in _matrix_order(shape, axes))])
+    last = (1, math.prod(x.shape[lead:])) if axes is None else x.shape[-2:]
+    return x.reshape(*x.shape[:lead], math.prod(x.shape[lead:-2]) if axes else 1, *last)
+
+
+def from_matrices(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse, of flat entries: [k·a·b] -> [*shape]."""
+    order = _matrix_order(shape, spec.factored_axes(shape))
+    x = x.reshape([shape[axis] for axis in order])
+    return jnp.transpose(x, [order.index(axis) for axis in range(len(shape))])
+
+
 def inputs(grad: jax.Array, param: jax.Array, moments: Moments) -> Inputs:
     """Everything but the time features, from the updated moments. grad, param: [*shape] float32."""
-    axes, momentum = spec.factored_axes(grad.shape), moments.momentum
-    inverse_root = jax.lax.rsqrt(moments.rms + spec.MOMENTUM_EPSILON)
+    shape, axes = grad.shape, spec.factored_axes(grad.shape)
+    row, column = moments.row, moments.column
     if axes is None:
-        row, column = moments.row, None
+        row = column = as_matrices(row, shape)
         factor = jax.lax.rsqrt(jnp.maximum(row + spec.FACTOR_MEAN_EPSILON, spec.FACTOR_FLOOR))
-        factored_gradient = grad * factor
-        factored_momentum = momentum * jax.lax.rsqrt(row + spec.MOMENTUM_EPSILON)
+        momentum_factor = jax.lax.rsqrt(row + spec.MOMENTUM_EPSILON)
     else:
-        row = jnp.expand_dims(moments.row, axes.largest + 1)
-        column = jnp.expand_dims(moments.column, axes.second + 1)
-        mean = jnp.mean(row, axis=axes.second + 1, keepdims=True)
+        mean = jnp.mean(row, axis=axes.second + 1 - (axes.second > axes.largest), keepdims=True)
         factor = jax.lax.rsqrt(jnp.maximum(row / (mean + spec.FACTOR_MEAN_EPSILON), spec.FACTOR_FLOOR))
-        factor = factor * jax.lax.rsqrt(jnp.maximum(column, spec.FACTOR_FLOOR))
-        factored_gradient, factored_momentum = grad * factor, momentum * factor
+        factor = as_matrices(jnp.expand_dims(factor, axes.largest + 1), shape)
+        row = as_matrices(jnp.expand_dims(row, axes.largest + 1), shape)
+        column = as_matrices(jnp.expand_dims(column, axes.second + 1), shape)
+        factor = momentum_factor = factor * jax.lax.rsqrt(jnp.maximum(column, spec.FACTOR_FLOOR))
+    grad, param, momentum, rms = (as_matrices(x, shape) for x in (grad, param, moments.momentum, moments.rms))
+    inverse_root = jax.lax.rsqrt(rms + spec.MOMENTUM_EPSILON)
     entry = jnp.concatenate(
         [
             grad[None],
             param[None],
             momentum,
-            moments.rms[None],
+            rms[None],
             momentum * inverse_root,
             inverse_root[None],
-            factored_gradient,
-            factored_momentum,
+            grad * factor,
+            momentum * momentum_factor,
         ]
     )
 
     def with_root(moment: jax.Array) -> jax.Array:
         return jnp.concatenate([moment, jax.lax.rsqrt(moment + spec.MOMENT_EPSILON)])
 
-    return Inputs(entry, with_root(row), None if column is None else with_root(column))
+    return Inputs(entry.reshape(len(entry), -1), with_root(row), with_root(column))
+
+
+def normalizer(x: jax.Array) -> jax.Array:
+    """One over the root mean square of each input, over the tensor. x: [F, *space] -> [F]."""
+    x = x.reshape(x.shape[0], -1)
+    return jax.lax.rsqrt(spec.NORMALIZE_EPSILON + jnp.sum(x * x, axis=1) / max(x.shape[1], 1))
+
+
+def normalized_inputs(grad: jax.Array, param: jax.Array, moments: Moments) -> jax.Array:
+    """The same inputs entry by entry, normalised: [28, k·a·b], the rows in the order of spec.NETWORK_COLUMNS."""
+    x, shape = inputs(grad, param, moments), matrix_shape(grad.shape)
+    row, column = (jnp.broadcast_to(y, (len(y), *shape)).reshape(len(y), -1) for y in (x.row, x.column))
+    full = jnp.concatenate([x.entry, row, column])
+    return full * normalizer(full)[:, None]
 
 
 def time_inputs(step: jax.Array) -> jax.Array:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,10 @@ from lolo import features
 from lolo import small_fc_spec as spec
 from lolo.trees import PyTree
 
+# Entries of a block whose activations stay in a CPU core's cache, and of the tensors that share one pass.
+CPU_BLOCK, CPU_TOGETHER = 1024, 512
+# Elsewhere a block only bounds the memory.
+OTHER_BLOCK = OTHER_TOGETHER = 2**20
 # On GPUs the default precision of a float32 matrix product is lower than float32.
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -87,33 +93,31 @@ def small_fc(
         }
 
     def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformation:
+        weights = arrange(meta_params)
+
         def init_state(params: PyTree) -> SmallFcState:
             return SmallFcState(jax.tree.map(features.init_moments, params), jnp.zeros((), jnp.int32))
 
         def update(grads: PyTree, state: SmallFcState, params: PyTree = None) -> tuple[PyTree, SmallFcState]:
             if params is None:
                 raise ValueError("small_fc reads the parameters: call update(grads, state, params).")
-            decay = features.decays(meta_params)
-            clock = state.step if clock_limit is None else jnp.minimum(state.step, clock_limit)
-            bias = meta_params["b0"] + features.time_inputs(clock) @ meta_params["w0"][spec.TIME_COLUMNS]
-
-            def one(grad: jax.Array, param: jax.Array, moments: features.Moments) -> tuple:
-                dtype, (grad, param) = param.dtype, (grad.astype(jnp.float32), param.astype(jnp.float32))
-                moments = features.accumulate(moments, grad, decay)
-                direction, magnitude = network(meta_params, bias, features.inputs(grad, param, moments))
-                change = direction * jnp.exp(exp_mult * magnitude)
-                if weight_decay:
-                    change = change + weight_decay * param
-                return (-step_mult * change).astype(dtype), moments
-
             leaves, structure = jax.tree.flatten(params)
-            done = [
-                one(*leaf)
-                for leaf in zip(
-                    structure.flatten_up_to(grads), leaves, structure.flatten_up_to(state.moments), strict=True
-                )
-            ]
-            updates, moments = (jax.tree.unflatten(structure, part) for part in zip(*done, strict=True))
+            params32, grads32 = ([x.astype(jnp.float32) for x in xs] for xs in (leaves, jax.tree.leaves(grads)))
+            old = jax.tree.leaves(state.moments, is_leaf=lambda node: isinstance(node, features.Moments))
+            decay = features.decays(meta_params)
+            moments = [features.accumulate(m, grad, decay) for m, grad in zip(old, grads32, strict=True)]
+            clock = state.step if clock_limit is None else jnp.minimum(state.step, clock_limit)
+            outputs = apply_network(weights, first_bias(meta_params, clock), grads32, params32, moments)
+
+            def change(output: jax.Array, param: jax.Array, dtype: Any) -> jax.Array:
+                direction, magnitude = (features.from_matrices(x, param.shape) for x in output)
+                step = direction * jnp.exp(exp_mult * magnitude)
+                if weight_decay:
+                    step = step + weight_decay * param
+                return (-step_mult * step).astype(dtype)
+
+            updates = [change(x, p, leaf.dtype) for x, p, leaf in zip(outputs, params32, leaves, strict=True)]
+            updates, moments = (jax.tree.unflatten(structure, part) for part in (updates, moments))
             return updates, SmallFcState(moments, state.step + 1)
 
         return optax.GradientTransformation(init_state, update)
@@ -121,48 +125,165 @@ def small_fc(
     return LearnedOptimizer(init, optimizer)
 
 
-def network(meta_params: dict[str, jax.Array], bias: jax.Array, inputs: features.Inputs) -> tuple:
-    """The MLP on the inputs of one tensor. bias: [H], the first bias with the time inputs folded in.
+class Weights(NamedTuple):
+    """The network's matrices, transposed: products are weight @ x with x [F, entries]."""
 
-    Returns: direction d and magnitude m, each [*shape].
+    entry: jax.Array  # [H, 16]
+    row: jax.Array  # [H, 6]
+    column: jax.Array  # [H, 6]
+    w1: jax.Array  # [H, H]
+    b1: jax.Array  # [H, 1]
+    w2: jax.Array  # [2, H]
+    b2: jax.Array  # [2, 1]
+
+
+class Blocks(NamedTuple):
+    """How k matrices [a, b] are cut: blocks of whole rows, or of a piece of one row. The last ones may overlap."""
+
+    shape: tuple[int, int, int]  # k, a, b
+    rows: int
+    columns: int
+
+
+class Start(NamedTuple):
+    """Where a block begins."""
+
+    matrix: jax.Array | int
+    row: jax.Array | int
+    column: jax.Array | int
+
+
+def arrange(meta_params: dict[str, jax.Array]) -> Weights:
+    """φ as the products take it."""
+    w0, w1, w2 = (meta_params[name].T for name in ("w0", "w1", "w2"))
+    b1, b2 = (meta_params[name][:, None] for name in ("b1", "b2"))
+    entry, row, column = w0[:, spec.ENTRY_COLUMNS], w0[:, spec.ROW_COLUMNS], w0[:, spec.COLUMN_COLUMNS]
+    # Without the barrier XLA folds the transposes into the products, and its fast CPU product takes plain w @ x only.
+    return jax.lax.optimization_barrier(Weights(entry, row, column, w1, b1, w2, b2))
+
+
+def first_bias(meta_params: dict[str, jax.Array], clock: jax.Array) -> jax.Array:
+    """The first bias with the time inputs, equal for all entries, folded in. [H, 1]."""
+    return (meta_params["b0"] + features.time_inputs(clock) @ meta_params["w0"][spec.TIME_COLUMNS])[:, None]
+
+
+def apply_network(weights: Weights, bias: jax.Array, grads: list, params: list, moments: list) -> list[jax.Array]:
+    """The two outputs for every entry of every tensor: a list of [2, entries], in the order of `as_matrices`."""
+    tensors = list(zip(grads, params, moments, strict=True))
+    together = [i for i, grad in enumerate(grads) if is_small(grad.shape)]
+    outputs = {i: matrix_network(weights, bias, *tensors[i]) for i in range(len(grads)) if i not in together}
+    if together:
+        sizes = [grads[i].size for i in together]
+        x = jnp.concatenate([features.normalized_inputs(*tensors[i]) for i in together], axis=1)
+        done = jnp.split(flat_network(weights, bias, x), list(itertools.accumulate(sizes))[:-1], axis=1)
+        outputs |= dict(zip(together, done, strict=True))
+    return [outputs[i] for i in range(len(grads))]
+
+
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def is_small(shape: tuple[int, ...]) -> bool:
+    """Tensors that share one pass: few entries, narrow rows, or no rows and columns at all."""
+    _, a, b = features.matrix_shape(shape)
+    return len(shape) < 2 or math.prod(shape) <= (CPU_TOGETHER if on_cpu() else OTHER_TOGETHER) or b < 16 or a * b < 256
+
+
+def flat_network(weights: Weights, bias: jax.Array, x: jax.Array) -> jax.Array:
+    """[28, n] normalised inputs -> [2, n]."""
+    first = jnp.concatenate([weights.entry, weights.row, weights.column], axis=1)
+    blocks = cut((1, 1, x.shape[1]))
+    return over_blocks(lambda at: later_layers(weights, product(first, entries(x, blocks, at)) + bias), blocks)
+
+
+def matrix_network(
+    weights: Weights, bias: jax.Array, grad: jax.Array, param: jax.Array, moments: features.Moments
+) -> jax.Array:
+    """The network on one tensor of two axes or more. Returns: [2, k·a·b].
+
+    The row and column inputs pass the first layer in their own small spaces; of the two sums, the one that is constant
+    along a row (`outer`) is added row by row, and the other (`inner`) is repeated to fill a block once per tensor.
     """
-    shape = inputs.entry.shape[1:]
+    x, blocks = features.inputs(grad, param, moments), cut(features.matrix_shape(grad.shape))
+    (k, a, b), rows, columns = blocks
 
-    def first_layer(x: jax.Array, weight: jax.Array) -> jax.Array:
-        """Normalise and project. x: [F, *space], weight: [F, H] -> [H, *space]."""
-        scale = jax.lax.rsqrt(spec.NORMALIZE_EPSILON + mean_square(x))
-        return project(weight * scale[:, None], x)
+    def first_layer(weight: jax.Array, x: jax.Array) -> jax.Array:
+        flat = x.reshape(x.shape[0], -1)
+        return product(weight * features.normalizer(flat), flat).reshape(-1, *x.shape[1:])
 
-    w0 = meta_params["w0"]
-    row_weight, column_weight = w0[spec.ROW_COLUMNS], w0[spec.COLUMN_COLUMNS]
-    hidden = first_layer(inputs.entry, w0[spec.ENTRY_COLUMNS]) + expand(bias, len(shape))
-    if inputs.column is None:
-        hidden = hidden + first_layer(inputs.row, row_weight + column_weight)
-    else:
-        hidden = hidden + first_layer(inputs.row, row_weight) + first_layer(inputs.column, column_weight)
-    hidden = jax.nn.relu(hidden)
-    hidden = jax.nn.relu(project(meta_params["w1"], hidden) + expand(meta_params["b1"], len(shape)))
-    out = project(meta_params["w2"], hidden) + expand(meta_params["b2"], len(shape))
-    return out[0], out[1]
+    row, column = first_layer(weights.row, x.row), first_layer(weights.column, x.column)
+    outer, inner = (row, column) if x.row.shape[-1] == 1 else (column, row)
+    outer = outer.reshape(-1, k * a)
+    inner = repeat_rows(inner + bias[:, :, None, None], rows).reshape(-1, k, rows * b)
+    weight = weights.entry * features.normalizer(x.entry)
 
+    def block(at: Start) -> jax.Array:
+        hidden = product(weight, entries(x.entry, blocks, at))
+        hidden = (
+            hidden + jax.lax.dynamic_slice(inner, (0, at.matrix, at.column), (len(hidden), 1, rows * columns))[:, 0]
+        )
+        by_row = jax.lax.dynamic_slice_in_dim(outer, at.matrix * a + at.row, rows, axis=1)
+        hidden = hidden.reshape(len(hidden), rows, columns) + by_row[:, :, None]
+        return later_layers(weights, hidden.reshape(len(hidden), -1))
 
-def expand(vector: jax.Array, ndim: int) -> jax.Array:
-    """[H] -> [H, 1, ..., 1]."""
-    return vector.reshape(-1, *(1,) * ndim)
-
-
-def project(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """weight: [F, H], x: [F, *space] -> [H, *space]. Features come first: the products then run along memory."""
-    flat = jnp.matmul(weight.T, x.reshape(x.shape[0], -1), precision=HIGHEST)
-    return flat.reshape(-1, *x.shape[1:])
+    return over_blocks(block, blocks)
 
 
-def mean_square(x: jax.Array) -> jax.Array:
-    """Mean of x² over all axes but the first. [F, *space] -> [F]."""
-    squared = x**2
-    while squared.ndim > 1:  # the outer axis first: XLA adds up whole rows at once
-        squared = jnp.mean(squared, axis=1)
-    return squared
+def later_layers(weights: Weights, hidden: jax.Array) -> jax.Array:
+    """From the sums of the first layer [H, n] to the outputs [2, n]."""
+    hidden = product(weights.w1, jax.nn.relu(hidden)) + weights.b1
+    return product(weights.w2, jax.nn.relu(hidden)) + weights.b2
+
+
+def product(weight: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.matmul(weight, x, precision=HIGHEST)
+
+
+def cut(shape: tuple[int, int, int]) -> Blocks:
+    """Blocks of at most BLOCK entries, as even as they come."""
+    _, a, b = shape
+    limit = CPU_BLOCK if on_cpu() else OTHER_BLOCK
+    if b > limit:
+        return Blocks(shape, 1, -(-b // -(-b // limit)))
+    return Blocks(shape, -(-a // -(-a // max(1, limit // max(1, b)))), b)
+
+
+def entries(x: jax.Array, blocks: Blocks, at: Start) -> jax.Array:
+    """[F, k·a·b] -> [F, rows·columns]: a block lies in one piece."""
+    return jax.lax.dynamic_slice_in_dim(x, position(blocks, at), blocks.rows * blocks.columns, axis=1)
+
+
+def position(blocks: Blocks, at: Start) -> jax.Array | int:
+    _, a, b = blocks.shape
+    return (at.matrix * a + at.row) * b + at.column
+
+
+def over_blocks(block: Callable[[Start], jax.Array], blocks: Blocks) -> jax.Array:
+    """block: start -> [2, rows·columns], called for one block after the other. Returns: [2, k·a·b]."""
+    (k, a, b), rows, columns = blocks
+    if rows * columns == k * a * b:
+        return block(Start(0, 0, 0))
+    down, across = -(-a // rows), -(-b // columns)
+
+    def body(i: jax.Array, outputs: jax.Array) -> jax.Array:
+        # Clamped: where the last block overlaps the one before, the same values are written twice.
+        row, column = (
+            jnp.minimum(j * n, m - n) for j, n, m in ((i // across % down, rows, a), (i % across, columns, b))
+        )
+        at = Start(i // (across * down), row, column)
+        return jax.lax.dynamic_update_slice_in_dim(outputs, block(at), position(blocks, at), axis=1)
+
+    return jax.lax.fori_loop(0, k * down * across, body, jnp.zeros((2, k * a * b)))
+
+
+def repeat_rows(x: jax.Array, rows: int) -> jax.Array:
+    """[F, k, 1, b] -> [F, k, rows, b], by copies of copies: XLA's CPU broadcast along short rows is not vectorised."""
+    while rows > 1:
+        times = next((n for n in range(8, 1, -1) if rows % n == 0), rows)
+        x = jax.lax.optimization_barrier(jnp.concatenate([x] * times, axis=2))
+        rows //= times
+    return x
 
 
 LEARNERS: dict[str, Callable[..., LearnedOptimizer]] = {"small_fc": small_fc, "sgd": learned_sgd}

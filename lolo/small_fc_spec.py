@@ -72,6 +72,7 @@ ENTRY_COLUMNS = np.r_[
 ]
 ROW_COLUMNS = np.r_[SLICES["row"], SLICES["inverse_root_row"]]
 COLUMN_COLUMNS = np.r_[SLICES["column"], SLICES["inverse_root_column"]]
+NETWORK_COLUMNS = np.r_[ENTRY_COLUMNS, ROW_COLUMNS, COLUMN_COLUMNS]
 TIME_COLUMNS = np.r_[SLICES["time"]]
 
 # Decay offsets of older checkpoints: name -> how many.

@@ -101,5 +101,4 @@ def test_blocks_of_several_slots_give_the_same_bytes():
 def test_a_real_task_gives_the_same_bytes_on_1_2_and_4_devices():
     changes = SMALL | {"tasks": ["fashion-mlp"], "learner.name": "small_fc", "unroll.truncation": 3}
     alone = run(1, [1], changes, 2)["results"]["1"]
-    assert run(2, [1, 2], changes, 2)["results"] == {"1": alone, "2": alone}
-    assert run(4, [1, 2, 4], changes, 2)["results"] == {"1": alone, "2": alone, "4": alone}
+    assert run(4, [2, 4], changes, 2)["results"] == {"2": alone, "4": alone}
