@@ -1,4 +1,4 @@
-"""A real `lolo train` killed with SIGKILL at random moments and resumed each time ends with the bytes of one that was not."""
+"""A real `lolo train`, killed at random moments and resumed each time, ends with the bytes of one that was not."""
 
 import os
 import random
