@@ -25,6 +25,7 @@ HELP = """lolo: learned optimizers that keep working past the unroll they were m
   lolo resume RUN                   go on with a stopped run
   lolo eval OPTIMIZER... --task T   long runs from the same inits and batches: table, rows, curves
   lolo doctor RUN                   whether a run is healthy, in plain words
+  lolo bench                        speed on this machine, as ratios within one run
   lolo data prepare NAME --to DIR   read a data set once: ImageNet-32, FineWeb, IDX, text, ...
   lolo recipes                      the recipes, and the fields in which they differ
   lolo tasks                        the tasks
@@ -249,6 +250,26 @@ def reproduce_command(argv: list[str]) -> int:
     return tyro.cli(reproduce, args=argv, prog="lolo reproduce")
 
 
+def bench_command(argv: list[str]) -> int:
+    """lolo bench"""
+
+    def bench_(parts: tyro.conf.Positional[tuple[str, ...]] = (), out: Path | None = None) -> int:
+        """Measure speed on this machine: ratios within one run, medians.
+
+        Args:
+          parts: update (our form against the textbook's), methods (LoLO against NAIVE), use (a step in optax), start
+            (first step, cores); all if none is named.
+          out: JSON file for the numbers.
+        """
+        from lolo import bench
+
+        training.set_up()
+        bench.run(parts or tuple(bench.PARTS), out)
+        return 0
+
+    return tyro.cli(bench_, args=argv, prog="lolo bench")
+
+
 def recipes_command(argv: list[str]) -> int:
     """lolo recipes"""
 
@@ -349,6 +370,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "reproduce": reproduce_command,
     "doctor": doctor_command,
     "data": data_command,
+    "bench": bench_command,
     "recipes": recipes_command,
     "tasks": tasks_command,
     "weights": weights_command,

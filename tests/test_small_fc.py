@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import textbook
 
-from lolo import learned
+from lolo import learned, textbook
 from lolo import small_fc_spec as spec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "small_fc.npz"
@@ -32,6 +31,7 @@ SHAPES = {
     "all ties": (3, 3, 3),
     "largest first": (9, 2, 3, 4),
 }
+FEW_SHAPES = {name: SHAPES[name] for name in ("scalar", "vector", "wide", "conv", "all ties")} | {"cut": (40, 33)}
 # Large enough to be cut in blocks, with and without remainders, along every kind of axis.
 LARGE_SHAPES = {
     "long vector": (20_011,),
@@ -149,25 +149,25 @@ def test_one_large_tensor_equals_the_textbook(shape):
     ids=str,
 )
 def test_many_tensors_equal_the_textbook_under_every_option(options):
-    compare_with_textbook(SHAPES, **options)
+    compare_with_textbook(FEW_SHAPES, **options)
 
 
 def test_the_textbook_tells_options_apart():
     learner = learned.small_fc(weight_decay=0.1)
     meta_params = draw_meta_params(learner)
-    params = draw_params(SHAPES, jax.random.key(3))
+    params = draw_params(FEW_SHAPES, jax.random.key(3))
     ours = trajectory(learner.optimizer(meta_params), params)[0]
     with pytest.raises(AssertionError):
         assert_same_updates(ours, trajectory(textbook.small_fc(meta_params), params)[0])
 
 
 def test_bfloat16_parameters_get_bfloat16_updates_from_float32_accumulators():
-    state = compare_with_textbook(SHAPES, dtype=jnp.bfloat16, rtol=1e-2)
+    state = compare_with_textbook(FEW_SHAPES, dtype=jnp.bfloat16, rtol=1e-2)
     assert {x.dtype for x in jax.tree.leaves(state.moments)} == {jnp.dtype(jnp.float32)}
 
 
 def test_mixed_dtypes_in_one_tree():
-    params = draw_params(SHAPES, jax.random.key(3))
+    params = draw_params(FEW_SHAPES, jax.random.key(3))
     params = {n: p.astype(jnp.bfloat16 if i % 2 else jnp.float32) for i, (n, p) in enumerate(params.items())}
     learner = learned.small_fc()
     meta_params = draw_meta_params(learner)
@@ -204,12 +204,12 @@ def test_weights_are_truncated_normal_and_biases_zero():
 
 def test_momentum_and_second_moment_are_adams():
     """The expert may read them: momentum[0] has decay .9 and rms .999."""
-    params = draw_params(SHAPES, jax.random.key(3))
+    params = draw_params(FEW_SHAPES, jax.random.key(3))
     learner = learned.small_fc()
     optimizer, adam = learner.optimizer(draw_meta_params(learner)), optax.scale_by_adam()
     state, adam_state = optimizer.init(params), adam.init(params)
     for step in range(3):
-        grads = draw_params(SHAPES, jax.random.key(step))
+        grads = draw_params(FEW_SHAPES, jax.random.key(step))
         _, state = jax.jit(optimizer.update)(grads, state, params)
         _, adam_state = adam.update(grads, adam_state)
     for name in params:
@@ -218,7 +218,7 @@ def test_momentum_and_second_moment_are_adams():
 
 
 def test_an_update_under_jit_gives_the_same_bits_twice():
-    params = draw_params({**SHAPES, **LARGE_SHAPES}, jax.random.key(3))
+    params = draw_params({**FEW_SHAPES, "odd": LARGE_SHAPES["odd"], "conv": LARGE_SHAPES["conv"]}, jax.random.key(3))
     learner = learned.small_fc()
     meta_params = draw_meta_params(learner)
     first, second = (trajectory(learner.optimizer(meta_params), params)[0] for _ in range(2))
@@ -230,7 +230,7 @@ def test_an_update_under_jit_gives_the_same_bits_twice():
     "batched", [jax.vmap, lambda f: lambda *args: jax.lax.map(lambda a: f(*a), args)], ids=["vmap", "map"]
 )
 def test_many_optimizers_at_once_equal_the_loop(batched):
-    shapes = {**SHAPES, "odd": LARGE_SHAPES["odd"], "long": LARGE_SHAPES["long vector"]}
+    shapes = {**FEW_SHAPES, "odd": LARGE_SHAPES["odd"], "long": LARGE_SHAPES["long vector"]}
     learner = learned.small_fc(learn_decays=True)
     runs = [(draw_meta_params(learner, k), draw_params(shapes, jax.random.key(k))) for k in range(3)]
 
@@ -259,7 +259,7 @@ def test_missing_params_are_named():
 def test_every_learner_is_an_optax_optimizer(name):
     learner = learned.LEARNERS[name]()
     optimizer = learner.optimizer(learner.init(jax.random.key(0)))
-    params = draw_params(SHAPES, jax.random.key(1))
+    params = draw_params(FEW_SHAPES, jax.random.key(1))
     state = optimizer.init(params)
     updates, after = jax.jit(optimizer.update)(params, state, params)
     assert jax.tree.structure(after) == jax.tree.structure(state)
@@ -269,6 +269,6 @@ def test_every_learner_is_an_optax_optimizer(name):
 
 def test_learned_sgd_is_sgd_with_momentum():
     meta_params = {"log_learning_rate": jnp.log(jnp.float32(0.2)), "momentum_logit": jnp.zeros(())}
-    params = draw_params(SHAPES, jax.random.key(1))
+    params = draw_params(FEW_SHAPES, jax.random.key(1))
     ours = trajectory(learned.learned_sgd().optimizer(meta_params), params)[0]
     assert_same_updates(ours, trajectory(optax.sgd(0.2, momentum=0.5), params)[0], rtol=1e-5)

@@ -65,8 +65,8 @@ def small_fc(meta_params, step_mult=1e-3, exp_mult=1e-3, weight_decay=0.0, clock
 
         leaves, structure = jax.tree.flatten(params)
         done = [one(*leaf) for leaf in zip(jax.tree.leaves(grads), leaves, *state[:3], strict=True)]
-        updates, *accumulators = (list(part) for part in zip(*done, strict=True))
-        return jax.tree.unflatten(structure, updates), TextbookState(*accumulators, state.step + 1)
+        updates, momentum, rms, factored = (list(part) for part in zip(*done, strict=True))
+        return jax.tree.unflatten(structure, updates), TextbookState(momentum, rms, factored, state.step + 1)
 
     return optax.GradientTransformation(init, update)
 

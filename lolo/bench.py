@@ -1,0 +1,284 @@
+"""`lolo bench`: speed on this machine, as ratios within one run.
+
+Every comparison is interleaved (one call of each, again and again) and reported as a median of times; the ratios mean
+something on a busy machine, the absolute numbers less so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+from lolo import files, learned, meta, models, parallel, recipes, tasks, textbook, training
+from lolo.trees import PyTree, count_bytes
+
+PAIRS, BATCH = 8, 128
+# name -> widths of the MLP, inner steps per timed call (fewer where a step is long)
+SIZES: dict[str, tuple[tuple[int, ...], int]] = {
+    "7x7-32-32-10": ((49, 32, 32, 10), 50),
+    "28x28-32-32-10": ((784, 32, 32, 10), 20),
+    "55x55-128-128-10": ((3025, 128, 128, 10), 2),
+    "3072-128-128-128-1000": ((3072, 128, 128, 128, 1000), 2),
+}
+# Arithmetic of our form per parameter: the products of 16, 32 and 32 inputs with the weights.
+FLOPS_PER_PARAMETER = 2 * (16 * 32 + 32 * 32 + 32 * 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One measurement."""
+
+    what: str
+    value: float
+    unit: str
+    note: str = ""
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], seconds: float = 6.0, least: int = 5) -> dict[str, float]:
+    """Median seconds of each call; one of each in turn, for about `seconds` in all, after one to warm up."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(next(iter(times.values()))) < least:
+        for name, call in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def synthetic(widths: tuple[int, ...]) -> tasks.Task:
+    """A classifier of random bytes with an MLP of these widths."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2048, widths[0]), np.uint8)
+    labels = rng.integers(0, widths[-1], 2048, np.int32)
+
+    def pick(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (data[0][indices].astype(jnp.float32) - 127.5) / 73.6, data[1][indices]
+
+    parts = {split: (images, labels) for split in tasks.Splits._fields}
+    sizes = {split: 2048 for split in parts}
+    splits = tasks.classification(parts, models.mlp(widths), pick, classes=widths[-1], batch=BATCH, sizes=sizes)
+    return splits.train
+
+
+def lanes(task: tasks.Task, optimizer: Callable, steps: int, sequential: bool) -> tuple[Callable, tuple]:
+    """16 trajectories (8 pairs, both signs) of `steps` inner steps, spread over the devices as one program."""
+    over = parallel.mesh(PAIRS)
+    everywhere, spread = PartitionSpec(), PartitionSpec(parallel.AXIS)
+
+    def one(task: tasks.Task, meta_params: PyTree, params: PyTree, key: jax.Array) -> jax.Array:
+        transformation = optimizer(meta_params)
+
+        def step(carry: tuple, n: jax.Array) -> tuple[tuple, jax.Array]:
+            params, state = carry
+            batch = task.sample(jax.random.fold_in(key, n), n)
+            (loss, _), grads = jax.value_and_grad(task.loss, has_aux=True)(params, {}, batch, key)
+            updates, state = transformation.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), loss
+
+        return jax.lax.scan(step, (params, transformation.init(params)), jnp.arange(steps))[1]
+
+    def all_lanes(task: tasks.Task, *args: Any) -> jax.Array:
+        if sequential:
+            return jax.lax.map(lambda lane: one(task, *lane), args)
+        return jax.vmap(partial(one, task))(*args)
+
+    phi = learned.small_fc().init(jax.random.key(0))
+    many = 2 * PAIRS
+    noise = jax.random.split(jax.random.key(1), many)
+    perturbed = jax.vmap(lambda key: jax.tree.map(lambda x: x + 0.01 * jax.random.normal(key, x.shape), phi))(noise)
+    params = jax.vmap(lambda key: task.init(key)[0])(jax.random.split(jax.random.key(2), many))
+    keys = jnp.repeat(jax.random.split(jax.random.key(3), PAIRS), 2, axis=0)
+    mapped = jax.shard_map(
+        all_lanes, mesh=over, in_specs=(everywhere, spread, spread, spread), out_specs=spread, check_vma=False
+    )
+    return jax.jit(mapped), (parallel.place(task, over), perturbed, params, keys)
+
+
+def bench_update(names: Sequence[str] = tuple(SIZES), seconds: float = 10.0) -> list[Line]:
+    """Inner steps per second in meta-training: our form against the textbook's, and against a matrix product."""
+    lines = []
+    for name in names:
+        widths, steps = SIZES[name]
+        task = synthetic(widths)
+        parameters = sum(a * b + b for a, b in zip(widths, widths[1:], strict=False))
+        forms = {
+            "ours": (learned.small_fc().optimizer, True),
+            "textbook, vmap": (textbook.small_fc, False),
+            "textbook, lax.map": (textbook.small_fc, True),
+        }
+        calls: dict[str, Callable[[], Any]] = {}
+        for form, (optimizer, sequential) in forms.items():
+            program, args = lanes(task, optimizer, steps, sequential)
+            calls[form] = partial(program, *args)
+        calls["product"] = product_call()
+        times = interleaved(calls, seconds)
+        rates = {form: 2 * PAIRS * steps / times[form] for form in forms}
+        lines += [Line(f"{name}: {form}", rate, "inner steps/s") for form, rate in rates.items()]
+        best = max(rates["textbook, vmap"], rates["textbook, lax.map"])
+        lines.append(Line(f"{name}: ours / textbook under vmap", rates["ours"] / rates["textbook, vmap"], "x"))
+        lines.append(Line(f"{name}: ours / the better textbook", rates["ours"] / best, "x"))
+        model_flops = 6 * BATCH * parameters
+        achieved = rates["ours"] * (parameters * FLOPS_PER_PARAMETER + model_flops) / 1e9
+        peak = product_flops() / times["product"] / 1e9
+        lines.append(
+            Line(f"{name}: arithmetic, share of a 1024³ product", 100 * achieved / peak, "%", f"{peak:.0f} GFLOP/s")
+        )
+    return lines
+
+
+def product_flops() -> float:
+    return 2.0 * 1024**3 * len(parallel.mesh(PAIRS).devices)
+
+
+def product_call() -> Callable[[], Any]:
+    """One 1024³ float32 product on every device at once."""
+    over = parallel.mesh(PAIRS)
+    count = len(over.devices)
+    spread = PartitionSpec(parallel.AXIS)
+    x = jax.random.normal(jax.random.key(0), (count, 1024, 1024))
+    mapped = jax.shard_map(lambda x: x @ x, mesh=over, in_specs=spread, out_specs=spread)
+    return partial(jax.jit(mapped), parallel.place(x, over, spread))
+
+
+def outer_step(name: str, task: str = "fashion-mlp") -> tuple[Callable[[], Any], meta.MetaState]:
+    """A call that makes one outer step of a recipe, and the state's shapes."""
+    run = training.prepare(recipes.with_field(recipes.RECIPES[name], "tasks", (task,)), None, None, None)
+    shapes = jax.eval_shape(lambda: run.state)
+
+    def call() -> Any:
+        run.state, _ = run.step(run.train_tasks(), run.state)
+        return run.state.meta_params
+
+    return call, shapes
+
+
+def bench_methods(steps: int = 200) -> list[Line]:
+    """LoLO's outer step against NAIVE's: time over consecutive outer steps, restarts and pushes included; memory."""
+    calls, shapes = {}, {}
+    for name in ("naive", "lolo"):
+        calls[name], shapes[name] = outer_step(name)
+    for call in calls.values():
+        jax.block_until_ready(call())
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(steps):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    lines = [Line(f"outer step of {name} on fashion-mlp", 1000 * medians[name], "ms", f"n={steps}") for name in medians]
+    lines.append(Line("outer step, lolo / naive", medians["lolo"] / medians["naive"], "x"))
+    for name, shape in shapes.items():
+        slots = shape.slots[0]
+        inner = count_bytes(slots.inner) / (2 * PAIRS)
+        lines.append(Line(f"{name}: buffer per slot", count_bytes(slots.replay.states) / PAIRS / inner, "inner states"))
+        lines.append(Line(f"{name}: whole state", count_bytes(shape) / 1e6, "MB"))
+    return lines
+
+
+def bench_use() -> list[Line]:
+    """The optimizer's step in use (optax, jitted) against optax.adamw on MLPs of 1M and 10M parameters."""
+    lines = []
+    for label, widths in {"1M": (784, 640, 640, 128, 10), "10M": (1024, 2560, 2560, 256, 10)}.items():
+        params = models.mlp(widths).init(jax.random.key(0))[0]
+        grads = jax.tree.map(lambda x: 0.01 * x, params)
+        calls: dict[str, Callable[[], Any]] = {}
+        phi = learned.small_fc().init(jax.random.key(0))
+        for name, optimizer in {"lolo": learned.small_fc().optimizer(phi), "adamw": optax.adamw(1e-3)}.items():
+            state = optimizer.init(params)
+            calls[name] = partial(jax.jit(optimizer.update), grads, state, params)
+        times = interleaved(calls, 6.0)
+        lines += [Line(f"step on {label} parameters: {name}", 1000 * t, "ms") for name, t in times.items()]
+        lines.append(Line(f"step on {label} parameters: lolo / adamw", times["lolo"] / times["adamw"], "x"))
+    return lines
+
+
+CHILD = """
+import sys, time
+began = time.perf_counter()
+from lolo import bench, training
+training.set_up(int(sys.argv[1]) if sys.argv[1] != "0" else None)
+import jax
+call, _ = bench.outer_step("lolo")
+jax.block_until_ready(call())
+first = time.perf_counter() - began
+times = []
+for _ in range(int(sys.argv[2])):
+    t = time.perf_counter(); jax.block_until_ready(call()); times.append(time.perf_counter() - t)
+import statistics
+print(first, statistics.median(times) if times else 0.0)
+"""
+
+
+def child(devices: int, steps: int, cache: str, pin: bool) -> tuple[float, float]:
+    """Seconds to the first outer step and median seconds of later ones, in a process of its own."""
+    environment = {**os.environ, "LOLO_CACHE": cache}
+    command = [sys.executable, "-c", CHILD, str(devices), str(steps)]
+
+    def one_core() -> None:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, preexec_fn=one_core if pin else None
+    )
+    first, median = done.stdout.split()[-2:]
+    return float(first), float(median)
+
+
+def bench_start_and_cores() -> list[Line]:
+    """Time to the first outer step, cold and with the cache; all cores against one pinned core."""
+    with tempfile.TemporaryDirectory() as cache:
+        cold, _ = child(0, 0, cache, pin=False)
+        warm, _ = child(0, 0, cache, pin=False)
+        one, many = [], []
+        for _ in range(3):
+            one.append(child(1, 20, cache, pin=True)[1])
+            many.append(child(0, 20, cache, pin=False)[1])
+    lines = [Line("first outer step of fashion-mlp, cold", cold, "s"), Line("the same with the cache", warm, "s")]
+    ratio = statistics.median(one) / statistics.median(many)
+    return [
+        *lines,
+        Line(f"{parallel.cores()} cores / one pinned core", ratio, "x", "medians of 3 runs of 20 outer steps"),
+    ]
+
+
+PARTS: dict[str, Callable[[], list[Line]]] = {
+    "update": bench_update,
+    "methods": bench_methods,
+    "use": bench_use,
+    "start": bench_start_and_cores,
+}
+
+
+def run(parts: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> list[Line]:
+    """Measure, tell each line as it comes, and write JSON if asked."""
+    lines: list[Line] = []
+    for part in parts:
+        for line in recipes.pick(PARTS, "part of the benchmark", part)():
+            say(f"{line.what:60} {line.value:12.3f} {line.unit}  {line.note}".rstrip())
+            lines.append(line)
+    if out is not None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        about = {"lines": [dataclasses.asdict(line) for line in lines], "peak_memory_mb": peak}
+        files.write_json(out, json.loads(json.dumps({**about, **training.provenance()})))
+    return lines
