@@ -277,6 +277,8 @@ def check(recipe: Recipe) -> None:
     for name in SHARES:
         if not 0 <= values[name] <= 1:
             raise RecipeError(f"{name}={values[name]} is a share: give a number from 0 to 1.")
+    if not 0 <= recipe.seed < 2**31:
+        raise RecipeError(f"seed={recipe.seed} must be a whole number from 0 to {2**31 - 1}.")
     if recipe.learner.clock_limit is not None and not recipe.learner.clock_limit >= 0:
         raise RecipeError(f"learner.clock_limit={recipe.learner.clock_limit} must be 0 or more, or None.")
     if not recipe.tasks or len(set(recipe.tasks)) < len(recipe.tasks):

@@ -203,7 +203,10 @@ def resolve(name: str) -> Splits:
         raise TaskError(f"{path} can't be imported; a task file is Python source, named path.py:function.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as import does: dataclasses look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise TaskError(f"{path} can't be imported: {error}.") from error
     make = getattr(module, function, None)
     if not callable(make):
         raise TaskError(f"{path} has no function {function!r}; define one that returns lolo.Splits.")
