@@ -23,7 +23,7 @@ quickstart: $(INSTALLED) ## meta-train three optimizers on real data and compare
 	$(BIN)/lolo reproduce quick
 
 test: $(INSTALLED) ## unit, statistical and parity tests
-	$(BIN)/python -m pytest -m 'not slow and not torch' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not torch' $(ARGS)
 
 # LOLO_REQUIRE_ALL: a skipped test fails the run (tests/conftest.py).
 test-all: $(TORCH_INSTALLED) ## everything slow, and everything that needs PyTorch; nothing may be skipped

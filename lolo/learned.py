@@ -18,10 +18,8 @@ from lolo import features
 from lolo import small_fc_spec as spec
 from lolo.trees import PyTree
 
-# Entries of a block whose activations stay in a CPU core's cache, and of the tensors that share one pass.
-CPU_BLOCK, CPU_TOGETHER = 1024, 512
-# Elsewhere a block only bounds the memory.
-OTHER_BLOCK = OTHER_TOGETHER = 2**20
+# Entries per block. On a CPU a block's activations stay in the core's cache; elsewhere it only bounds the memory.
+CPU_BLOCK, OTHER_BLOCK = 1024, 2**20
 # On GPUs the default precision of a float32 matrix product is lower than float32.
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -107,7 +105,7 @@ def small_fc(
             decay = features.decays(meta_params)
             moments = [features.accumulate(m, grad, decay) for m, grad in zip(old, grads32, strict=True)]
             clock = state.step if clock_limit is None else jnp.minimum(state.step, clock_limit)
-            outputs = apply_network(weights, first_bias(meta_params, clock), grads32, params32, moments)
+            outputs = apply_network(weights, first_bias(weights, clock), grads32, params32, moments)
 
             def change(output: jax.Array, param: jax.Array, dtype: Any) -> jax.Array:
                 direction, magnitude = (features.from_matrices(x, param.shape) for x in output)
@@ -131,6 +129,8 @@ class Weights(NamedTuple):
     entry: jax.Array  # [H, 16]
     row: jax.Array  # [H, 6]
     column: jax.Array  # [H, 6]
+    time: jax.Array  # [H, 11]
+    b0: jax.Array  # [H, 1]
     w1: jax.Array  # [H, H]
     b1: jax.Array  # [H, 1]
     w2: jax.Array  # [2, H]
@@ -156,15 +156,15 @@ class Start(NamedTuple):
 def arrange(meta_params: dict[str, jax.Array]) -> Weights:
     """φ as the products take it."""
     w0, w1, w2 = (meta_params[name].T for name in ("w0", "w1", "w2"))
-    b1, b2 = (meta_params[name][:, None] for name in ("b1", "b2"))
-    entry, row, column = w0[:, spec.ENTRY_COLUMNS], w0[:, spec.ROW_COLUMNS], w0[:, spec.COLUMN_COLUMNS]
+    b0, b1, b2 = (meta_params[name][:, None] for name in ("b0", "b1", "b2"))
+    columns = (spec.ENTRY_COLUMNS, spec.ROW_COLUMNS, spec.COLUMN_COLUMNS, spec.TIME_COLUMNS)
     # Without the barrier XLA folds the transposes into the products, and its fast CPU product takes plain w @ x only.
-    return jax.lax.optimization_barrier(Weights(entry, row, column, w1, b1, w2, b2))
+    return jax.lax.optimization_barrier(Weights(*(w0[:, names] for names in columns), b0, w1, b1, w2, b2))
 
 
-def first_bias(meta_params: dict[str, jax.Array], clock: jax.Array) -> jax.Array:
+def first_bias(weights: Weights, clock: jax.Array) -> jax.Array:
     """The first bias with the time inputs, equal for all entries, folded in. [H, 1]."""
-    return (meta_params["b0"] + features.time_inputs(clock) @ meta_params["w0"][spec.TIME_COLUMNS])[:, None]
+    return weights.b0 + product(weights.time, features.time_inputs(clock)[:, None])
 
 
 def apply_network(weights: Weights, bias: jax.Array, grads: list, params: list, moments: list) -> list[jax.Array]:
@@ -180,14 +180,14 @@ def apply_network(weights: Weights, bias: jax.Array, grads: list, params: list, 
     return [outputs[i] for i in range(len(grads))]
 
 
-def on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+def block_size() -> int:
+    return CPU_BLOCK if jax.default_backend() == "cpu" else OTHER_BLOCK
 
 
 def is_small(shape: tuple[int, ...]) -> bool:
     """Tensors that share one pass: few entries, narrow rows, or no rows and columns at all."""
     _, a, b = features.matrix_shape(shape)
-    return len(shape) < 2 or math.prod(shape) <= (CPU_TOGETHER if on_cpu() else OTHER_TOGETHER) or b < 16 or a * b < 256
+    return len(shape) < 2 or math.prod(shape) <= block_size() or b < 16 or a * b < 256
 
 
 def flat_network(weights: Weights, bias: jax.Array, x: jax.Array) -> jax.Array:
@@ -203,7 +203,8 @@ def matrix_network(
     """The network on one tensor of two axes or more. Returns: [2, k·a·b].
 
     The row and column inputs pass the first layer in their own small spaces; of the two sums, the one that is constant
-    along a row (`outer`) is added row by row, and the other (`inner`) is repeated to fill a block once per tensor.
+    along a row (`outer`) is added row by row. The other (`inner`) is repeated to fill a block once per tensor, because
+    XLA's CPU code for adding it along short rows is not vectorised. For the same reason blocks are flat throughout.
     """
     x, blocks = features.inputs(grad, param, moments), cut(features.matrix_shape(grad.shape))
     (k, a, b), rows, columns = blocks
@@ -215,14 +216,13 @@ def matrix_network(
     row, column = first_layer(weights.row, x.row), first_layer(weights.column, x.column)
     outer, inner = (row, column) if x.row.shape[-1] == 1 else (column, row)
     outer = outer.reshape(-1, k * a)
-    inner = repeat_rows(inner + bias[:, :, None, None], rows).reshape(-1, k, rows * b)
+    inner = jnp.broadcast_to(inner + bias[:, :, None, None], (len(inner), k, rows, b)).reshape(-1, k, rows * b)
     weight = weights.entry * features.normalizer(x.entry)
 
     def block(at: Start) -> jax.Array:
         hidden = product(weight, entries(x.entry, blocks, at))
-        hidden = (
-            hidden + jax.lax.dynamic_slice(inner, (0, at.matrix, at.column), (len(hidden), 1, rows * columns))[:, 0]
-        )
+        repeated = jax.lax.dynamic_slice(inner, (0, at.matrix, at.column), (len(inner), 1, rows * columns))
+        hidden = hidden + repeated[:, 0]
         by_row = jax.lax.dynamic_slice_in_dim(outer, at.matrix * a + at.row, rows, axis=1)
         hidden = hidden.reshape(len(hidden), rows, columns) + by_row[:, :, None]
         return later_layers(weights, hidden.reshape(len(hidden), -1))
@@ -241,9 +241,8 @@ def product(weight: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def cut(shape: tuple[int, int, int]) -> Blocks:
-    """Blocks of at most BLOCK entries, as even as they come."""
-    _, a, b = shape
-    limit = CPU_BLOCK if on_cpu() else OTHER_BLOCK
+    """Blocks of at most block_size() entries, as even as they come."""
+    (_, a, b), limit = shape, block_size()
     if b > limit:
         return Blocks(shape, 1, -(-b // -(-b // limit)))
     return Blocks(shape, -(-a // -(-a // max(1, limit // max(1, b)))), b)
@@ -268,22 +267,12 @@ def over_blocks(block: Callable[[Start], jax.Array], blocks: Blocks) -> jax.Arra
 
     def body(i: jax.Array, outputs: jax.Array) -> jax.Array:
         # Clamped: where the last block overlaps the one before, the same values are written twice.
-        row, column = (
-            jnp.minimum(j * n, m - n) for j, n, m in ((i // across % down, rows, a), (i % across, columns, b))
-        )
+        row = jnp.minimum(i // across % down * rows, a - rows)
+        column = jnp.minimum(i % across * columns, b - columns)
         at = Start(i // (across * down), row, column)
         return jax.lax.dynamic_update_slice_in_dim(outputs, block(at), position(blocks, at), axis=1)
 
     return jax.lax.fori_loop(0, k * down * across, body, jnp.zeros((2, k * a * b)))
-
-
-def repeat_rows(x: jax.Array, rows: int) -> jax.Array:
-    """[F, k, 1, b] -> [F, k, rows, b], by copies of copies: XLA's CPU broadcast along short rows is not vectorised."""
-    while rows > 1:
-        times = next((n for n in range(8, 1, -1) if rows % n == 0), rows)
-        x = jax.lax.optimization_barrier(jnp.concatenate([x] * times, axis=2))
-        rows //= times
-    return x
 
 
 LEARNERS: dict[str, Callable[..., LearnedOptimizer]] = {"small_fc": small_fc, "sgd": learned_sgd}
