@@ -157,9 +157,10 @@ def arrange(meta_params: dict[str, jax.Array]) -> Weights:
     """φ as the products take it."""
     w0, w1, w2 = (meta_params[name].T for name in ("w0", "w1", "w2"))
     b0, b1, b2 = (meta_params[name][:, None] for name in ("b0", "b1", "b2"))
-    columns = (spec.ENTRY_COLUMNS, spec.ROW_COLUMNS, spec.COLUMN_COLUMNS, spec.TIME_COLUMNS)
+    names = (spec.ENTRY_COLUMNS, spec.ROW_COLUMNS, spec.COLUMN_COLUMNS, spec.TIME_COLUMNS)
+    entry, row, column, time = (w0[:, columns] for columns in names)
     # Without the barrier XLA folds the transposes into the products, and its fast CPU product takes plain w @ x only.
-    return jax.lax.optimization_barrier(Weights(*(w0[:, names] for names in columns), b0, w1, b1, w2, b2))
+    return jax.lax.optimization_barrier(Weights(entry, row, column, time, b0, w1, b1, w2, b2))
 
 
 def first_bias(weights: Weights, clock: jax.Array) -> jax.Array:
