@@ -39,31 +39,30 @@ def gaussian(key: jax.Array, like: PyTree, sigma: float) -> PyTree:
     return jax.tree.unflatten(structure, pieces)
 
 
+def no_noise_yet(key: jax.Array, meta_params: PyTree) -> EstimatorState:
+    """Zeros like φ: the sum of no noises."""
+    return jax.tree.map(jnp.zeros_like, meta_params)
+
+
 def es(sigma: float = 0.01, pairs: int = 8) -> Estimator:
     """Truncated evolution strategies: fresh noise each truncation, credited to that noise only (biased)."""
-
-    def init(key: jax.Array, meta_params: PyTree) -> EstimatorState:
-        return jax.tree.map(jnp.zeros_like, meta_params)
 
     def sample(key: jax.Array, state: EstimatorState) -> tuple[PyTree, PyTree, EstimatorState]:
         noise = gaussian(key, state, sigma)
         return noise, noise, state
 
-    return Estimator(init, sample, sigma, pairs)
+    return Estimator(no_noise_yet, sample, sigma, pairs)
 
 
 def pes(sigma: float = 0.01, pairs: int = 8) -> Estimator:
     """Persistent evolution strategies: fresh noise each truncation, credited to the sum since the unroll began."""
-
-    def init(key: jax.Array, meta_params: PyTree) -> EstimatorState:
-        return jax.tree.map(jnp.zeros_like, meta_params)
 
     def sample(key: jax.Array, state: EstimatorState) -> tuple[PyTree, PyTree, EstimatorState]:
         noise = gaussian(key, state, sigma)
         direction = jax.tree.map(jnp.add, state, noise)
         return noise, direction, direction
 
-    return Estimator(init, sample, sigma, pairs)
+    return Estimator(no_noise_yet, sample, sigma, pairs)
 
 
 def nres(sigma: float = 0.01, pairs: int = 8) -> Estimator:
