@@ -1,0 +1,55 @@
+"""The examples train, fit on a page, and the README's Python runs."""
+
+import importlib.util
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lolo import tasks
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("optax_*.py"))
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_the_loss_falls(path):
+    first, last = load(path).main(steps=150)
+    assert np.isfinite([first, last]).all() and last < 0.8 * first
+
+
+def test_examples_have_at_most_forty_lines():
+    assert EXAMPLES
+    assert all(len(path.read_text().splitlines()) <= 40 for path in EXAMPLES)
+
+
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readme_s_use_block_steps():
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    names = {"params": params, "grads": jax.tree.map(jnp.ones_like, params)}
+    exec(readme_blocks()[0], names)
+    assert all(
+        bool((new != old).all()) for new, old in zip(*map(jax.tree.leaves, (names["params"], params)), strict=True)
+    )
+
+
+def test_the_readme_s_task_is_one(tmp_path):
+    (block,) = [block for block in readme_blocks() if "def my_task" in block]
+    (tmp_path / "my_task.py").write_text(block)
+    splits = tasks.resolve(f"{tmp_path}/my_task.py:my_task")
+    params, stats = splits.train.init(jax.random.key(0))
+    loss, _ = splits.train.loss(params, stats, splits.train.sample(jax.random.key(1), jnp.int32(0)), jax.random.key(2))
+    assert np.isfinite(loss) and splits.test.size == 500
