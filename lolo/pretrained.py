@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,10 @@ class Weights(NamedTuple):
     card: dict[str, Any]  # data, results, realised steps, limits
 
     def optimizer(
-        self, step_scale: float = 1.0, weight_decay: float | None = None, clock_limit: float | None = None
+        self,
+        step_scale: float | Callable[[jax.Array], jax.Array] = 1.0,
+        weight_decay: float | None = None,
+        clock_limit: float | None = None,
     ) -> optax.GradientTransformation:
         """The optimizer for optax.
 
