@@ -293,9 +293,15 @@ LARGEST = 1e12
 """A loss beyond this counts as not finite: what is computed from it would leave float32."""
 
 
+def finite_parts(records: StepRecord) -> jax.Array:
+    """Whether loss, gradient and bc of a step, in this order, are finite. [..., L] -> [..., L, 3] bool."""
+    tests = jnp.abs(records.task) < LARGEST, jnp.isfinite(records.gradient), records.bc < LARGEST
+    return jnp.stack(tests, axis=-1)
+
+
 def finite(records: StepRecord) -> jax.Array:
-    """Whether loss, gradient and bc of a step are all finite. [..., L] -> [..., L] bool."""
-    return (jnp.abs(records.task) < LARGEST) & jnp.isfinite(records.gradient) & (records.bc < LARGEST)
+    """Whether all of a step is finite. [..., L] -> [..., L] bool."""
+    return jnp.all(finite_parts(records), axis=-1)
 
 
 def meta_step(
@@ -375,8 +381,7 @@ def collect(setup: Setup, task: Task, alpha: jax.Array, seen: Truncation) -> tup
 
 def first_bad(records: StepRecord) -> jax.Array:
     """What went bad first in each pair: 0 nothing, 1 loss, 2 gradient, 3 bc. [J, P, 2, L] -> [P]."""
-    tests = jnp.abs(records.task) < LARGEST, jnp.isfinite(records.gradient), records.bc < LARGEST
-    bad = ~jnp.stack(tests, axis=-1)
+    bad = ~finite_parts(records)
     in_order = jnp.moveaxis(jnp.any(bad, axis=2), 1, 0).reshape(bad.shape[1], -1)  # [P, J · L · 3], step by step
     return jnp.where(jnp.any(in_order, axis=-1), jnp.argmax(in_order, axis=-1) % 3 + 1, 0).astype(jnp.int32)
 
