@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 from lolo import small_fc_spec
 
 WEIGHTS_FORMAT = "lolo-weights"
-WEIGHTS_VERSION = 1
+WEIGHTS_VERSION = 2  # 1, which is still read, had no sum over learner, recipe and card
+ABOUT = ("learner", "recipe", "card")
 CHECKPOINT_VERSION = 1
 MAX_WEIGHTS_BYTES = 64 << 20
 MAX_HEADER_BYTES = 16 << 20
@@ -128,24 +130,100 @@ def _json_safe(value: Any) -> Any:
     return value
 
 
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log. A half-written last line, as a killed run leaves it, is skipped."""
+def number(value: Any) -> float:
+    """A number of a row; NaN and infinities lie there as strings. Raises ValueError."""
+    if value in ("nan", "inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    raise ValueError(f"{str(value)[:40]!r} is not a number")
+
+
+def whole(value: Any) -> int:
+    """A whole number of a row. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53:
+        return value
+    raise ValueError(f"{str(value)[:40]!r} is not a whole number")
+
+
+def text(value: Any) -> str:
+    """A word of a row. Raises ValueError."""
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{str(value)[:40]!r} is not a string")
+
+
+def flag(value: Any) -> bool:
+    """True or false in a row. Raises ValueError."""
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"{str(value)[:40]!r} is neither true nor false")
+
+
+def listed(item: Callable[[Any], Any], least: int = 0) -> Callable[[Any], list[Any]]:
+    """A list in a row of at least so many elements, each read by `item`."""
+
+    def read(value: Any) -> list[Any]:
+        if not isinstance(value, list) or len(value) < least:
+            raise ValueError(f"{str(value)[:40]!r} is not a list of at least {least} elements")
+        return [item(element) for element in value]
+
+    return read
+
+
+def named(item: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    """An object in a row, each of its values read by `item`."""
+
+    def read(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValueError(f"{str(value)[:40]!r} is not an object")
+        return {key: item(element) for key, element in value.items()}
+
+    return read
+
+
+def fields(**readers: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    """A row that must have these fields, each read by its reader; others are left as they are."""
+
+    def read(row: Any) -> dict[str, Any]:
+        if not isinstance(row, dict):
+            raise ValueError("is not a JSON object")
+        for name, reader in readers.items():
+            if name not in row:
+                raise ValueError(f"field {name!r} is missing")
+            try:
+                row[name] = reader(row[name])
+            except ValueError as error:
+                raise ValueError(f"field {name!r}: {error}") from error
+        return row
+
+    return read
+
+
+def read_json_lines(path: Path, read: Callable[[Any], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of a log, each checked by `read`, which raises ValueError (see `fields`). Raises FileError.
+
+    A half-written last line, as a killed run leaves it, is skipped.
+    """
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise FileError(f"{path}: can't be read ({error.strerror}).") from error
-    for number, line in enumerate(lines, 1):
+    for count, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):
+            if count == len(lines):
                 return
-            raise FileError(f"{path}, line {number}: not valid JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise FileError(f"{path}, line {number}: expected a JSON object.")
-        yield row
+            raise FileError(f"{path}, line {count}: not valid JSON ({error}).") from error
+        try:
+            checked = read(row)
+        except ValueError as error:
+            raise FileError(f"{path}, line {count}: {error}.") from error
+        yield checked
 
 
 # --- safetensors --------------------------------------------------------------------------------------------------
@@ -228,15 +306,19 @@ def write_weights(
 ) -> None:
     """Write meta-parameters with their architecture, recipe and card as one safetensors file."""
     arrays = {name: contiguous(np.asarray(x, np.float32)) for name, x in meta_params.items()}
+    about = {"learner": learner, "recipe": recipe or {}, "card": _json_safe(card or {})}
     metadata = {
         "format": WEIGHTS_FORMAT,
         "format_version": str(WEIGHTS_VERSION),
         "sha256": digest(arrays),
-        "learner": json.dumps(learner),
-        "recipe": json.dumps(recipe or {}),
-        "card": json.dumps(_json_safe(card or {})),
+        **{key: json.dumps(value) for key, value in about.items()},
     }
-    write_bytes(Path(path), pack(arrays, metadata))
+    write_bytes(Path(path), pack(arrays, metadata | {"about_sha256": about_digest(metadata)}))
+
+
+def about_digest(metadata: dict[str, str]) -> str:
+    """sha256 over what weights say about themselves, so that a flipped bit there is recognised too."""
+    return hashlib.sha256("\0".join(metadata.get(key, "") for key in ABOUT).encode(errors="replace")).hexdigest()
 
 
 def shipped_weights() -> list[str]:
@@ -261,14 +343,17 @@ def read_weights(name_or_path: str | Path) -> WeightsFile:
     arrays, metadata = unpack(path.read_bytes(), str(path))
     if metadata.get("format") != WEIGHTS_FORMAT:
         raise FileError(f"{path}: safetensors, but not lolo weights. Weights of other tools: see lolo.interop.")
-    if metadata.get("format_version") != str(WEIGHTS_VERSION):
+    version = metadata.get("format_version")
+    if version not in ("1", str(WEIGHTS_VERSION)):
         raise FileError(
-            f"{path}: weights of format_version {metadata.get('format_version')!r}; this lolo reads "
-            f"{WEIGHTS_VERSION}. Read it with the lolo that wrote it, or upgrade lolo."
+            f"{path}: weights of format_version {version!r}; this lolo reads 1 to {WEIGHTS_VERSION}. "
+            "Read it with the lolo that wrote it, or upgrade lolo."
         )
     if metadata.get("sha256") != digest(arrays):
         raise FileError(f"{path}: the sha256 of its numbers is not the one it states: damaged. Get the file again.")
-    learner, recipe, card = (_json_object(metadata, key, path) for key in ("learner", "recipe", "card"))
+    if version != "1" and metadata.get("about_sha256") != about_digest(metadata):
+        raise FileError(f"{path}: the sha256 of learner, recipe and card is not the one it states: damaged.")
+    learner, recipe, card = (_json_object(metadata, key, path) for key in ABOUT)
     check_meta_params(arrays, learner, str(path))
     return WeightsFile(arrays, learner, recipe, card, metadata["sha256"])
 
@@ -309,9 +394,12 @@ def check_meta_params(arrays: Arrays, learner: dict[str, Any], source: str) -> N
 
 
 def _check_number(learner: dict[str, Any], name: str, source: str) -> None:
-    value = learner.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not np.isfinite(value):
-        raise FileError(f"{source}: {name}={value!r}; expected a finite number.")
+    try:
+        finite = math.isfinite(number(learner.get(name)))
+    except ValueError:
+        finite = False
+    if not finite:
+        raise FileError(f"{source}: {name}={str(learner.get(name))[:40]!r}; expected a finite number.")
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -376,12 +464,12 @@ def read_checkpoint(run: Path, step: int) -> tuple[Arrays, dict[str, Any]]:
     path = folder / "state.safetensors"
     try:
         if path.stat().st_size != size:
-            raise FileError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}: truncated.")
+            raise FileError(f"{path}: {path.stat().st_size} bytes, manifest.json says {size}: truncated.")
         content = path.read_bytes()
     except OSError as error:
         raise FileError(f"{path}: can't be read ({error.strerror}).") from error
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise FileError(f"{path}: its sha256 is not the manifest's: damaged.")
+        raise FileError(f"{path}: its sha256 is not that of manifest.json: damaged.")
     arrays, _ = unpack(content, str(path))
     return arrays, manifest
 

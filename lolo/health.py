@@ -88,6 +88,8 @@ def dropped_pairs(steps: list[dict[str, Any]], slots: int) -> Finding:
 def start_steps(steps: list[dict[str, Any]], recipe: Any) -> Finding:
     """Where unrolls started, against the stationary mean (1 − P_th) / P_th · N/2."""
     starts = np.array([k for row in steps for k in row["starts"]], float)
+    if not starts.size:
+        return Finding(False, "no unroll was started.", ("is the log whole?",))
     if recipe.replay.threshold >= 1:
         return Finding(bool((starts == 0).all()), "every unroll starts from a random init: the buffer is off.")
     threshold = max(recipe.replay.threshold, 1e-9)

@@ -204,12 +204,33 @@ def save_rows(path: Path, rows: Sequence[Row]) -> None:
     files.write_bytes(path, "".join(files.json_line(dataclasses.asdict(row)) + "\n" for row in rows).encode())
 
 
+_ROW_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "task": files.text,
+    "optimizer": files.text,
+    "meta_seed": lambda value: None if value is None else files.whole(value),
+    "seed": files.whole,
+    "steps": files.whole,
+    "train_loss": files.number,
+    "train_minimum": files.number,
+    "held_loss": files.number,
+    "held": files.named(files.number),
+    "diverged": files.flag,
+    "train_curve": files.listed(files.number),
+    "held_curve": files.listed(files.number),
+}
+
+
+def _row(row: Any) -> dict[str, Any]:
+    row = files.fields(**_ROW_FIELDS)(row)
+    other = sorted(set(row) - set(_ROW_FIELDS))
+    if other:
+        raise ValueError(f"field {other[0]!r} is not of this version of lolo")
+    return row
+
+
 def load_rows(path: Path) -> list[Row]:
     """Rows of `save_rows`. Raises FileError."""
-    try:
-        return [Row(**row) for row in files.read_json_lines(path)]
-    except TypeError as error:
-        raise files.FileError(f"{path}: rows of another version of lolo ({error}).") from error
+    return [Row(**row) for row in files.read_json_lines(path, _row)]
 
 
 def write_report(

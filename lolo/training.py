@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ from lolo.recipes import Recipe
 from lolo.trees import count_bytes
 
 VALIDATION_SEEDS = 900_000  # evaluation seeds of validation unrolls count from here
+LARGE_CHECKPOINT = 32 << 20  # bytes from which on a thread writes it
 BAD = ("nothing", "the loss", "the gradient", "the imitation distance")
 
 
@@ -121,7 +123,10 @@ def read_recipe(run: Path) -> Recipe:
     """The recipe of a run folder. Raises RunError, FileError, RecipeError."""
     if not (run / "recipe.json").is_file():
         raise RunError(f"{run} holds no run: there is no recipe.json. Start one with `lolo train RECIPE --out {run}`.")
-    return recipes.from_dict(files.read_json(run / "recipe.json"))
+    try:
+        return recipes.from_dict(files.read_json(run / "recipe.json"))
+    except recipes.RecipeError as error:
+        raise recipes.RecipeError(f"{run}/recipe.json: {error}") from error
 
 
 def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
@@ -145,7 +150,8 @@ def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
 def state_arrays(state: meta.MetaState) -> files.Arrays:
     """A MetaState as named arrays, for a checkpoint."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    # Copied: on the CPU a view would show what the next outer step, to which the state is donated, writes there.
+    return {jax.tree_util.keystr(path): np.array(leaf) for path, leaf in leaves}
 
 
 def state_from_arrays(arrays: files.Arrays, like: meta.MetaState, source: str) -> meta.MetaState:
@@ -163,9 +169,32 @@ def state_from_arrays(arrays: files.Arrays, like: meta.MetaState, source: str) -
     return jax.tree_util.tree_unflatten(structure, [arrays[name] for name, _ in named])
 
 
+_VALIDATION_ROW = files.fields(
+    step=files.whole, validation=files.fields(train_loss=files.number, held_loss=files.number)
+)
+_STEP_ROW = files.fields(
+    step=files.whole,
+    **dict.fromkeys(("task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms"), files.listed(files.number, least=1)),
+    **dict.fromkeys(("alpha_mix", "alpha_loss", "gradient_ratio", "gradient_norm", "signal_to_noise"), files.number),
+    dropped=files.whole,
+    **dict.fromkeys(("starts", "reached"), files.listed(files.whole)),
+    inner_steps_per_second=files.number,
+)
+_FIRST_BAD = files.listed(
+    files.fields(task=files.text, slot=files.whole, start_step=files.whole, first=files.text), least=1
+)
+
+
+def _log_row(row: Any) -> dict[str, Any]:
+    if isinstance(row, dict) and "validation" in row:
+        return _VALIDATION_ROW(row)
+    row = _STEP_ROW(row)
+    return files.fields(first_bad=_FIRST_BAD)(row) if row["dropped"] else row
+
+
 def log_rows(run: Path) -> list[dict[str, Any]]:
-    """Rows of the log, [] before the first."""
-    return list(files.read_json_lines(run / "log.jsonl")) if (run / "log.jsonl").is_file() else []
+    """Rows of the log, [] before the first. Raises FileError for a row that is not `log_step`'s or a validation's."""
+    return list(files.read_json_lines(run / "log.jsonl", _log_row)) if (run / "log.jsonl").is_file() else []
 
 
 def realised(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,6 +229,7 @@ class Run:
     checkpoint_seconds: float = 20.0  # between two checkpoints, at least
     saved: int = -1  # outer step of the newest checkpoint
     saved_at: float = 0.0
+    writing: Future[Path] | None = None  # of a large checkpoint, in a thread
 
     @property
     def done(self) -> int:
@@ -250,12 +280,29 @@ def save_weights(run: Run, name: str, card: dict[str, Any] | None = None) -> Non
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write the whole state, unless this outer step is saved already or its numbers are bad."""
+    """Write the whole state, unless this outer step is saved already or its numbers are bad.
+
+    A state of LARGE_CHECKPOINT bytes or more is written by a thread while the next outer steps run; one at a time.
+    """
     if run.out is None or run.saved == run.done or int(run.state.bad_steps):
         return
+    finish_checkpoint(run)
+    arrays = state_arrays(jax.device_get(run.state))
     about = {"recipe": recipes.to_dict(run.recipe), "versions": versions()}
-    files.write_checkpoint(run.out, run.done, state_arrays(jax.device_get(run.state)), about)
+    if sum(x.nbytes for x in arrays.values()) < LARGE_CHECKPOINT:
+        files.write_checkpoint(run.out, run.done, arrays, about)
+    else:
+        writer = ThreadPoolExecutor(1)
+        run.writing = writer.submit(files.write_checkpoint, run.out, run.done, arrays, about)
+        writer.shutdown(wait=False)
     run.saved, run.saved_at = run.done, time.monotonic()
+
+
+def finish_checkpoint(run: Run) -> None:
+    """Wait for the checkpoint that a thread is writing; raises what went wrong there."""
+    if run.writing is not None:
+        writing, run.writing = run.writing, None
+        writing.result()
 
 
 def validate(run: Run) -> dict[str, Any]:
@@ -314,6 +361,14 @@ def add_row(run: Run, row: dict[str, Any]) -> None:
 
 def loop(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
     """Outer steps until the recipe's last, a request to stop, or numbers gone bad for too long."""
+    try:
+        return outer_steps(run, stop, told, say)
+    finally:
+        finish_checkpoint(run)
+
+
+def outer_steps(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
+    """`loop`, but for a checkpoint that may still be being written."""
     recipe, total = run.recipe, run.recipe.outer.steps
     save_checkpoint(run)
     while run.done < total and stop.requested is None:

@@ -1,13 +1,16 @@
 """The host loop: resume equals uninterrupted, folders are protected, weights and logs hold what they promise."""
 
 import dataclasses
+import errno
 import json
+import os
+import threading
 
 import jax
 import numpy as np
 import pytest
 
-from lolo import files, pretrained, recipes, tasks, training
+from lolo import files, health, pretrained, recipes, tasks, training
 
 SMALL = {
     "tasks": ("quadratic",),
@@ -164,3 +167,50 @@ def test_every_logged_row_names_what_the_evaluation_rules_ask_for(tmp_path):
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["buffer_bytes_per_slot"] == 4 * about["inner_state_bytes"]
     assert {"versions", "commit", "machine", "command"} <= set(about)
+
+
+def test_large_checkpoints_are_written_while_the_next_outer_steps_run(tmp_path, monkeypatch):
+    training.train(small(), tmp_path / "inline", checkpoint_seconds=0.0)
+    told, held_up, write = threading.Event(), [], files.write_checkpoint
+
+    def slow(run, step, arrays, about):
+        if step == 1:
+            held_up.append(told.wait(20))  # for what the loop does after asking for this checkpoint
+        return write(run, step, arrays, about)
+
+    monkeypatch.setattr(training, "LARGE_CHECKPOINT", 0)
+    monkeypatch.setattr(files, "write_checkpoint", slow)
+    training.train(small(), tmp_path / "run", checkpoint_seconds=0.0, told=lambda p: p.step == 1 and told.set())
+    assert held_up == [True]
+    for step in files.checkpoints(tmp_path / "inline"):
+        ours, theirs = (files.read_checkpoint(tmp_path / name, step)[0] for name in ("run", "inline"))
+        assert files.digest(ours) == files.digest(theirs)
+
+
+def test_a_large_checkpoint_that_can_not_be_written_ends_the_run_with_the_reason(tmp_path, monkeypatch):
+    write = files.write_checkpoint
+
+    def full(run, step, arrays, about):
+        if step == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(run, step, arrays, about)
+
+    monkeypatch.setattr(training, "LARGE_CHECKPOINT", 0)
+    monkeypatch.setattr(files, "write_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        training.train(small(), tmp_path / "run", checkpoint_seconds=0.0)
+    assert files.checkpoints(tmp_path / "run")[-1] == 2
+    monkeypatch.setattr(files, "write_checkpoint", write)
+    resumed = training.resume(tmp_path / "run")
+    assert phi(resumed) == phi(training.train(small()))
+
+
+def test_bad_numbers_in_one_task_leave_the_others_work_alone(tmp_path):
+    recipe = small(**{"tasks": ("poisoned", "good"), "outer.max_bad_steps": 3})
+    result = training.train(recipe, tmp_path / "run", tasks=poisoned() | {"good": tasks.quadratic()})
+    rows = training.log_rows(tmp_path / "run")
+    assert result.finished and [row["dropped"] for row in rows] == [2] * 8
+    assert {bad["task"] for row in rows for bad in row["first_bad"]} == {"poisoned"}
+    assert all(np.isfinite(x).all() for x in result.weights.meta_params.values())
+    findings = health.examine(tmp_path / "run")
+    assert any("50.00 % of all" in finding.what and not finding.good for finding in findings)
