@@ -7,6 +7,7 @@ something on a busy machine, the absolute numbers less so.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from lolo import files, learned, meta, models, parallel, recipes, tasks, textbook, training
+from lolo import files, learned, meta, models, parallel, plots, recipes, tasks, textbook, training
 from lolo.trees import PyTree, count_bytes
 
 PAIRS, BATCH = 8, 128
@@ -65,7 +66,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], seconds: float = 6.0, least
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def synthetic(widths: tuple[int, ...]) -> tasks.Task:
+def synthetic(widths: tuple[int, ...]) -> tasks.Splits:
     """A classifier of random bytes with an MLP of these widths."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2048, widths[0]), np.uint8)
@@ -76,8 +77,7 @@ def synthetic(widths: tuple[int, ...]) -> tasks.Task:
 
     parts = {split: (images, labels) for split in tasks.Splits._fields}
     sizes = {split: 2048 for split in parts}
-    splits = tasks.classification(parts, models.mlp(widths), pick, classes=widths[-1], batch=BATCH, sizes=sizes)
-    return splits.train
+    return tasks.classification(parts, models.mlp(widths), pick, classes=widths[-1], batch=BATCH, sizes=sizes)
 
 
 def lanes(task: tasks.Task, optimizer: Callable, steps: int, sequential: bool) -> tuple[Callable, tuple]:
@@ -119,7 +119,7 @@ def bench_update(names: Sequence[str] = tuple(SIZES), seconds: float = 10.0) -> 
     lines = []
     for name in names:
         widths, steps = SIZES[name]
-        task = synthetic(widths)
+        task = synthetic(widths).train
         parameters = sum(a * b + b for a, b in zip(widths, widths[1:], strict=False))
         forms = {
             "ours": (learned.small_fc().optimizer, True),
@@ -160,40 +160,94 @@ def product_call() -> Callable[[], Any]:
     return partial(jax.jit(mapped), parallel.place(x, over, spread))
 
 
-def outer_step(name: str, task: str = "fashion-mlp") -> tuple[Callable[[], Any], meta.MetaState]:
-    """A call that makes one outer step of a recipe, and the state's shapes."""
-    run = training.prepare(recipes.with_field(recipes.RECIPES[name], "tasks", (task,)), None, None, None)
+class OuterStep(NamedTuple):
+    """One outer step of a recipe, ready to be called again and again."""
+
+    call: Callable[[], Any]
+    state: meta.MetaState  # shapes
+    memory: int  # bytes that the program needs: arguments, results and what lies between
+
+
+def outer_step(recipe: recipes.Recipe, splits: dict[str, tasks.Splits] | None = None) -> OuterStep:
+    """Build and compile what `lolo train` would run."""
+    run = training.prepare(recipe, None, splits, None)
+    compiled = run.step.lower(run.train_tasks(), run.state).compile()
+    analysis: Any = compiled.memory_analysis()
+    sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
     shapes = jax.eval_shape(lambda: run.state)
 
     def call() -> Any:
-        run.state, _ = run.step(run.train_tasks(), run.state)
+        run.state, _ = compiled(run.train_tasks(), run.state)
         return run.state.meta_params
 
-    return call, shapes
+    return OuterStep(call, shapes, sum(sizes) - analysis.alias_size_in_bytes)
 
 
-def bench_methods(steps: int = 200) -> list[Line]:
+def on(task: str, name: str = "lolo") -> recipes.Recipe:
+    """A recipe by its name, on one task."""
+    return recipes.with_field(recipes.RECIPES[name], "tasks", (task,))
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds over `rounds` consecutive calls of each, one of each in turn, after one to warm up."""
+    return interleaved(calls, 0.0, rounds)
+
+
+def bench_methods(rounds: int = 200) -> list[Line]:
     """LoLO's outer step against NAIVE's: time over consecutive outer steps, restarts and pushes included; memory."""
-    calls, shapes = {}, {}
-    for name in ("naive", "lolo"):
-        calls[name], shapes[name] = outer_step(name)
-    for call in calls.values():
-        jax.block_until_ready(call())
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(steps):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    lines = [Line(f"outer step of {name} on fashion-mlp", 1000 * medians[name], "ms", f"n={steps}") for name in medians]
+    steps = {name: outer_step(on("fashion-mlp", name)) for name in ("naive", "bc-only", "lolo")}
+    medians = in_turns({name: step.call for name, step in steps.items()}, rounds)
+    lines = [Line(f"outer step of {name} on fashion-mlp", 1000 * t, "ms", f"n={rounds}") for name, t in medians.items()]
     lines.append(Line("outer step, lolo / naive", medians["lolo"] / medians["naive"], "x"))
-    for name, shape in shapes.items():
-        slots = shape.slots[0]
+    for name, step in steps.items():
+        slots = step.state.slots[0]
         inner = count_bytes(slots.inner) / (2 * PAIRS)
         lines.append(Line(f"{name}: buffer per slot", count_bytes(slots.replay.states) / PAIRS / inner, "inner states"))
-        lines.append(Line(f"{name}: whole state", count_bytes(shape) / 1e6, "MB"))
+        lines.append(Line(f"{name}: memory of the outer step's program", step.memory / 1e6, "MB"))
     return lines
+
+
+GROWTH: dict[str, dict[str, recipes.Recipe | tuple[int, ...]]] = {
+    "pairs": {str(n): recipes.with_field(on("fashion-mlp"), "estimator.pairs", n) for n in (2, 4, 8, 16)},
+    "truncation": {str(n): recipes.with_field(on("fashion-mlp"), "unroll.truncation", n) for n in (10, 25, 50, 100)},
+    "tasks": {
+        str(n): recipes.with_field(recipes.LOLO, "tasks", ("fashion-mlp", "books-mlp", "quadratic")[:n])
+        for n in (1, 2, 3)
+    },
+    "parameters": {
+        str(sum(a * b + b for a, b in zip(widths, widths[1:], strict=False))): widths
+        for widths in ((64, 16, 16, 10), (64, 64, 64, 10), (256, 128, 64, 10), (784, 256, 64, 10))
+    },
+}
+
+
+def bench_growth(rounds: int = 10) -> list[Line]:
+    """How an outer step of LoLO grows with pairs, truncation, tasks and parameters, one at a time."""
+    lines = []
+    for what, variants in GROWTH.items():
+        calls = {}
+        for value, variant in variants.items():
+            if isinstance(variant, tuple):
+                splits = synthetic(variant)
+                recipe = recipes.with_field(on("synthetic"), "unroll.truncation", 10)
+                calls[value] = outer_step(recipe, {"synthetic": splits}).call
+            else:
+                calls[value] = outer_step(variant).call
+        medians = in_turns(calls, rounds)
+        lines += [Line(f"growth with {what}: {value}", 1000 * t, "ms", f"n={rounds}") for value, t in medians.items()]
+    return lines
+
+
+def bench_blocks(rounds: int = 20) -> list[Line]:
+    """Slots that vmap advances together: what `slots_per_block` costs on this kind of device."""
+    calls = {}
+    for block in (1, 2, 4):
+        recipe = recipes.with_field(on("fashion-mlp"), "estimator.slots_per_block", block)
+        calls[str(block)] = outer_step(recipe).call
+    return [
+        Line(f"outer step with slots_per_block {block}", 1000 * t, "ms", f"n={rounds}")
+        for block, t in in_turns(calls, rounds).items()
+    ]
 
 
 def bench_use() -> list[Line]:
@@ -219,7 +273,7 @@ began = time.perf_counter()
 from lolo import bench, training
 training.set_up(int(sys.argv[1]) if sys.argv[1] != "0" else None)
 import jax
-call, _ = bench.outer_step("lolo")
+call = bench.outer_step(bench.on("fashion-mlp")).call
 jax.block_until_ready(call())
 first = time.perf_counter() - began
 times = []
@@ -262,23 +316,75 @@ def bench_start_and_cores() -> list[Line]:
     ]
 
 
+TORCH_WIDTHS = (784, 640, 640, 136, 10)  # 1.00M parameters
+
+
+def bench_torch(seconds: float = 12.0) -> list[Line]:
+    """The optimizer's step in PyTorch, one thread: ours, the textbook form, AdamW."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return [Line("torch is not installed: pip install 'lolo[torch]'", float("nan"), "", "skipped")]
+    import torch
+
+    from lolo.textbook_torch import Textbook
+    from lolo.torch import LoLO
+
+    def parameters() -> list[Any]:
+        generator = torch.Generator().manual_seed(0)
+        layers = [torch.nn.Linear(a, b) for a, b in zip(TORCH_WIDTHS, TORCH_WIDTHS[1:], strict=False)]
+        params = [p for layer in layers for p in layer.parameters()]
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator) * 0.01
+        return params
+
+    torch.set_num_threads(1)
+    phi = {name: np.array(x) for name, x in learned.small_fc().init(jax.random.key(0)).items()}
+    calls = {
+        "lolo": LoLO(parameters(), weights=phi).step,
+        "textbook": Textbook(parameters(), phi).step,
+        "adamw foreach": torch.optim.AdamW(parameters(), foreach=True).step,
+    }
+    times = interleaved(calls, seconds)
+    label = f"torch {torch.__version__} step on 1M parameters"
+    lines = [Line(f"{label}: {name}", 1000 * t, "ms") for name, t in times.items()]
+    lines.append(Line("torch: textbook / lolo", times["textbook"] / times["lolo"], "x"))
+    return [*lines, Line("torch: lolo / adamw foreach", times["lolo"] / times["adamw foreach"], "x")]
+
+
 PARTS: dict[str, Callable[[], list[Line]]] = {
     "update": bench_update,
     "methods": bench_methods,
     "use": bench_use,
+    "torch": bench_torch,
     "start": bench_start_and_cores,
+    "blocks": bench_blocks,
+    "growth": bench_growth,
 }
 
 
 def run(parts: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> list[Line]:
-    """Measure, tell each line as it comes, and write JSON if asked."""
+    """Measure, tell each line as it comes; with `out` (a JSON file) write them, and a picture of the growth beside."""
     lines: list[Line] = []
-    for part in parts:
-        for line in recipes.pick(PARTS, "part of the benchmark", part)():
+    chosen = [recipes.pick(PARTS, "part of the benchmark", part) for part in parts]
+    for part in chosen:
+        for line in part():
             say(f"{line.what:60} {line.value:12.3f} {line.unit}  {line.note}".rstrip())
             lines.append(line)
     if out is not None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         about = {"lines": [dataclasses.asdict(line) for line in lines], "peak_memory_mb": peak}
-        files.write_json(out, json.loads(json.dumps({**about, **training.provenance()})))
+        files.write_json(out, json.loads(files.json_line({**about, **training.provenance()})))
+        grown = growth_curves(lines)
+        if grown:
+            plots.save_figure(plots.growth(grown), out.with_suffix(".png"))
     return lines
+
+
+def growth_curves(lines: Sequence[Line]) -> dict[str, list[tuple[float, float]]]:
+    """what grows -> (its value, ms of an outer step)."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        what, colon, value = line.what.removeprefix("growth with ").partition(": ")
+        if line.what.startswith("growth with ") and colon:
+            curves.setdefault(what, []).append((float(value), line.value))
+    return curves

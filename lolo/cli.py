@@ -257,9 +257,10 @@ def bench_command(argv: list[str]) -> int:
         """Measure speed on this machine: ratios within one run, medians.
 
         Args:
-          parts: update (our form against the textbook's), methods (LoLO against NAIVE), use (a step in optax), start
-            (first step, cores); all if none is named.
-          out: JSON file for the numbers.
+          parts: update (our form against the textbook's), methods (LoLO against NAIVE), use (a step in optax), torch (a
+            step in PyTorch, if installed), start (first step, cores), blocks (slots_per_block), growth (pairs,
+            truncation, tasks, parameters); all if none is named.
+          out: JSON file for the numbers; a picture of the growth goes beside it.
         """
         from lolo import bench
 

@@ -8,7 +8,6 @@ to start, to watch or to lose.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lolo import meta
-from lolo.tasks import Task
 from lolo.trees import PyTree
 
 AXIS = "slots"
@@ -88,7 +86,7 @@ def shards(count: int, pairs: int) -> meta.Shards:
     return meta.Shards(own, gather)
 
 
-Step = Callable[[tuple[Task, ...], meta.MetaState], tuple[meta.MetaState, meta.Metrics]]
+Step = jax.stages.Wrapped  # tasks, MetaState -> MetaState, Metrics; jitted
 
 
 def compile_step(setup: meta.Setup, state: meta.MetaState, over: Mesh) -> Step:

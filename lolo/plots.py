@@ -85,3 +85,20 @@ def start_steps(cards: dict[str, dict[str, Any]]) -> Any:
     axis.grid(True, alpha=0.2)
     axis.legend(fontsize=8, frameon=False)
     return figure
+
+
+def growth(curves: dict[str, list[tuple[float, float]]]) -> Any:
+    """Time of an outer step (ms) against each thing that it grows with; the dotted line is proportional growth."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(3.2 * len(curves), 3.2), constrained_layout=True, squeeze=False
+    )
+    for axis, (what, points) in zip(axes[0], curves.items(), strict=True):
+        x, y = np.array(points).T
+        axis.plot(x, y, marker="o", color=COLOURS[0])
+        axis.plot(x, y[-1] * x / x[-1], color="black", linestyle=":", linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel=what, ylabel="outer step (ms)")
+        axis.set_xticks(x, [f"{value:,.0f}" for value in x], rotation=30)
+        axis.minorticks_off()
+        axis.grid(True, alpha=0.2)
+    return figure

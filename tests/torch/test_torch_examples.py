@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from bench_torch import following_momentum
+from drawn import following_momentum
 
 from lolo import files
 

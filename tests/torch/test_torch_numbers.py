@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 import torch
-from bench_torch import draw_meta_params
-from textbook_torch import Textbook
+from drawn import draw_meta_params
 
 import lolo.torch
 from lolo import files, learned
 from lolo import small_fc_spec as spec
 from lolo.data import embedded
+from lolo.textbook_torch import Textbook
 from lolo.torch import LoLO
 
 pytestmark = pytest.mark.torch

@@ -11,7 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from bench_torch import draw_meta_params, following_momentum
+from drawn import draw_meta_params, following_momentum
 
 from lolo import files
 from lolo.torch import LoLO
@@ -463,7 +463,7 @@ def test_real_dtensors_are_refused(tmp_path):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
         import numpy as np
-        from bench_torch import draw_meta_params
+        from drawn import draw_meta_params
         from lolo.torch import LoLO
         init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
         mesh = init_device_mesh("cpu", (1,))
@@ -556,7 +556,7 @@ def test_processes_with_averaged_gradients_stay_equal(tmp_path):
         import torch
         import torch.multiprocessing as mp
         from torch.nn.parallel import DistributedDataParallel
-        from bench_torch import draw_meta_params
+        from drawn import draw_meta_params
         from lolo.torch import LoLO
 
         def work(rank, folder):
@@ -614,7 +614,7 @@ def test_lolo_torch_needs_no_jax_and_lolo_no_torch():
     """
     without_jax = textwrap.dedent(blocked.format(names={"jax", "jaxlib", "optax"})) + textwrap.dedent("""
         import lolo.torch, lolo.interop, torch
-        from bench_torch import draw_meta_params
+        from drawn import draw_meta_params
         param = torch.nn.Parameter(torch.ones(3, 4))
         param.grad = torch.ones(3, 4)
         lolo.torch.LoLO([param], weights=draw_meta_params()).step()

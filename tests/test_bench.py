@@ -1,0 +1,47 @@
+"""`lolo bench`: what it measures in is right; speed itself is not for tests."""
+
+import json
+import time
+
+import pytest
+
+from lolo import bench, parallel, recipes
+
+
+def test_calls_take_turns_and_medians_are_theirs():
+    order = []
+
+    def call(name, seconds):
+        order.append(name)
+        time.sleep(seconds)
+        return 0
+
+    times = bench.interleaved({"a": lambda: call("a", 0.002), "b": lambda: call("b", 0.02)}, 0.0, least=3)
+    assert order == ["a", "b"] * 4 and times["a"] < times["b"]
+
+
+def test_the_lanes_of_both_forms_compute_the_same():
+    """What the benchmark compares is one function: the losses of 16 trajectories agree."""
+    task, steps = bench.synthetic((12, 8, 4)).train, 3
+    losses = [
+        program(*args)
+        for program, args in (
+            bench.lanes(task, bench.learned.small_fc().optimizer, steps, True),
+            bench.lanes(task, bench.textbook.small_fc, steps, False),
+        )
+    ]
+    assert losses[0].shape == (2 * bench.PAIRS, steps)
+    assert abs(losses[0] - losses[1]).max() < 1e-5
+    assert len(parallel.mesh(bench.PAIRS).devices) >= 1
+
+
+def test_numbers_are_written_with_their_machine_and_unknown_parts_refused(tmp_path, monkeypatch):
+    lines = [bench.Line(f"growth with pairs: {n}", 10.0 * n, "ms") for n in (2, 4)]
+    monkeypatch.setattr(bench, "PARTS", {"growth": lambda: [*lines, bench.Line("other", float("nan"), "x")]})
+    bench.run(["growth"], tmp_path / "b.json", say=lambda text: None)
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert [line["value"] for line in written["lines"]] == [20.0, 40.0, "nan"] and written["machine"]["cores"] >= 1
+    assert bench.growth_curves(lines) == {"pairs": [(2.0, 20.0), (4.0, 40.0)]}
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(recipes.RecipeError, match="growth"):
+        bench.run(["growht"], None)
