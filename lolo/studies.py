@@ -7,6 +7,7 @@ Every study goes on where it was stopped when it is started again.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -127,7 +128,7 @@ def contestants(
 
     Returns: the contestants, and the weights among them by label and meta-seed. Raises ValueError, FileError.
     """
-    found, weights = [], {}
+    found, weights, kinds = [], {}, {}
     for name in map(str, names):
         kind, separator, setting = name.partition(":")
         if separator and kind in evaluation.BASELINES:
@@ -136,7 +137,7 @@ def contestants(
             raise recipes.unknown("optimizer", kind, evaluation.BASELINES)
         else:
             loaded = pretrained.load(name)
-            label, seed = _label(loaded, name, {(c.label, c.meta_seed) for c in found})
+            label, seed = _label(loaded, name, kinds, {(c.label, c.meta_seed) for c in found})
             found.append(Contestant(label, seed, pretrained.architecture(loaded.learner).optimizer, loaded.meta_params))
             weights[f"{label}, meta-seed {seed}"] = loaded
     return found, weights
@@ -156,13 +157,23 @@ def _baseline(
     return evaluation.baseline(kind, lr, steps)
 
 
-def _label(weights: pretrained.Weights, name: str, taken: set[tuple[str, int | None]]) -> tuple[str, int | None]:
-    """Method and meta-seed of weights: from their recipe if it is a known method, else the file's name."""
-    label, seed = Path(name).stem, None
+def _label(
+    weights: pretrained.Weights, name: str, kinds: dict[str, Any], taken: set[tuple[str, int | None]]
+) -> tuple[str, int | None]:
+    """Method and meta-seed of weights: from their recipe if it is a known method, else the file's name.
+
+    `kinds` holds what each label stands for. Rows of one label are meta-seeds of one recipe: weights that differ from
+    those before them in more than the seed, or are in use with other settings than in meta-training, get a row of
+    their own.
+    """
+    label, seed, kind = Path(name).stem, None, (None, weights.learner)
     if weights.recipe:
         recipe = recipes.from_dict(weights.recipe)
-        label, seed = recipes.method_of(recipe) or label, recipe.seed
-    return (name, seed) if (label, seed) in taken else (label, seed)
+        seed, kind = recipe.seed, (dataclasses.replace(recipe, seed=0), weights.learner)
+        if weights.learner == recipe.learner:
+            label = recipes.method_of(recipe) or label
+    another = kinds.setdefault(label, kind) != kind or (label, seed) in taken
+    return (name, seed) if another else (label, seed)
 
 
 def eval_units(names: Sequence[str | Path], seeds: int, steps: int) -> int:
@@ -185,16 +196,21 @@ def table(rows: Sequence[Row], reference: str | None = None) -> str:
 
     def shown(i: evaluation.Interval, signed: bool = False) -> str:
         mean = f"{i.mean:+.4f}" if signed else f"{i.mean:.4f}"
-        return f"{mean} ± {i.half:.4f} (n={i.n} {i.unit})" if i.n > 1 else f"{mean} (single run)"
+        half = f" ± {i.half:.4f}" if math.isfinite(i.half) else ""
+        return f"{mean}{half} (n={i.n} {i.unit})" if i.n > 1 else f"{mean} (single run)"
+
+    def difference(label: str, field: str) -> str:
+        if label == reference:
+            return ""
+        try:
+            return shown(evaluation.paired_difference(rows, reference, label, field), signed=True)
+        except ValueError:  # several meta-seeds on either side, and none in common
+            return "no pairs"
 
     for label in sorted(labels, key=lambda name: evaluation.summary(rows, name).mean):
         mine = [row for row in rows if row.optimizer == label]
         cells = [shown(evaluation.summary(rows, label)), shown(evaluation.summary(rows, label, "held_loss"))]
-        for field in ("train_loss", "held_loss"):
-            difference = "" if label == reference else shown(
-                evaluation.paired_difference(rows, reference, label, field), signed=True
-            )  # fmt: skip
-            cells.append(difference)
+        cells += [difference(label, field) for field in ("train_loss", "held_loss")]
         lines.append(f"| {label} | {' | '.join(cells)} | {sum(row.diverged for row in mine)} of {len(mine)} |")
     return "\n".join(lines)
 
