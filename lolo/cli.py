@@ -197,30 +197,20 @@ def eval_command(argv: list[str]) -> int:
           seeds: runs per optimizer.
           out: folder for rows, table, curves and report; default: only the table is printed.
         """
-        from lolo import evaluation
-
         if not optimizers:
             raise ValueError("name at least one optimizer, for instance: lolo eval adamw:1e-3 --task fashion-mlp")
         if seeds < 1:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
         tasks_.pin(task)
+        if out is not None:
+            studies.check_free(out, task)
         training.set_up()
-        splits, total, done = tasks_.resolve(task), studies.eval_units(optimizers, seeds, steps), 0
         with telling() as teller:
-
-            def advanced(count: int) -> None:
-                nonlocal done
-                done += count
-                teller(f"inner steps on {task}", done, total, "")
-
-            entries, weights = studies.contestants(optimizers, splits, steps, advanced)
-            rows = evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
-        command = shlex.join(["lolo", "eval", *argv])
+            rows, weights = studies.evaluate(optimizers, task, steps, seeds, teller)
         if out is None:
             print(studies.table(rows))
         else:
-            name = task.partition(":")[0].rpartition("/")[2]
-            print(studies.write_report(out, name, rows, weights, command))
+            print(studies.write_report(out, task, rows, weights, shlex.join(["lolo", "eval", *argv])))
         return 0
 
     return tyro.cli(evaluate_, args=argv, prog="lolo eval")

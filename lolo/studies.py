@@ -1,6 +1,7 @@
 """The comparisons behind `lolo reproduce`: what is meta-trained, what it is compared with, and the report.
 
-A study's folder holds `runs/` (one folder per meta-training), `rows.jsonl`, `table.md`, `report.md` and pictures.
+A study's folder holds `runs/` (one folder per meta-training), and for each task rows, table, report and pictures:
+`rows-TASK.jsonl`, `table-TASK.md`, `report-TASK.md`, `curves-TASK.png`, `start-steps-TASK.png`.
 Every study goes on where it was stopped when it is started again.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -176,19 +178,30 @@ def _label(
     return (name, seed) if another else (label, seed)
 
 
-def eval_units(names: Sequence[str | Path], seeds: int, steps: int) -> int:
-    """Inner steps that `contestants` and `compare` will run together."""
+def evaluate(
+    names: Sequence[str | Path], task: str, steps: int, seeds: int, told: Told = silent
+) -> tuple[list[Row], dict[str, pretrained.Weights]]:
+    """Every named optimizer on a task, from the same inits and batches; see `contestants`."""
     picks = sum(str(name).endswith(":grid") for name in names) * len(evaluation.GRID) * len(evaluation.PICK_SEEDS)
-    return (len(names) * seeds + picks) * steps
+    total, done = (len(names) * seeds + picks) * steps, 0
+
+    def advanced(count: int) -> None:
+        nonlocal done
+        done += count
+        told(f"evaluating on {task}", done, total, "")
+
+    splits = tasks_.resolve(task)
+    entries, weights = contestants(names, splits, steps, advanced)
+    return evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced), weights
 
 
 # --- reports ------------------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row], reference: str | None = None) -> str:
-    """Markdown: means with 95 % intervals, and paired differences with `reference`."""
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: means with 95 % intervals, and paired differences with LoLO, or with the first optimizer."""
     labels = list(dict.fromkeys(row.optimizer for row in rows))
-    reference = reference or labels[0]
+    reference = "lolo" if "lolo" in labels else labels[0]
     lines = [
         f"| optimizer | train loss | held-out loss | {reference} − it, train | {reference} − it, held-out | diverged |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -228,6 +241,22 @@ def load_rows(path: Path) -> list[Row]:
         raise files.FileError(f"{path}: rows of another version of lolo ({error}).") from error
 
 
+def file_name(task: str) -> str:
+    """What the files of a task are named after: its name, or the name of the user's file and function."""
+    path, _, function = task.partition("@")[0].rpartition(":")
+    return f"{Path(path).stem}-{function}" if path else task
+
+
+def check_free(out: Path, task: str) -> None:
+    """Raise RunError unless an evaluation of a task may be written into `out`."""
+    for name in ("recipe.json", f"rows-{file_name(task)}.jsonl"):
+        if (out / name).exists():
+            raise training.RunError(f"{out} already holds {name} of another run; give another --out.")
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise training.RunError(f"{out} can't be written ({nearest} is in the way); give another --out.")
+
+
 def write_report(
     out: Path,
     task: str,
@@ -236,31 +265,34 @@ def write_report(
     command: str,
     note: str = "",
 ) -> str:
-    """Rows, table, pictures and a short report in `out`. Returns the table."""
-    labels = [row.optimizer for row in rows]
-    reference = "lolo" if "lolo" in labels else labels[0]
-    text = table(rows, reference)
+    """Rows, table, pictures and a short report in `out`, named after the task. Returns the table."""
+    name = file_name(task)
+    save_rows(out / f"rows-{name}.jsonl", rows)  # first: whatever goes wrong below, they took the time
+    text = table(rows)
     unrolls = {w.recipe["unroll"]["length"] for w in weights.values() if w.recipe}
     unroll = unrolls.pop() if len(unrolls) == 1 else None
-    save_rows(out / f"rows-{task}.jsonl", rows)
-    plots.save_figure(plots.curves(rows, unroll, f"{task}, {rows[0].steps:,} steps"), out / f"curves-{task}.png")
-    pictures = f"![curves](curves-{task}.png)\n"
+    plots.save_figure(plots.curves(rows, unroll, f"{task}, {rows[0].steps:,} steps"), out / f"curves-{name}.png")
+    pictures = [f"![curves](curves-{name}.png)"]
     cards = {label: w.card for label, w in weights.items() if w.card.get("start_steps_per_250")}
     if cards:
-        plots.save_figure(plots.start_steps(cards), out / f"start-steps-{task}.png")
-        pictures += f"\n![realised start steps](start-steps-{task}.png)\n"
+        plots.save_figure(plots.start_steps(cards), out / f"start-steps-{name}.png")
+        pictures.append(f"![realised start steps](start-steps-{name}.png)")
     about = training.provenance()
     diverged = sum(row.diverged for row in rows)
-    report = (
-        f"# {task}, {rows[0].steps:,} inner steps\n\n{note}\n\n{text}\n\n"
+    paragraphs = [
+        f"# {task}, {rows[0].steps:,} inner steps",
+        note,
+        text,
         f"Train loss: mean over the last {evaluation.WINDOW} steps. ±: 95 % t interval. All optimizers start from the "
         f"same inits and see the same batches; {diverged} of {len(rows)} runs diverged. The grid's learning rate was "
-        f"picked on other seeds.\n\n{pictures}\n"
+        "picked on other seeds.",
+        *pictures,
         f"Command: `{command}`. Versions: {about['versions']}. Commit: {about['commit']}. "
-        f"Machine: {about['machine']['device']}, {about['machine']['cores']} cores.\n"
-    )
-    files.write_bytes(out / f"report-{task}.md", report.encode())
-    files.write_bytes(out / f"table-{task}.md", (text + "\n").encode())
+        f"Machine: {about['machine']['device']}, {about['machine']['cores']} cores.",
+    ]
+    report = "\n\n".join(filter(None, paragraphs)) + "\n"
+    files.write_bytes(out / f"report-{name}.md", report.encode())
+    files.write_bytes(out / f"table-{name}.md", (text + "\n").encode())
     return text
 
 
@@ -278,23 +310,20 @@ def reproduce(
     if smoke:
         study = dataclasses.replace(study, meta_seeds=1, eval_steps=200, eval_seeds=2, changes=(*study.changes, *SMOKE))
     began, tables = time.monotonic(), {}
+
+    def heard(what: str, done: int, total: int, word: str) -> None:
+        told(what, done, total, word)
+        if stop.requested is not None:
+            raise Interrupted(f"stopped. Go on with the same command: what is meta-trained in {out} is kept.")
+
     for task in study.tasks:
         weights = [
             meta_train(study, method, task, seed, out, stop, told, say)
             for seed in range(study.meta_seeds)
             for method in study.methods
         ]
-        names = [*map(str, weights), *study.baselines]
-        total, done = eval_units(names, study.eval_seeds, study.eval_steps), 0
-
-        def advanced(steps: int, total: int = total, task: str = task) -> None:
-            nonlocal done
-            done += steps
-            told(f"evaluating on {task}", done, total, "")
-
-        splits = tasks_.resolve(task)
-        entries, loaded = contestants(names, splits, study.eval_steps, advanced)
-        rows = evaluation.compare(task, splits, entries, range(study.eval_seeds), study.eval_steps, advanced=advanced)
+        names = [*weights, *study.baselines]
+        rows, loaded = evaluate(names, task, study.eval_steps, study.eval_seeds, heard)
         minutes = (time.monotonic() - began) / 60
         note = f"Study `{name}`: {study.about}. This call took {minutes:.1f} minutes so far."
         tables[task] = write_report(out, task, rows, loaded, f"lolo reproduce {name}", note)

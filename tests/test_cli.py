@@ -73,6 +73,22 @@ def test_an_output_folder_with_a_run_is_refused(tmp_path, capsys):
     assert status == 0 and "1 of 1 outer steps done" in out
 
 
+def test_an_evaluation_is_refused_before_it_runs_where_it_can_not_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    evaluation = ["eval", "adamw:1e-3", "--task", "quadratic", "--steps", "100", "--seeds", "1", "--out"]
+    for out, word in (("file", "in the way"), ("file/deeper", "in the way"), ("run", "already holds recipe.json")):
+        status, _, err = run(capsys, *evaluation, str(tmp_path / out))
+        assert status == 2 and err.count("\n") == 1 and word in err and "another --out" in err
+    status, out, _ = run(capsys, *evaluation, str(tmp_path / "new"))
+    report = (tmp_path / "new" / "report-quadratic.md").read_text()
+    assert status == 0 and out in report and "inner steps\n\n| optimizer" in report
+    status, _, err = run(capsys, *evaluation, str(tmp_path / "new"))
+    assert status == 2 and "already holds rows-quadratic.jsonl" in err
+    assert (tmp_path / "file").read_text() == "mine" and len(list((tmp_path / "run").iterdir())) == 1
+
+
 def test_help_lists_every_command_and_every_field(capsys):
     _, out, _ = run(capsys, "--help")
     for command in cli.COMMANDS:
