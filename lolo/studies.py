@@ -130,7 +130,8 @@ def contestants(
 
     Returns: the contestants, and the weights among them by label and meta-seed. Raises ValueError, FileError.
     """
-    found, weights, kinds = [], {}, {}
+    kinds: dict[str, Any] = {}
+    found, weights = [], {}
     for name in map(str, names):
         kind, separator, setting = name.partition(":")
         if separator and kind in evaluation.BASELINES:
@@ -168,7 +169,8 @@ def _label(
     those before them in more than the seed, or are in use with other settings than in meta-training, get a row of
     their own.
     """
-    label, seed, kind = Path(name).stem, None, (None, weights.learner)
+    kind: Any = (None, weights.learner)
+    label, seed = Path(name).stem, None
     if weights.recipe:
         recipe = recipes.from_dict(weights.recipe)
         seed, kind = recipe.seed, (dataclasses.replace(recipe, seed=0), weights.learner)

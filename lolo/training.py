@@ -215,7 +215,7 @@ class Run:
 def check_init(init: files.WeightsFile, learner: recipes.Learner) -> None:
     """Raise FileError unless φ of a weights file means the same in a recipe's learner."""
     given = recipes.learner_from_dict(init.learner, "--init weights")
-    of_use = {"weight_decay": learner.weight_decay, "clock_limit": learner.clock_limit}  # may differ
+    of_use: dict[str, Any] = {"weight_decay": learner.weight_decay, "clock_limit": learner.clock_limit}  # may differ
     if dataclasses.replace(given, **of_use) != learner:
         differs = [
             f"learner.{name} is {theirs!r} there and {ours!r} in the recipe"
@@ -412,7 +412,7 @@ def train(
 
     Raises: RecipeError, TaskError, FileError, RunError for bad input; DivergedError.
     """
-    names = (tasks_.pin(name) for name in recipe.tasks) if tasks is None else tasks
+    names = [tasks_.pin(name) for name in recipe.tasks] if tasks is None else list(tasks)
     recipe = dataclasses.replace(recipe, tasks=tuple(names))
     source = None if init is None else files.read_weights(init)
     run = prepare(recipe, source, tasks, devices)
