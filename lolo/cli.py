@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import io
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import rich.console
 import tyro
@@ -17,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lolo import files, health, recipes, studies, training
 from lolo import tasks as tasks_
 from lolo.recipes import Recipe
+
+T = TypeVar("T")
 
 HELP = """lolo: learned optimizers that keep working past the unroll they were meta-trained on
 
@@ -89,6 +95,33 @@ class TrainArguments:
     checkpoint_seconds: float = 20.0  # time between two checkpoints, at least
 
 
+def one_line(read: Callable[[], T]) -> T:
+    """What `read` makes of the arguments. Where tyro draws a box and exits, a ValueError with the same words."""
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard):
+            return read()
+    except SystemExit as stopped:
+        if stopped.code == 0:  # help was asked for, and is printed
+            raise
+        raise ValueError(re.sub(r"[\u2500-\u257f]|\+?-{3,}\+?", " ", heard.getvalue())) from None
+
+
+def deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """The command with the same arguments, which are bound: it runs when it is called again."""
+
+    @functools.wraps(command)
+    def bind(*args: Any, **kwargs: Any) -> Callable[[], int]:
+        return functools.partial(command, *args, **kwargs)
+
+    return bind
+
+
+def call(command: Callable[..., int], argv: list[str], prog: str) -> int:
+    """Run a function with the arguments of the command line. Raises ValueError for those that don't fit it."""
+    return one_line(lambda: tyro.cli(deferred(command), args=argv, prog=prog))()
+
+
 def train_command(argv: list[str]) -> int:
     """lolo train RECIPE [options]"""
     if not argv or argv[0].startswith("-"):
@@ -99,12 +132,14 @@ def train_command(argv: list[str]) -> int:
             )
     name, *options = argv
     recipe = recipes.pick(recipes.RECIPES, "recipe", name)
-    arguments = tyro.cli(
-        TrainArguments,
-        args=known_options(options, ["out", "init", "devices", "checkpoint_seconds"]),
-        default=TrainArguments(recipe),
-        prog=f"lolo train {name}",
-        config=(tyro.conf.FlagConversionOff,),
+    arguments = one_line(
+        lambda: tyro.cli(
+            TrainArguments,
+            args=known_options(options, ["out", "init", "devices", "checkpoint_seconds"]),
+            default=TrainArguments(recipe),
+            prog=f"lolo train {name}",
+            config=(tyro.conf.FlagConversionOff,),
+        )
     )
     recipe = arguments.recipe
     task = "-".join(Path(t.partition(":")[0]).stem for t in recipe.tasks)
@@ -174,7 +209,7 @@ def resume_command(argv: list[str]) -> int:
             lambda **hooks: training.resume(run, devices=devices, checkpoint_seconds=checkpoint_seconds, **hooks),
         )
 
-    return tyro.cli(resume, args=argv, prog="lolo resume")
+    return call(resume, argv, "lolo resume")
 
 
 def eval_command(argv: list[str]) -> int:
@@ -197,33 +232,23 @@ def eval_command(argv: list[str]) -> int:
           seeds: runs per optimizer.
           out: folder for rows, table, curves and report; default: only the table is printed.
         """
-        from lolo import evaluation
-
         if not optimizers:
             raise ValueError("name at least one optimizer, for instance: lolo eval adamw:1e-3 --task fashion-mlp")
         if seeds < 1:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
         tasks_.pin(task)
+        if out is not None:
+            studies.check_free(out, task)
         training.set_up()
-        splits, total, done = tasks_.resolve(task), studies.eval_units(optimizers, seeds, steps), 0
         with telling() as teller:
-
-            def advanced(count: int) -> None:
-                nonlocal done
-                done += count
-                teller(f"inner steps on {task}", done, total, "")
-
-            entries, weights = studies.contestants(optimizers, splits, steps, advanced)
-            rows = evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
-        command = shlex.join(["lolo", "eval", *argv])
+            rows, weights = studies.evaluate(optimizers, task, steps, seeds, teller)
         if out is None:
             print(studies.table(rows))
         else:
-            name = task.partition(":")[0].rpartition("/")[2]
-            print(studies.write_report(out, name, rows, weights, command))
+            print(studies.write_report(out, task, rows, weights, shlex.join(["lolo", "eval", *argv])))
         return 0
 
-    return tyro.cli(evaluate_, args=argv, prog="lolo eval")
+    return call(evaluate_, argv, "lolo eval")
 
 
 def reproduce_command(argv: list[str]) -> int:
@@ -247,7 +272,7 @@ def reproduce_command(argv: list[str]) -> int:
         print(f"\nReport, rows and pictures: {folder}")
         return 0
 
-    return tyro.cli(reproduce, args=argv, prog="lolo reproduce")
+    return call(reproduce, argv, "lolo reproduce")
 
 
 def bench_command(argv: list[str]) -> int:
@@ -268,7 +293,7 @@ def bench_command(argv: list[str]) -> int:
         bench.run(parts or tuple(bench.PARTS), out)
         return 0
 
-    return tyro.cli(bench_, args=argv, prog="lolo bench")
+    return call(bench_, argv, "lolo bench")
 
 
 def recipes_command(argv: list[str]) -> int:
@@ -282,7 +307,7 @@ def recipes_command(argv: list[str]) -> int:
             print(f"{name}: {words}")
         return 0
 
-    return tyro.cli(list_recipes, args=argv, prog="lolo recipes")
+    return call(list_recipes, argv, "lolo recipes")
 
 
 def tasks_command(argv: list[str]) -> int:
@@ -294,7 +319,7 @@ def tasks_command(argv: list[str]) -> int:
             print(f"{name}: {(make.__doc__ or '').splitlines()[0]}")
         return 0
 
-    return tyro.cli(list_tasks, args=argv, prog="lolo tasks")
+    return call(list_tasks, argv, "lolo tasks")
 
 
 def doctor_command(argv: list[str]) -> int:
@@ -309,7 +334,7 @@ def doctor_command(argv: list[str]) -> int:
         print(health.report(health.examine(run)))
         return 0
 
-    return tyro.cli(doctor, args=argv, prog="lolo doctor")
+    return call(doctor, argv, "lolo doctor")
 
 
 def data_command(argv: list[str]) -> int:
@@ -347,8 +372,8 @@ def data_command(argv: list[str]) -> int:
         print(f"{folder}: every file is as it was written.")
         return 0
 
-    commands: dict[str, Callable[..., Any]] = {"prepare": prepare, "list": list_, "verify": verify}
-    return tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="lolo data")
+    commands = {"prepare": deferred(prepare), "list": deferred(list_), "verify": deferred(verify)}
+    return one_line(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="lolo data"))()
 
 
 def weights_command(argv: list[str]) -> int:
@@ -361,7 +386,7 @@ def weights_command(argv: list[str]) -> int:
             print(f"{name}: {card.get('summary', '')}")
         return 0
 
-    return tyro.cli(list_weights, args=argv, prog="lolo weights")
+    return call(list_weights, argv, "lolo weights")
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

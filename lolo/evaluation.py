@@ -283,7 +283,7 @@ def _row(name: str, task: Task, contestant: Contestant, seed: int, steps: int, c
 
 
 class Interval(NamedTuple):
-    """A mean with its 95 % t interval over n units; half is NaN for n = 1."""
+    """A mean with its 95 % t interval over n units; half is NaN for n = 1, and where a value is not finite."""
 
     mean: float
     half: float
@@ -298,8 +298,11 @@ class Interval(NamedTuple):
 def interval(values: Sequence[float], unit: str) -> Interval:
     """Mean and 95 % t interval."""
     array, n = np.asarray(values, np.float64), len(values)
-    half = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    return Interval(float(array.mean()), half, n, unit)
+    half = math.nan
+    if n > 1 and np.isfinite(array).all():
+        half = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / math.sqrt(n))
+    with np.errstate(invalid="ignore"):  # ∞ − ∞, of runs that diverged on a task without a loss limit
+        return Interval(float(array.mean()), half, n, unit)
 
 
 def _by_unit(rows: Sequence[Row], field: str, label: str) -> dict[tuple[int | None, int], float]:
@@ -322,16 +325,20 @@ def _interval_by_meta_seed(values: dict[tuple[int | None, int], float]) -> Inter
 
 
 def paired_difference(rows: Sequence[Row], a: str, b: str, field: str = "train_loss") -> Interval:
-    """a − b, paired by evaluation seed and, where both have them, by meta-seed; negative: a is lower."""
+    """a − b, paired by evaluation seed and, where both have them, by meta-seed; negative: a is lower.
+
+    An optimizer with one φ, or none, is paired with every meta-seed of the other by evaluation seed alone. Raises
+    ValueError where nothing can be paired.
+    """
     ours, theirs = _by_unit(rows, field, a), _by_unit(rows, field, b)
-    hand_made = {meta_seed for meta_seed, _ in theirs} == {None}
-    swap = {meta_seed for meta_seed, _ in ours} == {None}
+    our_seeds, their_seeds = ({meta_seed for meta_seed, _ in values} for values in (ours, theirs))
+    by_meta_seed = bool(our_seeds & their_seeds)
     differences = {}
-    for meta_seed, seed in theirs if swap else ours:
-        ours_key = (None, seed) if swap else (meta_seed, seed)
-        theirs_key = (None, seed) if hand_made else (meta_seed, seed)
-        if ours_key in ours and theirs_key in theirs:
-            differences[meta_seed, seed] = ours[ours_key] - theirs[theirs_key]
+    if by_meta_seed or min(len(our_seeds), len(their_seeds)) == 1:
+        for (our_seed, seed), value in ours.items():
+            for (their_seed, other_seed), other in theirs.items():
+                if seed == other_seed and (our_seed == their_seed or not by_meta_seed):
+                    differences[our_seed if len(our_seeds) > 1 else their_seed, seed] = value - other
     if not differences:
         raise ValueError(f"{a!r} and {b!r} have no evaluation seed and meta-seed in common.")
     return _interval_by_meta_seed(differences)

@@ -46,7 +46,10 @@ def mesh(blocks: int, devices: int | None = None) -> Mesh:
     """As many local devices as divide the number of blocks, at most `devices`.
 
     Blocks are whole, whatever the number of devices: what vmap advances together never depends on it.
+    Raises ValueError for less than one device.
     """
+    if devices is not None and devices < 1:
+        raise ValueError(f"devices={devices} must be at least 1; leave it out to use all.")
     available = jax.local_devices()
     most = min(len(available), devices or len(available), blocks)
     count = max(n for n in range(1, most + 1) if blocks % n == 0)

@@ -56,6 +56,8 @@ def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
                 ha="right", fontsize=8,
             )  # fmt: skip
         axis.set(xscale="log", xlabel="inner step", ylabel=f"{name} (nats)")
+        marks = [steps[0], steps[-1], unroll or steps[0]]
+        axis.set_xlim(min(marks) / 1.2, 1.2 * max(marks))
         axis.set_ylim(*_range(values[:, len(steps) // 20 :]))
         axis.grid(True, which="both", alpha=0.2)
     axes[0].legend(fontsize=8, frameon=False)
@@ -66,6 +68,8 @@ def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
 def _range(values: np.ndarray) -> tuple[float, float]:
     """Limits that show all but extreme values: a diverging run leaves through the top."""
     finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0, 1.0
     low, high = float(finite.min()), float(np.quantile(finite, 0.98))
     margin = 0.06 * max(high - low, 1e-6)
     return low - margin, high + 2 * margin
@@ -75,12 +79,15 @@ def start_steps(cards: dict[str, dict[str, Any]]) -> Any:
     """Histogram of the start steps that meta-training realised, one line per weights file."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
-    for (label, card), colour in zip(cards.items(), COLOURS * (len(cards) // len(COLOURS) + 1), strict=False):
+    # Lines of methods without a buffer lie on one another: the first drawn are the widest.
+    widths = np.linspace(min(1.2 * len(cards), 6.0), 1.2, len(cards))
+    colours = COLOURS * (len(cards) // len(COLOURS) + 1)
+    for (label, card), colour, width in zip(cards.items(), colours, widths, strict=False):
         counts = {int(k): v for k, v in card.get("start_steps_per_250", {}).items()}
         if counts:
             steps = np.arange(0, max(counts) + 500, 250)
             share = np.array([counts.get(int(s), 0) for s in steps], float)
-            axis.step(steps, share / share.sum(), where="post", label=label, color=colour)
+            axis.step(steps, share / share.sum(), where="post", label=label, color=colour, linewidth=width)
     axis.set(xlabel="start step K of an unroll (bins of 250)", ylabel="share of unrolls", yscale="log")
     axis.grid(True, alpha=0.2)
     axis.legend(fontsize=8, frameon=False)

@@ -1,12 +1,15 @@
 """The comparisons behind `lolo reproduce`: what is meta-trained, what it is compared with, and the report.
 
-A study's folder holds `runs/` (one folder per meta-training), `rows.jsonl`, `table.md`, `report.md` and pictures.
+A study's folder holds `runs/` (one folder per meta-training), and for each task rows, table, report and pictures:
+`rows-TASK.jsonl`, `table-TASK.md`, `report-TASK.md`, `curves-TASK.png`, `start-steps-TASK.png`.
 Every study goes on where it was stopped when it is started again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -127,6 +130,7 @@ def contestants(
 
     Returns: the contestants, and the weights among them by label and meta-seed. Raises ValueError, FileError.
     """
+    kinds: dict[str, Any] = {}
     found, weights = [], {}
     for name in map(str, names):
         kind, separator, setting = name.partition(":")
@@ -136,7 +140,7 @@ def contestants(
             raise recipes.unknown("optimizer", kind, evaluation.BASELINES)
         else:
             loaded = pretrained.load(name)
-            label, seed = _label(loaded, name, {(c.label, c.meta_seed) for c in found})
+            label, seed = _label(loaded, name, kinds, {(c.label, c.meta_seed) for c in found})
             found.append(Contestant(label, seed, pretrained.architecture(loaded.learner).optimizer, loaded.meta_params))
             weights[f"{label}, meta-seed {seed}"] = loaded
     return found, weights
@@ -156,28 +160,50 @@ def _baseline(
     return evaluation.baseline(kind, lr, steps)
 
 
-def _label(weights: pretrained.Weights, name: str, taken: set[tuple[str, int | None]]) -> tuple[str, int | None]:
-    """Method and meta-seed of weights: from their recipe if it is a known method, else the file's name."""
+def _label(
+    weights: pretrained.Weights, name: str, kinds: dict[str, Any], taken: set[tuple[str, int | None]]
+) -> tuple[str, int | None]:
+    """Method and meta-seed of weights: from their recipe if it is a known method, else the file's name.
+
+    `kinds` holds what each label stands for. Rows of one label are meta-seeds of one recipe: weights that differ from
+    those before them in more than the seed, or are in use with other settings than in meta-training, get a row of
+    their own.
+    """
+    kind: Any = (None, weights.learner)
     label, seed = Path(name).stem, None
     if weights.recipe:
         recipe = recipes.from_dict(weights.recipe)
-        label, seed = recipes.method_of(recipe) or label, recipe.seed
-    return (name, seed) if (label, seed) in taken else (label, seed)
+        seed, kind = recipe.seed, (dataclasses.replace(recipe, seed=0), weights.learner)
+        if weights.learner == recipe.learner:
+            label = recipes.method_of(recipe) or label
+    another = kinds.setdefault(label, kind) != kind or (label, seed) in taken
+    return (name, seed) if another else (label, seed)
 
 
-def eval_units(names: Sequence[str | Path], seeds: int, steps: int) -> int:
-    """Inner steps that `contestants` and `compare` will run together."""
+def evaluate(
+    names: Sequence[str | Path], task: str, steps: int, seeds: int, told: Told = silent
+) -> tuple[list[Row], dict[str, pretrained.Weights]]:
+    """Every named optimizer on a task, from the same inits and batches; see `contestants`."""
     picks = sum(str(name).endswith(":grid") for name in names) * len(evaluation.GRID) * len(evaluation.PICK_SEEDS)
-    return (len(names) * seeds + picks) * steps
+    total, done = (len(names) * seeds + picks) * steps, 0
+
+    def advanced(count: int) -> None:
+        nonlocal done
+        done += count
+        told(f"evaluating on {task}", done, total, "")
+
+    splits = tasks_.resolve(task)
+    entries, weights = contestants(names, splits, steps, advanced)
+    return evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced), weights
 
 
 # --- reports ------------------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row], reference: str | None = None) -> str:
-    """Markdown: means with 95 % intervals, and paired differences with `reference`."""
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: means with 95 % intervals, and paired differences with LoLO, or with the first optimizer."""
     labels = list(dict.fromkeys(row.optimizer for row in rows))
-    reference = reference or labels[0]
+    reference = "lolo" if "lolo" in labels else labels[0]
     lines = [
         f"| optimizer | train loss | held-out loss | {reference} − it, train | {reference} − it, held-out | diverged |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -185,16 +211,21 @@ def table(rows: Sequence[Row], reference: str | None = None) -> str:
 
     def shown(i: evaluation.Interval, signed: bool = False) -> str:
         mean = f"{i.mean:+.4f}" if signed else f"{i.mean:.4f}"
-        return f"{mean} ± {i.half:.4f} (n={i.n} {i.unit})" if i.n > 1 else f"{mean} (single run)"
+        half = f" ± {i.half:.4f}" if math.isfinite(i.half) else ""
+        return f"{mean}{half} (n={i.n} {i.unit})" if i.n > 1 else f"{mean} (single run)"
+
+    def difference(label: str, field: str) -> str:
+        if label == reference:
+            return ""
+        try:
+            return shown(evaluation.paired_difference(rows, reference, label, field), signed=True)
+        except ValueError:  # several meta-seeds on either side, and none in common
+            return "no pairs"
 
     for label in sorted(labels, key=lambda name: evaluation.summary(rows, name).mean):
         mine = [row for row in rows if row.optimizer == label]
         cells = [shown(evaluation.summary(rows, label)), shown(evaluation.summary(rows, label, "held_loss"))]
-        for field in ("train_loss", "held_loss"):
-            difference = "" if label == reference else shown(
-                evaluation.paired_difference(rows, reference, label, field), signed=True
-            )  # fmt: skip
-            cells.append(difference)
+        cells += [difference(label, field) for field in ("train_loss", "held_loss")]
         lines.append(f"| {label} | {' | '.join(cells)} | {sum(row.diverged for row in mine)} of {len(mine)} |")
     return "\n".join(lines)
 
@@ -233,6 +264,22 @@ def load_rows(path: Path) -> list[Row]:
     return [Row(**row) for row in files.read_json_lines(path, _row)]
 
 
+def file_name(task: str) -> str:
+    """What the files of a task are named after: its name, or the name of the user's file and function."""
+    path, _, function = task.partition("@")[0].rpartition(":")
+    return f"{Path(path).stem}-{function}" if path else task
+
+
+def check_free(out: Path, task: str) -> None:
+    """Raise RunError unless an evaluation of a task may be written into `out`."""
+    for name in ("recipe.json", f"rows-{file_name(task)}.jsonl"):
+        if (out / name).exists():
+            raise training.RunError(f"{out} already holds {name} of another run; give another --out.")
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise training.RunError(f"{out} can't be written ({nearest} is in the way); give another --out.")
+
+
 def write_report(
     out: Path,
     task: str,
@@ -241,31 +288,34 @@ def write_report(
     command: str,
     note: str = "",
 ) -> str:
-    """Rows, table, pictures and a short report in `out`. Returns the table."""
-    labels = [row.optimizer for row in rows]
-    reference = "lolo" if "lolo" in labels else labels[0]
-    text = table(rows, reference)
+    """Rows, table, pictures and a short report in `out`, named after the task. Returns the table."""
+    name = file_name(task)
+    save_rows(out / f"rows-{name}.jsonl", rows)  # first: whatever goes wrong below, they took the time
+    text = table(rows)
     unrolls = {w.recipe["unroll"]["length"] for w in weights.values() if w.recipe}
     unroll = unrolls.pop() if len(unrolls) == 1 else None
-    save_rows(out / f"rows-{task}.jsonl", rows)
-    plots.save_figure(plots.curves(rows, unroll, f"{task}, {rows[0].steps:,} steps"), out / f"curves-{task}.png")
-    pictures = f"![curves](curves-{task}.png)\n"
+    plots.save_figure(plots.curves(rows, unroll, f"{task}, {rows[0].steps:,} steps"), out / f"curves-{name}.png")
+    pictures = [f"![curves](curves-{name}.png)"]
     cards = {label: w.card for label, w in weights.items() if w.card.get("start_steps_per_250")}
     if cards:
-        plots.save_figure(plots.start_steps(cards), out / f"start-steps-{task}.png")
-        pictures += f"\n![realised start steps](start-steps-{task}.png)\n"
+        plots.save_figure(plots.start_steps(cards), out / f"start-steps-{name}.png")
+        pictures.append(f"![realised start steps](start-steps-{name}.png)")
     about = training.provenance()
     diverged = sum(row.diverged for row in rows)
-    report = (
-        f"# {task}, {rows[0].steps:,} inner steps\n\n{note}\n\n{text}\n\n"
+    paragraphs = [
+        f"# {task}, {rows[0].steps:,} inner steps",
+        note,
+        text,
         f"Train loss: mean over the last {evaluation.WINDOW} steps. ±: 95 % t interval. All optimizers start from the "
         f"same inits and see the same batches; {diverged} of {len(rows)} runs diverged. The grid's learning rate was "
-        f"picked on other seeds.\n\n{pictures}\n"
+        "picked on other seeds.",
+        *pictures,
         f"Command: `{command}`. Versions: {about['versions']}. Commit: {about['commit']}. "
-        f"Machine: {about['machine']['device']}, {about['machine']['cores']} cores.\n"
-    )
-    files.write_bytes(out / f"report-{task}.md", report.encode())
-    files.write_bytes(out / f"table-{task}.md", (text + "\n").encode())
+        f"Machine: {about['machine']['device']}, {about['machine']['cores']} cores.",
+    ]
+    report = "\n\n".join(filter(None, paragraphs)) + "\n"
+    files.write_bytes(out / f"report-{name}.md", report.encode())
+    files.write_bytes(out / f"table-{name}.md", (text + "\n").encode())
     return text
 
 
@@ -283,23 +333,20 @@ def reproduce(
     if smoke:
         study = dataclasses.replace(study, meta_seeds=1, eval_steps=200, eval_seeds=2, changes=(*study.changes, *SMOKE))
     began, tables = time.monotonic(), {}
+
+    def heard(what: str, done: int, total: int, word: str) -> None:
+        told(what, done, total, word)
+        if stop.requested is not None:
+            raise Interrupted(f"stopped. Go on with the same command: what is meta-trained in {out} is kept.")
+
     for task in study.tasks:
         weights = [
             meta_train(study, method, task, seed, out, stop, told, say)
             for seed in range(study.meta_seeds)
             for method in study.methods
         ]
-        names = [*map(str, weights), *study.baselines]
-        total, done = eval_units(names, study.eval_seeds, study.eval_steps), 0
-
-        def advanced(steps: int, total: int = total, task: str = task) -> None:
-            nonlocal done
-            done += steps
-            told(f"evaluating on {task}", done, total, "")
-
-        splits = tasks_.resolve(task)
-        entries, loaded = contestants(names, splits, study.eval_steps, advanced)
-        rows = evaluation.compare(task, splits, entries, range(study.eval_seeds), study.eval_steps, advanced=advanced)
+        names = [*weights, *study.baselines]
+        rows, loaded = evaluate(names, task, study.eval_steps, study.eval_seeds, heard)
         minutes = (time.monotonic() - began) / 60
         note = f"Study `{name}`: {study.about}. This call took {minutes:.1f} minutes so far."
         tables[task] = write_report(out, task, rows, loaded, f"lolo reproduce {name}", note)

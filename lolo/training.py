@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -137,7 +138,9 @@ def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
             "; ".join(f"{name}: {a!r} there, {b!r} asked" for name, (a, b) in changed.items()) or "the same recipe"
         )
         raise RunError(f"{run} already holds a run ({differs}). Go on with `lolo resume {run}`, or give another --out.")
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    # A run killed while it claimed the folder leaves run.json, or half of a file, and nothing else.
+    ours = re.compile(r"run\.json|\.(run|recipe)\.json\.\d+\.tmp")
+    if run.exists() and (not run.is_dir() or any(not ours.fullmatch(path.name) for path in run.iterdir())):
         raise RunError(f"{run} exists and is not an empty folder; give another --out.")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -239,21 +242,31 @@ class Run:
         return tuple(splits.train for splits in self.tasks.values())
 
 
+def check_init(init: files.WeightsFile, learner: recipes.Learner) -> None:
+    """Raise FileError unless φ of a weights file means the same in a recipe's learner."""
+    given = recipes.learner_from_dict(init.learner, "--init weights")
+    of_use: dict[str, Any] = {"weight_decay": learner.weight_decay, "clock_limit": learner.clock_limit}  # may differ
+    if dataclasses.replace(given, **of_use) != learner:
+        differs = [
+            f"learner.{name} is {theirs!r} there and {ours!r} in the recipe"
+            for name, theirs in dataclasses.asdict(given).items()
+            if name not in of_use and theirs != (ours := getattr(learner, name))
+        ]
+        raise files.FileError(f"--init weights are of another learner: {', '.join(differs)}. Give the same values.")
+
+
 def prepare(
     recipe: Recipe, init: files.WeightsFile | None, tasks: dict[str, tasks_.Splits] | None, devices: int | None
 ) -> Run:
     """Build, place and compile what a recipe names. Raises RecipeError, TaskError, FileError."""
     setup = recipes.build(recipe)
-    splits = tasks or {name: tasks_.resolve(name) for name in recipe.tasks}
+    splits = {name: tasks_.resolve(name) for name in recipe.tasks} if tasks is None else tasks
     over = parallel.mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
     train_tasks = parallel.place(tuple(s.train for s in splits.values()), over)
     meta_params = None
     if init is not None:
+        check_init(init, recipe.learner)
         meta_params = init.meta_params
-        expected = {k: v.shape for k, v in jax.eval_shape(setup.learned.init, jax.random.key(0)).items()}
-        found = {k: v.shape for k, v in meta_params.items()}
-        if found != expected:
-            raise files.FileError(f"--init weights have tensors {found}; the recipe's learner has {expected}.")
     key = jax.random.key(recipe.seed)
     state = jax.jit(lambda key, phi: meta.meta_init(setup, train_tasks, key, phi))(key, meta_params)
     step = parallel.compile_step(setup, state, over)
@@ -266,17 +279,19 @@ def prepare(
     return run
 
 
-def weights_of(run: Run, card: dict[str, Any] | None = None) -> pretrained.Weights:
+def weights_of(run: Run) -> pretrained.Weights:
     """The present φ with its recipe and what is known about it."""
-    about = {"outer_step": run.done, **realised(run.rows), **(card or {})}
+    about = {"outer_step": run.done, **realised(run.rows)}
+    if run.rows and "validation" in run.rows[-1]:
+        about["validation"] = run.rows[-1]["validation"]
     phi = jax.device_get(run.state.meta_params)
     return pretrained.Weights(phi, run.recipe.learner, recipes.to_dict(run.recipe), about)
 
 
-def save_weights(run: Run, name: str, card: dict[str, Any] | None = None) -> None:
+def save_weights(run: Run, name: str) -> None:
     """Write `name`.safetensors into the run's folder."""
     if run.out is not None:
-        pretrained.save(run.out / f"{name}.safetensors", weights_of(run, card))
+        pretrained.save(run.out / f"{name}.safetensors", weights_of(run))
 
 
 def save_checkpoint(run: Run) -> None:
@@ -386,8 +401,9 @@ def outer_steps(run: Run, stop: Stop, told: Callable[[Progress], None], say: Cal
             measured = validate(run)
             add_row(run, {"step": run.done - 1, "validation": measured})
             if best_before is None or measured["held_loss"] < best_before:
-                save_weights(run, "best", {"validation": measured})
-            save_weights(run, "last", {"validation": measured})
+                save_weights(run, "best")
+            if run.done < total:  # else it is written below
+                save_weights(run, "last")
             save_checkpoint(run)
         elif time.monotonic() - run.saved_at > run.checkpoint_seconds:
             save_checkpoint(run)
@@ -442,7 +458,7 @@ def train(
       recipe: what to do; `dataclasses.replace` or `recipes.with_field` changes fields.
       out: a new or empty folder for log, checkpoints and weights; None keeps nothing on disk.
       init: weights to go on from, a name or a path.
-      tasks: your own splits by name, in place of the recipe's names (then only this call can resume the run).
+      tasks: your own splits by name, in place of the recipe's; `resume` needs them again.
       devices: how many of JAX's local devices to use at most; the result does not depend on it.
       checkpoint_seconds: time between two checkpoints, at least; one is also written at the start, at each
         validation, and at the end.
@@ -451,8 +467,8 @@ def train(
 
     Raises: RecipeError, TaskError, FileError, RunError for bad input; DivergedError.
     """
-    if tasks is None:
-        recipe = dataclasses.replace(recipe, tasks=tuple(tasks_.pin(name) for name in recipe.tasks))
+    names = [tasks_.pin(name) for name in recipe.tasks] if tasks is None else list(tasks)
+    recipe = dataclasses.replace(recipe, tasks=tuple(names))
     source = None if init is None else files.read_weights(init)
     run = prepare(recipe, source, tasks, devices)
     run.checkpoint_seconds = checkpoint_seconds
@@ -482,31 +498,47 @@ def resume(
 ) -> Result:
     """Go on with a run from its newest whole checkpoint; the result is that of a run never interrupted.
 
-    Raises RunError: no run there, no whole checkpoint, or recipe.json is not the checkpoint's.
+    `tasks` are those that `train` was given. Raises RunError: no run there, no whole checkpoint, other tasks, or
+    recipe.json is not the checkpoint's.
     """
     folder = Path(out)
     recipe = read_recipe(folder)
+    if tasks is not None and tuple(tasks) != recipe.tasks:
+        raise RunError(f"{folder} is a run on tasks={recipe.tasks}, not {tuple(tasks)}; give those it began with.")
     newest = files.newest_checkpoint(folder, say)
-    if newest is None:
+    if newest is None and not untouched(folder):
         raise RunError(f"{folder} has no whole checkpoint; start again with `lolo train` and another --out.")
-    arrays, manifest = newest
+    if newest is not None:
+        check_manifest(newest[1], folder, recipe, say)
+    run = prepare(recipe, None, tasks, devices)
+    run.out, run.checkpoint_seconds = folder, checkpoint_seconds
+    if newest is not None:
+        state = state_from_arrays(newest[0], jax.eval_shape(lambda: run.state), str(folder))
+        run.state = parallel.place(state, run.over, parallel.state_specs(state))
+        run.saved, run.saved_at = run.done, time.monotonic()
+        run.rows = [row for row in log_rows(folder) if row.get("step", -1) < run.done]
+        text = "".join(f"{files.json_line(row)}\n" for row in run.rows)
+        files.write_bytes(folder / "log.jsonl", text.encode())
+    say(f"resumed {folder} at outer step {run.done} of {recipe.outer.steps}.")
+    return loop(run, stop or Stop(), told, say)
+
+
+def untouched(run: Path) -> bool:
+    """Whether a run was killed before its first checkpoint, and its recipe alone says where it starts."""
+    if files.checkpoints(run) or (run / "log.jsonl").exists() or (run / "last.safetensors").exists():
+        return False
+    about = files.read_json(run / "run.json")
+    return isinstance(about, dict) and "init" in about and about["init"] is None
+
+
+def check_manifest(manifest: dict[str, Any], run: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Raise RunError if a checkpoint is of another recipe; say so if it is of other versions."""
     changed = recipes.diff(recipes.from_dict(manifest.get("recipe")), recipe)
     if changed:
         differs = "; ".join(f"{name}: {a!r} in the checkpoint, {b!r} now" for name, (a, b) in changed.items())
-        raise RunError(f"{folder}/recipe.json is not the recipe of the checkpoint ({differs}). Undo the change.")
+        raise RunError(f"{run}/recipe.json is not the recipe of the checkpoint ({differs}). Undo the change.")
     if manifest.get("versions") != versions():
         say(f"versions differ from the checkpoint's ({manifest.get('versions')}): the result may differ in last bits.")
-    run = prepare(recipe, None, tasks, devices)
-    run.checkpoint_seconds = checkpoint_seconds
-    like = jax.eval_shape(lambda: run.state)
-    state = state_from_arrays(arrays, like, str(folder))
-    run.state = parallel.place(state, run.over, parallel.state_specs(state))
-    run.out, run.saved, run.saved_at = folder, run.done, time.monotonic()
-    run.rows = [row for row in log_rows(folder) if row.get("step", -1) < run.done]
-    text = "".join(f"{files.json_line(row)}\n" for row in run.rows)
-    files.write_bytes(folder / "log.jsonl", text.encode())
-    say(f"resumed {folder} at outer step {run.done} of {recipe.outer.steps}.")
-    return loop(run, stop or Stop(), told, say)
 
 
 def user_cache() -> Path:

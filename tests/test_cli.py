@@ -23,12 +23,23 @@ BAD = [
     (["train", "lolo", "--init", "nothing.safetensors"], ["nothing.safetensors", "no such weights file"]),
     (["train", "lolo", "--imitation.expert", "adan"], ["'adan'", "'adam'"]),
     (["train", "lolo", "--replay.threshold", "2"], ["replay.threshold=2", "from 0 to 1"]),
+    (["train", "lolo", "--seed", "abc"], ["abc", "--seed", "INT"]),
+    (["train", "lolo", "--seed", "-1"], ["seed=-1", "from 0"]),
+    (["train", "lolo", "--outer.lr", "fast"], ["fast", "--outer.lr", "FLOAT"]),
+    (["train", "lolo", "--unroll.stagger", "yes"], ["yes", "--unroll.stagger", "True"]),
+    (["train", "lolo", "fashion-mlp"], ["fashion-mlp", "--help"]),
+    (["train", "lolo", "--task", "quadratic", "--devices", "0"], ["devices=0", "at least 1"]),
+    (["resume"], ["required", "lolo resume"]),
+    (["tasks", "fashion-mlp"], ["fashion-mlp", "lolo tasks"]),
+    (["eval", "adamw:1e-3", "--step", "100"], ["--step", "--steps"]),
+    (["data", "prepaer"], ["prepaer", "prepare"]),
     (["resume", "nowhere"], ["nowhere", "lolo train"]),
     (["doctor", "nowhere"], ["nowhere", "lolo train"]),
     (["eval", "nothing.safetensors"], ["nothing.safetensors", "no such weights file"]),
     (["eval", "adamw:fast"], ["adamw:fast", "adamw:1e-3"]),
     (["eval", "adammw:1e-3"], ["'adammw'", "'adamw'"]),
     (["eval", "adamw:1e-3", "--task", "book-mlp"], ["'book-mlp'", "'books-mlp'"]),
+    (["eval", "adamw:1e-3", "--seeds", "0"], ["--seeds 0", "at least 1"]),
     (["eval", "adamw:1e-3", "--steps", "150"], ["steps=150", "multiple of 100"]),
     (["reproduce", "quik"], ["'quik'", "'quick'"]),
 ]
@@ -71,6 +82,22 @@ def test_an_output_folder_with_a_run_is_refused(tmp_path, capsys):
     assert status == 2 and "already holds a run (seed: 0 there, 3 asked)" in err
     status, out, _ = run(capsys, "doctor", str(tmp_path / "run"))
     assert status == 0 and "1 of 1 outer steps done" in out
+
+
+def test_an_evaluation_is_refused_before_it_runs_where_it_can_not_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    evaluation = ["eval", "adamw:1e-3", "--task", "quadratic", "--steps", "100", "--seeds", "1", "--out"]
+    for out, word in (("file", "in the way"), ("file/deeper", "in the way"), ("run", "already holds recipe.json")):
+        status, _, err = run(capsys, *evaluation, str(tmp_path / out))
+        assert status == 2 and err.count("\n") == 1 and word in err and "another --out" in err
+    status, out, _ = run(capsys, *evaluation, str(tmp_path / "new"))
+    report = (tmp_path / "new" / "report-quadratic.md").read_text()
+    assert status == 0 and out in report and "inner steps\n\n| optimizer" in report
+    status, _, err = run(capsys, *evaluation, str(tmp_path / "new"))
+    assert status == 2 and "already holds rows-quadratic.jsonl" in err
+    assert (tmp_path / "file").read_text() == "mine" and len(list((tmp_path / "run").iterdir())) == 1
 
 
 def test_help_lists_every_command_and_every_field(capsys):

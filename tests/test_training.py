@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import threading
 
 import jax
@@ -128,6 +129,21 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path):
     assert best.card["validation"]["held_loss"] == min(measured)
 
 
+def test_last_weights_say_how_their_step_was_validated(tmp_path, monkeypatch):
+    recipe = small(**{"validation.every": 3, "validation.steps": 100, "validation.seeds": 1})
+    written, save = [], pretrained.save
+    monkeypatch.setattr(pretrained, "save", lambda path, weights: (written.append(path.name), save(path, weights)))
+    training.train(recipe, tmp_path / "run")  # validated after 3, 6 and, because it is the last, 8 outer steps
+    assert written.count("last.safetensors") == 3
+    measured = [row["validation"] for row in training.log_rows(tmp_path / "run") if "validation" in row]
+    assert pretrained.load(tmp_path / "run" / "last.safetensors").card["validation"] == measured[-1]
+    training.resume(tmp_path / "run", say=lambda text: None)
+    assert pretrained.load(tmp_path / "run" / "last.safetensors").card["validation"] == measured[-1]
+    stop = StopAfter(7)
+    training.train(recipe, tmp_path / "cut", stop=stop, told=stop.told, say=lambda text: None)
+    assert "validation" not in pretrained.load(tmp_path / "cut" / "last.safetensors").card
+
+
 def test_init_goes_on_from_other_weights(tmp_path):
     training.train(small(), tmp_path / "a")
     source = tmp_path / "a" / "last.safetensors"
@@ -135,8 +151,61 @@ def test_init_goes_on_from_other_weights(tmp_path):
     result = training.train(recipe, None, init=source)
     for name, array in pretrained.load(source).meta_params.items():
         np.testing.assert_allclose(result.weights.meta_params[name], array, atol=1e-9)
-    with pytest.raises(files.FileError, match="--init weights have tensors"):
-        training.train(small(**{"learner.hidden": 5}), None, init=source)
+    for name, value, there in (("hidden", 5, "4"), ("step_mult", 0.01, "0.001"), ("learn_decays", True, "False")):
+        words = f"learner.{name} is {there} there and {value} in the recipe"
+        with pytest.raises(files.FileError, match=words):
+            training.train(small(**{f"learner.{name}": value}), tmp_path / "b", init=source)
+    assert not (tmp_path / "b").exists()
+    training.check_init(files.read_weights(source), small(**{"learner.clock_limit": 5.0}).learner)  # a mend is free
+
+
+@pytest.mark.parametrize("killed", ["before recipe.json", "in recipe.json", "before the first checkpoint"])
+def test_a_run_killed_before_its_first_checkpoint_is_not_in_the_way(tmp_path, killed):
+    recipe = small(**{"outer.steps": 2})
+    run, whole = tmp_path / "run", phi(training.train(recipe, tmp_path / "whole"))
+    run.mkdir()
+    (run / "run.json").write_bytes((tmp_path / "whole" / "run.json").read_bytes())
+    if killed == "before the first checkpoint":
+        (run / "recipe.json").write_bytes((tmp_path / "whole" / "recipe.json").read_bytes())
+        (run / "checkpoints").mkdir()
+        assert phi(training.resume(run, say=lambda text: None)) == whole
+        return
+    if killed == "in recipe.json":
+        (run / ".recipe.json.123.tmp").write_text("{")
+    assert phi(training.train(recipe, run)) == whole
+
+
+def test_a_run_without_checkpoints_is_not_begun_again_over_what_it_made(tmp_path):
+    training.train(small(**{"outer.steps": 1}), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    for gone in (None, "log.jsonl", "last.safetensors"):
+        if gone:
+            (tmp_path / "run" / gone).rename(tmp_path / gone)
+        with pytest.raises(training.RunError, match="no whole checkpoint"):
+            training.resume(tmp_path / "run", say=lambda text: None)
+        if gone:
+            (tmp_path / gone).rename(tmp_path / "run" / gone)
+
+
+def own():
+    return {"mine": tasks.quadratic(3)}
+
+
+def test_own_tasks_are_named_in_the_weights_and_asked_for_again(tmp_path):
+    stop = StopAfter(1)
+    first = training.train(small(), tmp_path / "run", tasks=own(), stop=stop, told=stop.told, say=lambda text: None)
+    assert first.weights.recipe["tasks"] == ("mine",)
+    with pytest.raises(training.RunError, match=r"tasks=\('mine',\), not \('yours',\)"):
+        training.resume(tmp_path / "run", tasks={"yours": tasks.quadratic(3)})
+    with pytest.raises(tasks.TaskError, match="unknown task 'mine'"):
+        training.resume(tmp_path / "run", say=lambda text: None)
+    assert training.resume(tmp_path / "run", tasks=own(), say=lambda text: None).finished
+
+
+def test_less_than_one_device_is_refused():
+    for devices in (0, -1):
+        with pytest.raises(ValueError, match=f"devices={devices} must be at least 1"):
+            training.train(small(), None, devices=devices)
 
 
 def poisoned():

@@ -1,0 +1,144 @@
+"""Long runs and their statistics: the same inits and batches for all, and intervals over the right unit."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lolo import evaluation, tasks
+from lolo.evaluation import Contestant, Row
+
+QUADRATIC = tasks.quadratic()
+
+
+def row(optimizer, meta_seed, seed, loss):
+    return Row("quadratic", optimizer, meta_seed, seed, 100, loss, loss, loss, {"loss": loss}, False, [loss], [loss])
+
+
+def rows(optimizer, losses):
+    """losses: meta-seed -> the losses of evaluation seeds 0, 1, ..."""
+    return [row(optimizer, m, seed, loss) for m, found in losses.items() for seed, loss in enumerate(found)]
+
+
+# --- intervals ------------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_by_hand():
+    found = evaluation.interval([1.0, 2.0, 3.0], "seeds")
+    assert (found.mean, found.n, found.unit) == (2.0, 3, "seeds")
+    assert found.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)  # t of 2 degrees of freedom, deviation 1
+    assert not found.excludes_zero and evaluation.interval([5.0, 5.1, 4.9], "seeds").excludes_zero
+    assert not evaluation.interval([5.0], "seeds").excludes_zero  # one run shows nothing
+    assert not evaluation.interval([math.inf, 5.0, 5.0], "seeds").excludes_zero
+
+
+def test_the_unit_is_the_meta_seed_where_there_are_several():
+    losses = rows("lolo", {0: [1.0, 3.0], 1: [4.0, 6.0], 2: [7.0, 9.0]})
+    found = evaluation.summary(losses, "lolo")
+    assert (found.mean, found.n, found.unit) == (5.0, 3, "meta-seeds")
+    assert found.half == pytest.approx(4.302653 * 3.0 / math.sqrt(3), rel=1e-5)  # of 2, 5, 8: not of six numbers
+    one = evaluation.summary([r for r in losses if r.meta_seed == 0], "lolo")
+    assert (one.mean, one.n, one.unit) == (2.0, 2, "seeds")
+
+
+def test_differences_are_paired_by_evaluation_seed_within_meta_seed():
+    ours = rows("lolo", {0: [1.0, 2.0], 1: [5.0, 6.0]})
+    theirs = rows("naive", {0: [1.5, 2.7], 1: [5.5, 6.7]})
+    found = evaluation.paired_difference(ours + theirs[::-1], "lolo", "naive")
+    assert (found.n, found.unit) == (2, "meta-seeds")
+    assert found.mean == pytest.approx(-0.6) and found.half == pytest.approx(0.0, abs=1e-9) and found.excludes_zero
+    back = evaluation.paired_difference(ours + theirs, "naive", "lolo")
+    assert back.mean == pytest.approx(0.6)
+
+
+def test_hand_made_optimizers_are_paired_with_every_meta_seed():
+    ours, theirs = rows("lolo", {0: [1.0, 2.0], 1: [5.0, 6.0]}), rows("adamw", {None: [2.0, 4.0]})
+    found = evaluation.paired_difference(ours + theirs, "lolo", "adamw")
+    assert (found.mean, found.n, found.unit) == (pytest.approx((-1.5 + 2.5) / 2), 2, "meta-seeds")
+    assert evaluation.paired_difference(ours + theirs, "adamw", "lolo").mean == pytest.approx(-found.mean)
+    two = evaluation.paired_difference(theirs + rows("sgdm", {None: [2.5, 4.5]}), "adamw", "sgdm")
+    assert (two.mean, two.n, two.unit) == (-0.5, 2, "seeds")
+
+
+def test_single_weights_of_different_meta_seeds_are_paired_by_evaluation_seed():
+    ours, theirs = rows("lolo", {0: [1.0, 2.0]}), rows("naive", {1: [1.5, 2.7]})
+    found = evaluation.paired_difference(ours + theirs, "lolo", "naive")
+    assert (found.mean, found.n, found.unit) == (pytest.approx(-0.6), 2, "seeds")
+
+
+def test_what_can_not_be_paired_is_an_error():
+    ours, theirs = rows("lolo", {0: [1.0], 1: [2.0]}), rows("naive", {2: [1.0], 3: [2.0]})
+    with pytest.raises(ValueError, match="no evaluation seed and meta-seed in common"):
+        evaluation.paired_difference(ours + theirs, "lolo", "naive")
+    with pytest.raises(ValueError, match="no evaluation seed and meta-seed in common"):
+        evaluation.paired_difference([row("a", None, 0, 1.0), row("b", None, 1, 1.0)], "a", "b")
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def by_hand(optimizer, seed, steps):
+    """Train losses of plain optax steps from the evaluation seed's init on its batches."""
+    task, key = QUADRATIC.train, evaluation.seed_key(seed)
+    params, _ = task.init(jax.random.fold_in(key, 0))
+
+    def step(carry, n):
+        params, state = carry
+        key_batch, key_loss = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), n))
+        loss, grads = jax.value_and_grad(lambda p: task.loss(p, {}, task.sample(key_batch, n), key_loss)[0])(params)
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
+    return params, np.asarray(losses)
+
+
+def test_a_run_is_plain_optax_on_the_seed_s_init_and_batches():
+    contestants = [evaluation.baseline("adamw", 3e-3, 200), evaluation.baseline("sgdm", 0.1, 200)]
+    found = evaluation.compare("quadratic", QUADRATIC, contestants, (0, 7), 200)
+    optimizers = [optax.adamw(3e-3, weight_decay=1e-4), optax.sgd(0.1, momentum=0.9)]
+    assert [(r.optimizer, r.seed) for r in found] == [(c.label, s) for c in contestants for s in (0, 7)]
+    for r, (optimizer, seed) in zip(found, [(o, s) for o in optimizers for s in (0, 7)], strict=True):
+        params, losses = by_hand(optimizer, seed, 200)
+        np.testing.assert_allclose(r.train_curve, losses.reshape(2, 100).mean(axis=1), rtol=1e-3, atol=2e-6)
+        assert r.train_loss == r.train_curve[-1] and r.train_minimum == min(r.train_curve) and not r.diverged
+        test = QUADRATIC.test.score(params, {}, QUADRATIC.test.data)["loss"]  # the whole split, not train's
+        np.testing.assert_allclose(r.held_loss, test, rtol=1e-3, atol=2e-6)
+
+
+def test_the_grid_s_best_is_picked_by_train_loss_on_seeds_that_are_not_reported():
+    best = evaluation.best_of_grid(QUADRATIC, "sgdm", 100, grid=(1e-5, 0.1, 1e9))
+    assert best.label == "best sgdm 0.1"
+    assert not set(evaluation.PICK_SEEDS) & set(range(100_000))
+
+
+def test_a_run_that_diverged_counts_with_the_loss_limit():
+    limited = QUADRATIC._replace(train=dataclasses.replace(QUADRATIC.train, loss_limit=3.0))
+    (found,) = evaluation.compare("quadratic", limited, [evaluation.baseline("sgdm", 1e9, 100)], [0], 100)
+    assert found.diverged and found.train_loss == found.held_loss == 3.0
+    (found,) = evaluation.compare("quadratic", QUADRATIC, [evaluation.baseline("sgdm", 1e9, 100)], [0], 100)
+    assert found.diverged and found.train_loss == math.inf
+
+
+@pytest.mark.parametrize(("size", "limit"), [(1000, None), (1000, 300), (700, None), (2300, None), (2300, 1500)])
+def test_scores_are_means_over_the_examples_asked_for(size, limit):
+    data = jnp.arange(size, dtype=jnp.float32)
+    task = dataclasses.replace(
+        QUADRATIC.test,
+        data=data,
+        size=size,
+        examples=lambda data, indices: data[indices],
+        score=lambda params, stats, batch: {"loss": jnp.mean(batch)},
+    )
+    found = evaluation.score_split(task, {}, {}, limit)["loss"]
+    np.testing.assert_allclose(found, np.mean(np.arange(min(limit or size, size))), rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 150, -100])
+def test_steps_that_are_no_whole_windows_are_refused(steps):
+    with pytest.raises(ValueError, match=f"steps={steps} must be a multiple of 100; try [12]00"):
+        evaluation.compare("q", QUADRATIC, [Contestant("sgd", None, evaluation.sgdm, {"lr": 0.1})], [0], steps)

@@ -1,0 +1,156 @@
+"""Named optimizers, tables, reports and whole studies, on the smallest task."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_training import SMALL, small
+
+from lolo import evaluation, plots, pretrained, recipes, studies, tasks, training
+from lolo.evaluation import Row
+
+QUADRATIC = tasks.quadratic()
+
+
+def write(path, recipe, learner=None):
+    """A weights file that says it comes from a recipe."""
+    learner = learner or recipe.learner
+    phi = recipes.build_learner(learner).init(jax.random.key(recipe.seed))
+    pretrained.save(path, pretrained.Weights(phi, learner, recipes.to_dict(recipe), {}))
+    return str(path)
+
+
+def labels(*names):
+    entries, weights = studies.contestants(names, QUADRATIC, 100)
+    assert len(weights) == sum(entry.setting is not None and "w0" in entry.setting for entry in entries)
+    return [(entry.label, entry.meta_seed) for entry in entries]
+
+
+def test_meta_seeds_of_one_recipe_are_rows_of_one_method(tmp_path):
+    a, b = (write(tmp_path / f"{seed}.safetensors", small("lolo", seed=seed)) for seed in (0, 1))
+    c = write(tmp_path / "naive.safetensors", small("naive", seed=1))
+    assert labels(a, "adamw:1e-3", b, c) == [("lolo", 0), ("adamw 0.001", None), ("lolo", 1), ("naive", 1)]
+
+
+@pytest.mark.parametrize("change", [{"outer.steps": 9}, {"tasks": ("books-mlp",)}, {"estimator.sigma": 0.02}])
+def test_weights_of_another_recipe_are_no_meta_seed_of_the_first(tmp_path, change):
+    a = write(tmp_path / "a.safetensors", small("lolo"))
+    b = write(tmp_path / "b.safetensors", small("lolo", seed=1, **change))
+    assert labels(a, b) == [("lolo", 0), (b, 1)]
+
+
+def test_a_method_with_other_settings_than_in_meta_training_is_a_row_of_its_own(tmp_path):
+    recipe = small("lolo")
+    mended = dataclasses.replace(recipe.learner, clock_limit=10.0)
+    a, b = write(tmp_path / "plain.safetensors", recipe), write(tmp_path / "mended.safetensors", recipe, mended)
+    assert labels(a, b) == [("lolo", 0), ("mended", 0)]
+
+
+def test_weights_with_one_name_and_seed_are_told_apart(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    a, b = (write(tmp_path / folder / "last.safetensors", small("lolo")) for folder in "ab")
+    assert labels(a, b) == [("lolo", 0), (b, 0)]
+
+
+# --- tables and reports ---------------------------------------------------------------------------------------------
+
+
+def row(optimizer, meta_seed, seed, loss, diverged=False):
+    return Row(
+        "q", optimizer, meta_seed, seed, 200, loss, loss, loss, {"loss": loss}, diverged, [9.0, loss], [9.0, loss]
+    )
+
+
+def test_a_table_names_units_pairs_and_what_diverged():
+    lines = studies.table(
+        [row("adamw", None, seed, 1.0 + seed) for seed in (0, 1)]
+        + [row("lolo", 0, seed, 0.5 + seed) for seed in (0, 1)]
+        + [row("wild", 1, seed, float("inf"), diverged=True) for seed in (0, 1)]
+    ).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| lolo", "| adamw", "| wild"]
+    assert "| 1.0000 ± 6.3531 (n=2 seeds) |" in lines[0]  # t of 1 degree of freedom: 12.706, deviation 1 / √2
+    assert "| -0.5000 ± 0.0000 (n=2 seeds) |" in lines[1] and lines[1].endswith("| 0 of 2 |")
+    assert "| inf (n=2 seeds) |" in lines[2] and lines[2].endswith("| 2 of 2 |")
+
+
+def test_several_meta_seeds_without_one_in_common_are_no_pairs():
+    sides = [row("lolo", m, 0, 1.0) for m in (0, 1)] + [row("naive", m, 0, 2.0) for m in (2, 3)]
+    assert "| no pairs | no pairs |" in studies.table(sides)
+
+
+def test_a_report_of_runs_that_all_diverged_is_written(tmp_path):
+    lost = dataclasses.replace(
+        row("wild", None, 0, float("inf"), diverged=True), train_curve=[np.nan], held_curve=[np.nan]
+    )
+    studies.write_report(tmp_path, "quadratic", [lost], {}, "lolo eval")
+    assert "1 of 1 runs diverged" in (tmp_path / "report-quadratic.md").read_text()
+
+
+def test_rows_are_kept_whatever_happens_to_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "curves", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        studies.write_report(tmp_path, "quadratic", [row("adamw", None, 0, 1.0)], {}, "lolo eval")
+    assert studies.load_rows(tmp_path / "rows-quadratic.jsonl") == [row("adamw", None, 0, 1.0)]
+
+
+def test_files_of_a_users_task_are_named_after_file_and_function():
+    assert studies.file_name("fashion-mlp") == "fashion-mlp"
+    assert studies.file_name("some/where/mine.py:easy") == "mine-easy"
+    assert studies.file_name(f"mine.py:easy@{'0' * 64}") == "mine-easy"
+
+
+# --- studies --------------------------------------------------------------------------------------------------------
+
+TINY = studies.Study(
+    about="the smallest study",
+    tasks=("quadratic",),
+    methods=("lolo",),
+    meta_seeds=2,
+    eval_steps=100,
+    eval_seeds=2,
+    baselines=("adamw:1e-2",),
+    changes=tuple((SMALL | {"outer.steps": 3, "learner.name": "sgd"}).items()),
+)
+
+
+def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "tiny", TINY)
+    stop = training.Stop()
+
+    def stop_in(word):
+        def told(what, done, total, _):
+            if word in what:
+                stop.requested = "SIGTERM"
+
+        return told
+
+    for word in ("lolo on quadratic, meta-seed 1", "evaluating"):
+        stop.requested = None
+        with pytest.raises(studies.Interrupted, match="same command"):
+            studies.reproduce("tiny", tmp_path, stop=stop, told=stop_in(word), say=lambda text: None)
+        assert not (tmp_path / "report-quadratic.md").exists()
+    trained = []
+    tables = studies.reproduce("tiny", tmp_path, told=lambda what, *rest: trained.append(what))
+    assert set(trained) == {"evaluating on quadratic"}  # nothing is meta-trained twice
+    found = studies.load_rows(tmp_path / "rows-quadratic.jsonl")
+    assert len(found) == 2 * 2 + 2 and "(n=2 meta-seeds)" in tables["quadratic"]
+    report = (tmp_path / "report-quadratic.md").read_text()
+    assert tables["quadratic"] in report and "Study `tiny`" in report
+    for picture in ("curves", "start-steps"):
+        assert (tmp_path / f"{picture}-quadratic.png").stat().st_size > 5000 and f"{picture}-quadratic.png" in report
+    again, _ = studies.evaluate(
+        [str(tmp_path / "runs/quadratic-lolo-seed1/last.safetensors"), "adamw:1e-2"], "quadratic", 100, 2
+    )
+    expected = [r for r in found if (r.optimizer, r.meta_seed) in (("lolo", 1), ("adamw 0.01", None))]
+    assert again == expected
+    assert evaluation.paired_difference(again, "lolo", "adamw 0.01").unit == "seeds"
+
+
+def test_a_study_refuses_runs_of_another_recipe(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "tiny", TINY)
+    other = dataclasses.replace(studies.recipe_of(TINY, "lolo", "quadratic", 0), seed=7)
+    training.create_run(tmp_path / "runs" / "quadratic-lolo-seed0", other, {})
+    with pytest.raises(training.RunError, match=r"another recipe \(seed differ\)"):
+        studies.reproduce("tiny", tmp_path)
