@@ -334,6 +334,8 @@ def read_weights(name_or_path: str | Path) -> WeightsFile:
     path = Path(name_or_path)
     if str(name_or_path) in shipped_weights():
         path = SHIPPED / f"{name_or_path}.safetensors"
+    if (path / "last.safetensors").is_file():
+        raise FileError(f"{path} is the folder of a run; its weights are {path / 'last.safetensors'}.")
     if not path.is_file():
         names = ", ".join(shipped_weights()) or "none"
         raise FileError(f"{name_or_path}: no such weights file. Give a path, or a name that ships with lolo: {names}.")

@@ -64,8 +64,9 @@ def loss_trend(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Findi
 
 def signal(steps: list[dict[str, Any]], pairs: int) -> Finding:
     """Signal-to-noise of the meta-gradient against what pure noise would give, 1 / (P − 1)."""
-    ratio = float(np.median([row["signal_to_noise"] for row in steps[-500:]]))
-    noise = 1 / (pairs - 1) if pairs > 1 else float("inf")
+    if pairs == 1:
+        return Finding(True, "signal-to-noise of the meta-gradient: can't be told from one pair.")
+    ratio, noise = float(np.median([row["signal_to_noise"] for row in steps[-500:]])), 1 / (pairs - 1)
     words = f"signal-to-noise of the meta-gradient: {ratio:.3f}; noise alone gives {noise:.3f} with {pairs} pairs."
     if ratio > noise:
         return Finding(True, words)

@@ -78,14 +78,14 @@ class Metrics(NamedTuple):
     alpha_mix: jax.Array  # []
     alpha_loss: jax.Array  # []
     start_step: jax.Array  # [G, P] int32: K of the unroll that the slot is in
-    started: jax.Array  # [G, P] int32: unrolls begun in this outer step
+    starts: jax.Array  # [G, J, P] int32: start step K where a truncation began an unroll, else -1
     reached: jax.Array  # [G, P] int32: inner steps since the random init at the end of the outer step
     delta_task_rms: jax.Array  # [G]: before ψ
     delta_bc_rms: jax.Array  # [G]
     gradient_ratio: jax.Array  # []: norm of the gradient of Δ^bc alone over that of Δ^task alone, before ψ
     gradient_norm: jax.Array  # []: of the fused meta-gradient
     signal_to_noise: jax.Array  # []: ‖mean‖² / mean ‖deviation‖² over pairs
-    dropped: jax.Array  # [G, P] int32: truncations in which the pair had a non-finite number
+    dropped: jax.Array  # [G, P] int32: 1 for a pair that had a non-finite number
     first_bad: jax.Array  # [G, P] int32: 0 none, 1 loss, 2 gradient, 3 bc
 
 
@@ -351,7 +351,8 @@ class Gradients(NamedTuple):
 def collect(setup: Setup, task: Task, alpha: jax.Array, seen: Truncation) -> tuple[Gradients, dict[str, jax.Array]]:
     """From the records of J truncations to the meta-gradient (lines 19-21). `seen` has leaves [J, P, ...]."""
     records = seen.records
-    good = jnp.all(finite(records), axis=(2, 3))  # [J, P]
+    whole = jnp.all(finite(records), axis=(0, 2, 3))  # [P]
+    good = jnp.broadcast_to(whole, (len(records.task), len(whole)))  # [J, P]: a bad truncation voids the pair's others
     valid = jnp.broadcast_to(good[:, :, None], (*good.shape, setup.truncation))
     task_loss = records.task if task.loss_limit is None else jnp.minimum(records.task, task.loss_limit)
     losses = Losses(task=task_loss, bc=records.bc)
@@ -367,13 +368,13 @@ def collect(setup: Setup, task: Task, alpha: jax.Array, seen: Truncation) -> tup
     norms = sum(jnp.sum(d**2, axis=tuple(range(2, d.ndim))) for d in jax.tree.leaves(seen.directions))
     count = jnp.maximum(jnp.sum(good), 1)
     measured = {
-        "good_pairs": jnp.sum(good),
+        "good_pairs": jnp.sum(whole),
         "task_loss": jnp.sum(jnp.where(both, records.task, 0.0)) / (2 * steps),
         "bc_loss": jnp.sum(jnp.where(both, records.bc, 0.0)) / (2 * steps),
         "delta_task_rms": jnp.sqrt(jnp.sum(deltas.task**2) / steps),
         "delta_bc_rms": jnp.sqrt(jnp.sum(deltas.bc**2) / steps),
         "mean_square_pair": jnp.sum(jnp.where(good, weight**2 * norms, 0.0)) / count,
-        "dropped": jnp.sum(~good, axis=0),
+        "dropped": (~whole).astype(jnp.int32),
         "first_bad": first_bad(records),
     }
     return gradients, measured
@@ -410,7 +411,7 @@ def summarize(
         alpha_mix=alpha_mix,
         alpha_loss=alpha_loss,
         start_step=jnp.stack([s.start_step[-1] for s in seen]),
-        started=jnp.stack([jnp.sum(s.started, axis=0) for s in seen]),
+        starts=jnp.stack([jnp.where(s.started > 0, s.start_step, -1) for s in seen]),
         reached=jnp.stack([s.reached[-1] for s in seen]),
         delta_task_rms=stacked("delta_task_rms"),
         delta_bc_rms=stacked("delta_bc_rms"),

@@ -38,8 +38,12 @@ class Weights(NamedTuple):
           step_scale: multiplies every update; a float, or a schedule step -> float.
           weight_decay: decoupled, times λ1; None: as shipped; 0 switches it off.
           clock_limit: the time features see min(t, clock_limit); None: as shipped; inf switches it off.
+
+        Raises ValueError for a setting that the architecture does not have.
         """
         learner = self.learner
+        if learner.name != "small_fc" and (weight_decay is not None or clock_limit is not None):
+            raise ValueError(f"learner {learner.name!r} has neither weight_decay nor clock_limit; leave them out.")
         if weight_decay is not None:
             learner = dataclasses.replace(learner, weight_decay=float(weight_decay))
         if clock_limit is not None:

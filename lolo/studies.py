@@ -172,7 +172,10 @@ def _label(
     kind: Any = (None, weights.learner)
     label, seed = Path(name).stem, None
     if weights.recipe:
-        recipe = recipes.from_dict(weights.recipe)
+        try:
+            recipe = recipes.from_dict(weights.recipe)
+        except recipes.RecipeError as error:
+            raise recipes.RecipeError(f"{name}: the recipe in its metadata can't be read: {error}") from error
         seed, kind = recipe.seed, (dataclasses.replace(recipe, seed=0), weights.learner)
         if weights.learner == recipe.learner:
             label = recipes.method_of(recipe) or label
@@ -340,7 +343,7 @@ def reproduce(
             raise Interrupted(f"stopped. Go on with the same command: what is meta-trained in {out} is kept.")
 
     for task in study.tasks:
-        weights = [
+        weights: list[str | Path] = [
             meta_train(study, method, task, seed, out, stop, told, say)
             for seed in range(study.meta_seeds)
             for method in study.methods

@@ -205,14 +205,20 @@ def resolve(name: str) -> Splits:
     sys.modules[spec.name] = module  # as import does: dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise TaskError(f"{path} can't be imported: {error}.") from error
+    except Exception as error:
+        raise TaskError(f"{path} can't be imported: {type(error).__name__}: {error}.") from error
     make = getattr(module, function, None)
     if not callable(make):
         raise TaskError(f"{path} has no function {function!r}; define one that returns lolo.Splits.")
-    splits = make()
+    try:
+        splits = make()
+    except Exception as error:
+        raise TaskError(f"{path}:{function} failed with {type(error).__name__}: {error}.") from error
     if not isinstance(splits, Splits):
         raise TaskError(f"{path}:{function} returned {type(splits).__name__}; expected lolo.Splits.")
+    for split, task in zip(Splits._fields, splits, strict=True):
+        if not isinstance(task, Task) or task.size < 1 or task.batch < 1:
+            raise TaskError(f"{path}:{function}: its {split} split is no lolo.Task with size and batch of 1 or more.")
     return splits
 
 
@@ -224,7 +230,8 @@ def _parts(name: str) -> tuple[Path | None, str, str | None]:
     user = USER_TASK.fullmatch(name)
     if user:
         if not Path(user["path"]).is_file():
-            raise TaskError(f"task file {user['path']} does not exist; give it as path.py:function.")
+            where = "" if Path(user["path"]).is_absolute() else f" in {Path.cwd()}, from where it is looked for"
+            raise TaskError(f"task file {user['path']} does not exist{where}; give it as path.py:function.")
         return Path(user["path"]), user["function"], user["sha256"]
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]

@@ -353,7 +353,7 @@ def log_step(run: Run, metrics: meta.Metrics, seconds: float) -> dict[str, Any]:
         "gradient_norm": float(m.gradient_norm),
         "signal_to_noise": float(m.signal_to_noise),
         "dropped": int(m.dropped.sum()),
-        "starts": m.start_step[m.started > 0].tolist(),
+        "starts": m.starts[m.starts >= 0].tolist(),
         "reached": m.reached.ravel().tolist(),
         "inner_steps_per_second": round(inner_steps / seconds, 1),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

@@ -407,7 +407,7 @@ def test_replayed_unrolls_continue_the_step_count(long_run):
         np.testing.assert_array_equal(measured.reached[0], reached)
         # The expert's own count is part of the state and goes on with it.
         np.testing.assert_array_equal(slots.inner.expert[0].count, slots.inner.step)
-        np.testing.assert_array_equal(measured.started[0], int(t % 4 == 0))
+        np.testing.assert_array_equal((measured.starts[0] >= 0).sum(0), int(t % 4 == 0))
         replayed += int(np.sum(start > 0)) * (t % 4 == 0)
     assert replayed > 30
     assert max(int(m.start_step.max()) for m in long_run.metrics) > 12  # further than one unroll reaches
@@ -483,7 +483,7 @@ def test_the_stored_state_is_either_sign(long_run):
 
 def unroll_lengths(history, pairs):
     """For each slot the lengths in truncations of its finished unrolls, from when unrolls started (J = 1)."""
-    started = np.array([m.started[0] for m in history.metrics])
+    started = np.array([(m.starts[0] >= 0).sum(0) for m in history.metrics])
     return [np.diff(np.flatnonzero(started[:, p])).tolist() for p in range(pairs)]
 
 
@@ -492,7 +492,7 @@ def test_stagger_shortens_the_first_unrolls_and_no_other():
     setup = setup_of(LOLO, changes)
     assert setup.first_lengths == (1, 2, 3, 4)
     history = run(setup, QUADRATIC, 6)
-    started = np.array([m.started[0] for m in history.metrics])  # [outer steps, P], two truncations each
+    started = np.array([(m.starts[0] >= 0).sum(0) for m in history.metrics])  # [outer steps, P], two truncations each
     starts = ([0, 1, 5, 9], [0, 2, 6, 10], [0, 3, 7, 11], [0, 4, 8])  # in truncations: the first length, then 4 each
     for p, truncations in enumerate(starts):
         assert started[:, p].tolist() == np.bincount(np.array(truncations) // 2, minlength=6).tolist()
@@ -512,7 +512,7 @@ def test_unrolls_have_the_lengths_that_were_drawn():
     found = unroll_lengths(history, 3)
     assert {length for lengths in found for length in lengths} == {1, 2, 3, 4}
     for p, lengths in enumerate(found):
-        starts = np.flatnonzero([int(m.started[0, p]) for m in history.metrics])
+        starts = np.flatnonzero([int((m.starts[0, :, p] >= 0).sum()) for m in history.metrics])
         assert [int(history.states[t + 1].slots[0].length[p]) for t in starts[:-1]] == lengths
     for state in history.states[1:]:
         slots = state.slots[0]
@@ -522,10 +522,19 @@ def test_unrolls_have_the_lengths_that_were_drawn():
 def test_an_update_of_n_over_l_truncations_is_a_whole_unroll():
     history = run(setup_of(LOLO, {"unroll.truncations_per_update": 4}), QUADRATIC, 5)
     for measured, state in zip(history.metrics, history.states[1:], strict=True):
-        assert measured.started.tolist() == [[1, 1, 1]]
+        assert (measured.starts >= 0).sum(1).tolist() == [[1, 1, 1]]
         assert state.slots[0].position.tolist() == state.slots[0].length.tolist() == [4, 4, 4]
         np.testing.assert_array_equal(measured.reached, measured.start_step + 12)
     assert np.all(np.asarray(history.states[-1].slots[0].replay.size) == 4)  # one state each, five unrolls
+
+
+def test_every_unroll_that_begins_in_an_update_tells_its_start_step():
+    measured = run(setup_of(LOLO, {"unroll.truncations_per_update": 8}), QUADRATIC, 3).metrics
+    for m in measured:  # two unrolls each, of four truncations
+        begun = np.asarray(m.starts[0])
+        assert np.all((begun >= 0) == np.array([1, 0, 0, 0, 1, 0, 0, 0])[:, None])
+        np.testing.assert_array_equal(begun[4], m.start_step[0])
+    assert any((np.asarray(m.starts[0, 0]) != np.asarray(m.starts[0, 4])).any() for m in measured)
 
 
 # --- bad numbers ----------------------------------------------------------------------------------------------------
@@ -547,7 +556,7 @@ def test_a_pair_with_a_bad_number_is_dropped_and_starts_fresh():
     setup = setup_of(LOLO, {"replay.threshold": 0.0, "estimator.pairs": 6})
     history = run(setup, (rare_nan_task(),), 40)
     dropped = np.array([m.dropped[0] for m in history.metrics])  # [steps, P]
-    started = np.array([m.started[0] for m in history.metrics])
+    started = np.array([(m.starts[0] >= 0).sum(0) for m in history.metrics])
     start_steps = np.array([m.start_step[0] for m in history.metrics])
     assert 10 < dropped.sum() < 0.5 * dropped.size
     np.testing.assert_array_equal(started[1:][dropped[:-1] == 1], 1)
@@ -575,6 +584,24 @@ def test_a_dropped_pair_has_no_weight_in_the_gradient():
     assert measured["dropped"].tolist() == [0, 1] and measured["first_bad"].tolist() == [0, 1]
     assert int(measured["good_pairs"]) == 1
     np.testing.assert_allclose(measured["task_loss"], 1.0)
+
+
+def test_a_bad_truncation_voids_the_pair_s_other_truncations_of_the_update():
+    setup = setup_of(NAIVE, {"estimator.pairs": 2})
+    directions = {"w": jnp.ones((2, 2, 1))}
+    task = jnp.ones((2, 2, 2, 3)).at[:, :, 1].set(0.0).at[1, 1, 0, 2].set(jnp.inf)  # the second of two truncations
+    records = inner.StepRecord(task, jnp.zeros_like(task), jnp.ones_like(task))
+    whole = jnp.zeros((2, 2), jnp.int32)
+    gradients, measured = meta.collect(
+        setup, rare_nan_task(), jnp.float32(1.0), meta.Truncation(records, directions, whole, whole, whole)
+    )
+    assert measured["dropped"].tolist() == [0, 1] and int(measured["good_pairs"]) == 1
+    np.testing.assert_allclose(gradients.fused["w"], [1 / (2 * 0.05**2)], rtol=1e-6)
+    clean = records._replace(task=jnp.where(jnp.isinf(task), 1e6, task))
+    both, _ = meta.collect(
+        setup, rare_nan_task(), jnp.float32(1.0), meta.Truncation(clean, directions, whole, whole, whole)
+    )
+    assert abs(float(both.fused["w"][0]) - 1 / (2 * 0.05**2)) > 1
 
 
 def test_an_outer_step_without_a_good_pair_changes_nothing_and_is_counted():

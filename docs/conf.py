@@ -1,0 +1,14 @@
+"""Sphinx: `make docs` builds the site from these Markdown files, without a network."""
+
+from importlib import metadata
+
+project = "LoLO"
+author = "The LoLO developers"
+release = metadata.version("lolo")
+extensions = ["myst_parser"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = f"LoLO {release}"
+exclude_patterns = ["_build"]
+# Links to files of the repository, and to the README's pictures, are for readers of the source.
+suppress_warnings = ["myst.xref_missing"]

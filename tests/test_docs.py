@@ -1,0 +1,53 @@
+"""Every block of Python in the documentation runs, page by page, in a folder that holds the files it speaks of."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from test_readers import write_npz
+
+from lolo import interop
+from lolo.data import prepare
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def interop_files(folder):
+    rng = np.random.default_rng(0)
+    shapes = interop.spec.weight_shapes(32)
+    interop.export_learned_optimization({n: rng.normal(size=s).astype("f4") for n, s in shapes.items()}, "theta.state")
+
+
+def prepared_data(folder):
+    (folder / "downloads").mkdir()
+    write_npz(folder / "downloads")
+    prepare.prepare("imagenet32", folder / "downloads", folder / "data" / "imagenet32")
+
+
+FILES = {"interop": interop_files, "data": prepared_data}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    FILES.get(page.stem, lambda folder: None)(tmp_path)
+    names = {}
+    for block in blocks(page):
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_pages_link_to_what_is_there():
+    for page in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_is_in_the_contents():
+    listed = (ROOT / "docs" / "index.md").read_text().split("toctree}")[1].split()
+    assert {page.stem for page in PAGES} - {"index"} <= set(listed)
