@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,9 +114,8 @@ def lanes(task: tasks.Task, optimizer: Callable, steps: int, sequential: bool) -
     return jax.jit(mapped), (parallel.place(task, over), perturbed, params, keys)
 
 
-def bench_update(names: Sequence[str] = tuple(SIZES), seconds: float = 10.0) -> list[Line]:
+def bench_update(names: Sequence[str] = tuple(SIZES), seconds: float = 10.0) -> Iterator[Line]:
     """Inner steps per second in meta-training: our form against the textbook's, and against a matrix product."""
-    lines = []
     for name in names:
         widths, steps = SIZES[name]
         task = synthetic(widths).train
@@ -133,17 +132,15 @@ def bench_update(names: Sequence[str] = tuple(SIZES), seconds: float = 10.0) -> 
         calls["product"] = product_call()
         times = interleaved(calls, seconds)
         rates = {form: 2 * PAIRS * steps / times[form] for form in forms}
-        lines += [Line(f"{name}: {form}", rate, "inner steps/s") for form, rate in rates.items()]
+        for form, rate in rates.items():
+            yield Line(f"{name}: {form}", rate, "inner steps/s")
         best = max(rates["textbook, vmap"], rates["textbook, lax.map"])
-        lines.append(Line(f"{name}: ours / textbook under vmap", rates["ours"] / rates["textbook, vmap"], "x"))
-        lines.append(Line(f"{name}: ours / the better textbook", rates["ours"] / best, "x"))
+        yield Line(f"{name}: ours / textbook under vmap", rates["ours"] / rates["textbook, vmap"], "x")
+        yield Line(f"{name}: ours / the better textbook", rates["ours"] / best, "x")
         model_flops = 6 * BATCH * parameters
         achieved = rates["ours"] * (parameters * FLOPS_PER_PARAMETER + model_flops) / 1e9
         peak = product_flops() / times["product"] / 1e9
-        lines.append(
-            Line(f"{name}: arithmetic, share of a 1024³ product", 100 * achieved / peak, "%", f"{peak:.0f} GFLOP/s")
-        )
-    return lines
+        yield Line(f"{name}: arithmetic, share of a 1024³ product", 100 * achieved / peak, "%", f"{peak:.0f} GFLOP/s")
 
 
 def product_flops() -> float:
@@ -221,21 +218,18 @@ GROWTH: dict[str, dict[str, recipes.Recipe | tuple[int, ...]]] = {
 }
 
 
-def bench_growth(rounds: int = 10) -> list[Line]:
+def bench_growth(rounds: int = 10) -> Iterator[Line]:
     """How an outer step of LoLO grows with pairs, truncation, tasks and parameters, one at a time."""
-    lines = []
     for what, variants in GROWTH.items():
         calls = {}
         for value, variant in variants.items():
             if isinstance(variant, tuple):
-                splits = synthetic(variant)
-                recipe = recipes.with_field(on("synthetic"), "unroll.truncation", 10)
-                calls[value] = outer_step(recipe, {"synthetic": splits}).call
+                splits = {"synthetic": synthetic(variant)}
+                calls[value] = outer_step(recipes.with_field(on("synthetic"), "unroll.truncation", 10), splits).call
             else:
                 calls[value] = outer_step(variant).call
-        medians = in_turns(calls, rounds)
-        lines += [Line(f"growth with {what}: {value}", 1000 * t, "ms", f"n={rounds}") for value, t in medians.items()]
-    return lines
+        for value, seconds in in_turns(calls, rounds).items():
+            yield Line(f"growth with {what}: {value}", 1000 * seconds, "ms", f"n={rounds}")
 
 
 def bench_blocks(rounds: int = 20) -> list[Line]:
@@ -268,7 +262,9 @@ def bench_use() -> list[Line]:
 
 
 CHILD = """
-import sys, time
+import os, sys, time
+if sys.argv[3] == "pin":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 began = time.perf_counter()
 from lolo import bench, training
 training.set_up(int(sys.argv[1]) if sys.argv[1] != "0" else None)
@@ -287,14 +283,8 @@ print(first, statistics.median(times) if times else 0.0)
 def child(devices: int, steps: int, cache: str, pin: bool) -> tuple[float, float]:
     """Seconds to the first outer step and median seconds of later ones, in a process of its own."""
     environment = {**os.environ, "LOLO_CACHE": cache}
-    command = [sys.executable, "-c", CHILD, str(devices), str(steps)]
-
-    def one_core() -> None:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True, preexec_fn=one_core if pin else None
-    )
+    command = [sys.executable, "-c", CHILD, str(devices), str(steps), "pin" if pin else ""]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     first, median = done.stdout.split()[-2:]
     return float(first), float(median)
 
@@ -351,7 +341,7 @@ def bench_torch(seconds: float = 12.0) -> list[Line]:
     return [*lines, Line("torch: lolo / adamw foreach", times["lolo"] / times["adamw foreach"], "x")]
 
 
-PARTS: dict[str, Callable[[], list[Line]]] = {
+PARTS: dict[str, Callable[[], Iterable[Line]]] = {
     "update": bench_update,
     "methods": bench_methods,
     "use": bench_use,

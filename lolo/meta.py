@@ -270,8 +270,9 @@ def run_truncation(
         sign = jax.random.bernoulli(key_coin).astype(jnp.int32)
         return inner, jax.tree.map(lambda x: x[sign], snapshots), records
 
-    block = None if setup.slots_per_block == 1 else setup.slots_per_block
-    inner, snapshots, records = jax.lax.map(one_slot, (candidates, held.inner, keys_steps, keys_coin), batch_size=block)
+    inner, snapshots, records = over_blocks(
+        one_slot, (candidates, held.inner, keys_steps, keys_coin), setup.slots_per_block
+    )
     pushing = (held.push_truncation == own_position) & jnp.all(finite(records), axis=(1, 2))
     buffers = jax.vmap(replay.push)(held.replay, snapshots, pushing)
 
@@ -287,6 +288,18 @@ def run_truncation(
     )
     reached = start_step + (position + 1) * setup.truncation
     return slots, Truncation(records, directions, start_step, starting.astype(jnp.int32), reached)
+
+
+def over_blocks(one: Callable[[PyTree], PyTree], slots: PyTree, size: int) -> PyTree:
+    """`one` for every slot: blocks of `size` slots one after the other, vmap within. Leaves [P, ...] -> [P, ...].
+
+    `jax.lax.map` has this as its batch_size, but not for arrays without entries, which some accumulators are.
+    """
+    if size == 1:
+        return jax.lax.map(one, slots)
+    blocks = jax.tree.map(lambda x: x.reshape(x.shape[0] // size, size, *x.shape[1:]), slots)
+    done = jax.lax.map(jax.vmap(one), blocks)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * size, *x.shape[2:]), done)
 
 
 LARGEST = 1e12

@@ -8,10 +8,12 @@ Every study goes on where it was stopped when it is started again.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,47 @@ def evaluate(
 # --- reports ------------------------------------------------------------------------------------------------------
 
 
+def shown(i: evaluation.Interval, signed: bool = False) -> str:
+    """An interval in a cell of a table."""
+    mean = f"{i.mean:+.4f}" if signed else f"{i.mean:.4f}"
+    half = f" ± {i.half:.4f}" if math.isfinite(i.half) else ""
+    return f"{mean}{half} (n={i.n} {i.unit})" if i.n > 1 else f"{mean} (single run)"
+
+
+def meta_seed_tables(rows: Sequence[Row]) -> str:
+    """Markdown: each φ by itself, and paired differences within each meta-seed; "" without several meta-seeds."""
+    seeds = sorted({row.meta_seed for row in rows if row.meta_seed is not None})
+    learned = list(dict.fromkeys(row.optimizer for row in rows if row.meta_seed is not None))
+    if len(seeds) < 2:
+        return ""
+    heads = [f"meta-seed {seed}" for seed in seeds]
+
+    def lines(what: str, cells: dict[str, list[str]]) -> list[str]:
+        body = [f"| {name} | {' | '.join(values)} |" for name, values in cells.items()]
+        return [f"| {what} | {' | '.join(heads)} |", "| --- |" + " --- |" * len(seeds), *body]
+
+    def only(seed: int) -> list[Row]:
+        return [row for row in rows if row.meta_seed == seed]
+
+    def in_each(cell: Callable[[list[Row]], str]) -> list[str]:
+        return [cell(only(seed)) for seed in seeds]
+
+    def losses(label: str, mine: list[Row]) -> str:
+        end, lowest = (evaluation.summary(mine, label, field).mean for field in ("train_loss", "train_minimum"))
+        return f"{end:.4f} ({end - lowest:+.4f})"
+
+    def gap(a: str, b: str, mine: list[Row]) -> str:
+        return shown(evaluation.paired_difference(mine, a, b), signed=True)
+
+    def have(labels: Sequence[str]) -> bool:
+        return all(any(row.optimizer == label for row in only(seed)) for label in labels for seed in seeds)
+
+    each = {label: in_each(partial(losses, label)) for label in learned if have([label])}
+    pairs = {f"{a} − {b}": in_each(partial(gap, a, b)) for a, b in itertools.combinations(learned, 2) if have([a, b])}
+    first = lines("train loss (above its own lowest mean of 100 steps)", each)
+    return "\n".join([*first, "", *lines("difference in train loss, within a meta-seed", pairs)] if pairs else first)
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown: means with 95 % intervals, and paired differences with LoLO, or with the first optimizer."""
     labels = list(dict.fromkeys(row.optimizer for row in rows))
@@ -211,11 +254,6 @@ def table(rows: Sequence[Row]) -> str:
         f"| optimizer | train loss | held-out loss | {reference} − it, train | {reference} − it, held-out | diverged |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-
-    def shown(i: evaluation.Interval, signed: bool = False) -> str:
-        mean = f"{i.mean:+.4f}" if signed else f"{i.mean:.4f}"
-        half = f" ± {i.half:.4f}" if math.isfinite(i.half) else ""
-        return f"{mean}{half} (n={i.n} {i.unit})" if i.n > 1 else f"{mean} (single run)"
 
     def difference(label: str, field: str) -> str:
         if label == reference:
@@ -312,6 +350,7 @@ def write_report(
         f"Train loss: mean over the last {evaluation.WINDOW} steps. ±: 95 % t interval. All optimizers start from the "
         f"same inits and see the same batches; {diverged} of {len(rows)} runs diverged. The grid's learning rate was "
         "picked on other seeds.",
+        meta_seed_tables(rows),
         *pictures,
         f"Command: `{command}`. Versions: {about['versions']}. Commit: {about['commit']}. "
         f"Machine: {about['machine']['device']}, {about['machine']['cores']} cores.",

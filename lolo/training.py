@@ -551,4 +551,4 @@ def set_up(devices: int | None = None) -> None:
     """For programs: one CPU device per core, and compiled programs kept in the user's cache folder."""
     parallel.use_cores(devices)
     jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
