@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from lolo import small_fc_spec
+from lolo import hub, small_fc_spec
 
 WEIGHTS_FORMAT = "lolo-weights"
 WEIGHTS_VERSION = 1
@@ -245,16 +245,12 @@ def shipped_weights() -> list[str]:
 
 
 def read_weights(name_or_path: str | Path) -> WeightsFile:
-    """Weights by the name of shipped ones, or from a file.
+    """Weights by the name of shipped ones, from a file, or from the Hub (`user/repo[@revision][/file.safetensors]`).
 
-    Raises FileError: no such file or name, not ours, another version, damaged, or shapes that don't fit.
+    Raises FileError: no such file or name, not to be had from the Hub, not ours, another version, damaged, or shapes
+    that don't fit.
     """
-    path = Path(name_or_path)
-    if str(name_or_path) in shipped_weights():
-        path = SHIPPED / f"{name_or_path}.safetensors"
-    if not path.is_file():
-        names = ", ".join(shipped_weights()) or "none"
-        raise FileError(f"{name_or_path}: no such weights file. Give a path, or a name that ships with lolo: {names}.")
+    path = _locate(name_or_path)
     size = path.stat().st_size
     if size > MAX_WEIGHTS_BYTES:
         raise FileError(f"{path}: {size} bytes; weights have at most {MAX_WEIGHTS_BYTES}.")
@@ -271,6 +267,25 @@ def read_weights(name_or_path: str | Path) -> WeightsFile:
     learner, recipe, card = (_json_object(metadata, key, path) for key in ("learner", "recipe", "card"))
     check_meta_params(arrays, learner, str(path))
     return WeightsFile(arrays, learner, recipe, card, metadata["sha256"])
+
+
+def _locate(name_or_path: str | Path) -> Path:
+    if str(name_or_path) in shipped_weights():
+        return SHIPPED / f"{name_or_path}.safetensors"
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    wanted = hub.parse(name_or_path) if isinstance(name_or_path, str) else None
+    if wanted is None:
+        names = ", ".join(shipped_weights()) or "none"
+        raise FileError(
+            f"{name_or_path}: no such weights file. Give a path, a name that ships with lolo ({names}), or user/repo of "
+            "the Hugging Face Hub."
+        )
+    try:
+        return hub.fetch(wanted)
+    except hub.HubError as error:
+        raise FileError(str(error)) from error
 
 
 def _json_object(metadata: dict[str, str], key: str, path: Path) -> dict[str, Any]:
