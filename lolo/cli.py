@@ -87,6 +87,7 @@ class TrainArguments:
     init: str | None = None  # weights to go on from: a name or a file
     devices: int | None = None  # devices (on CPU: cores) to use at most; does not change the result
     checkpoint_seconds: float = 20.0  # time between two checkpoints, at least
+    log: tuple[str, ...] = ()  # tensorboard, wandb: beside log.jsonl, in the run's folder; both work offline
 
 
 def train_command(argv: list[str]) -> int:
@@ -101,7 +102,7 @@ def train_command(argv: list[str]) -> int:
     recipe = recipes.pick(recipes.RECIPES, "recipe", name)
     arguments = tyro.cli(
         TrainArguments,
-        args=known_options(options, ["out", "init", "devices", "checkpoint_seconds"]),
+        args=known_options(options, ["out", "init", "devices", "checkpoint_seconds", "log"]),
         default=TrainArguments(recipe),
         prog=f"lolo train {name}",
         config=(tyro.conf.FlagConversionOff,),
@@ -119,6 +120,7 @@ def train_command(argv: list[str]) -> int:
             init=arguments.init,
             devices=arguments.devices,
             checkpoint_seconds=arguments.checkpoint_seconds,
+            log=arguments.log,
             **hooks,
         ),
     )
@@ -159,19 +161,27 @@ def supervise(what: str, run: Callable[..., training.Result]) -> int:
 def resume_command(argv: list[str]) -> int:
     """lolo resume RUN"""
 
-    def resume(run: tyro.conf.Positional[Path], devices: int | None = None, checkpoint_seconds: float = 20.0) -> int:
+    def resume(
+        run: tyro.conf.Positional[Path],
+        devices: int | None = None,
+        checkpoint_seconds: float = 20.0,
+        log: tuple[str, ...] | None = None,
+    ) -> int:
         """Go on with a stopped run from its newest whole checkpoint.
 
         Args:
           run: the run's folder.
           devices: devices (on CPU: cores) to use at most; does not change the result.
           checkpoint_seconds: time between two checkpoints, at least.
+          log: tensorboard, wandb; default: where the run logged before; `--log` alone: nowhere else.
         """
         training.read_recipe(run)
         training.set_up()
         return supervise(
             str(run),
-            lambda **hooks: training.resume(run, devices=devices, checkpoint_seconds=checkpoint_seconds, **hooks),
+            lambda **hooks: training.resume(
+                run, devices=devices, checkpoint_seconds=checkpoint_seconds, log=log, **hooks
+            ),
         )
 
     return tyro.cli(resume, args=argv, prog="lolo resume")

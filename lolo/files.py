@@ -279,8 +279,8 @@ def _locate(name_or_path: str | Path) -> Path:
     if wanted is None:
         names = ", ".join(shipped_weights()) or "none"
         raise FileError(
-            f"{name_or_path}: no such weights file. Give a path, a name that ships with lolo ({names}), or user/repo of "
-            "the Hugging Face Hub."
+            f"{name_or_path}: no such weights file. Give a path, a name that ships with lolo ({names}), or user/repo "
+            "of the Hugging Face Hub."
         )
     try:
         return hub.fetch(wanted)

@@ -69,4 +69,6 @@ def fetch(wanted: HubFile) -> Path:
         ) from error
     except (OSError, ValueError) as error:  # the connection, the server, the disk, or a name the Hub does not allow
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise HubError(f"{at}: can't be had from the Hugging Face Hub ({reason}). Check the name and the connection.") from error
+        raise HubError(
+            f"{at}: can't be had from the Hugging Face Hub ({reason}). Check the name and the connection."
+        ) from error
