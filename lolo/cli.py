@@ -14,7 +14,7 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import files, health, recipes, studies, training
+from lolo import files, health, recipes, report, studies, training
 from lolo import tasks as tasks_
 from lolo.recipes import Recipe
 
@@ -24,6 +24,7 @@ HELP = """lolo: learned optimizers that keep working past the unroll they were m
   lolo train RECIPE [--field VALUE] meta-train by a recipe; `lolo train lolo --help` lists every field
   lolo resume RUN                   go on with a stopped run
   lolo eval OPTIMIZER... --task T   long runs from the same inits and batches: table, rows, curves
+  lolo report FOLDER...             runs, evaluations and studies as one HTML page
   lolo doctor RUN                   whether a run is healthy, in plain words
   lolo bench                        speed on this machine, as ratios within one run
   lolo data prepare NAME --to DIR   read a data set once: ImageNet-32, FineWeb, IDX, text, ...
@@ -321,6 +322,22 @@ def doctor_command(argv: list[str]) -> int:
     return tyro.cli(doctor, args=argv, prog="lolo doctor")
 
 
+def report_command(argv: list[str]) -> int:
+    """lolo report FOLDER..."""
+
+    def report_(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> int:
+        """One HTML page about meta-trainings, evaluations and studies. It opens without a network.
+
+        Args:
+          folders: of `lolo train`, `lolo eval` or `lolo reproduce`.
+          out: the page; default: report.html in the first folder.
+        """
+        print(report.write(folders, out))
+        return 0
+
+    return tyro.cli(report_, args=argv, prog="lolo report")
+
+
 def data_command(argv: list[str]) -> int:
     """lolo data prepare|list|verify"""
     from lolo.data import prepare as preparation
@@ -378,6 +395,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": resume_command,
     "eval": eval_command,
     "reproduce": reproduce_command,
+    "report": report_command,
     "doctor": doctor_command,
     "data": data_command,
     "bench": bench_command,

@@ -27,6 +27,7 @@ CHECKPOINT_VERSION = 1
 MAX_WEIGHTS_BYTES = 64 << 20
 MAX_HEADER_BYTES = 16 << 20
 MAX_JSON_BYTES = 64 << 20
+MAX_LOG_BYTES = 1 << 30
 SHIPPED = Path(__file__).parent / "weights"
 
 Arrays = dict[str, NDArray[Any]]
@@ -109,7 +110,7 @@ def read_json(path: Path) -> Any:
 
 def json_line(row: dict[str, Any]) -> str:
     """One JSON object as a line. A number that JSON can't hold (NaN, inf) is written as a string."""
-    return json.dumps(_json_safe(row), allow_nan=False)
+    return json.dumps(json_safe(row), allow_nan=False)
 
 
 def append_json_line(path: Path, row: dict[str, Any]) -> None:
@@ -118,33 +119,59 @@ def append_json_line(path: Path, row: dict[str, Any]) -> None:
         file.write(json_line(row) + "\n")
 
 
-def _json_safe(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
+    """The value with strings in place of numbers that JSON can't hold."""
     if isinstance(value, dict):
-        return {key: _json_safe(item) for key, item in value.items()}
+        return {key: json_safe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_safe(item) for item in value]
+        return [json_safe(item) for item in value]
     if isinstance(value, float) and not np.isfinite(value):
         return str(value)
+    return value
+
+
+def number(value: Any, what: str) -> float:
+    """A number of a log: what JSON can't hold is there as a string. Raises FileError, which names `what`."""
+    if isinstance(value, str) and value in ("nan", "inf", "-inf"):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+        raise FileError(f"{what} is {str(value)[:40]!r}; expected a number.")
+    return float(value)
+
+
+def numbers(value: Any, what: str) -> list[float]:
+    """A list of numbers of a log. Raises FileError."""
+    if not isinstance(value, list):
+        raise FileError(f"{what} is {str(value)[:40]!r}; expected a list of numbers.")
+    return [number(item, what) for item in value]
+
+
+def whole(value: Any, what: str, largest: int = 10**12) -> int:
+    """A whole number from 0 to `largest`. Raises FileError."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= largest:
+        raise FileError(f"{what} is {str(value)[:40]!r}; expected a whole number from 0 to {largest}.")
     return value
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a log. A half-written last line, as a killed run leaves it, is skipped."""
     try:
+        if path.stat().st_size > MAX_LOG_BYTES:
+            raise FileError(f"{path}: {path.stat().st_size} bytes; at most {MAX_LOG_BYTES} are read.")
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise FileError(f"{path}: can't be read ({error.strerror}).") from error
-    for number, line in enumerate(lines, 1):
+    for count, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):
+            if count == len(lines):
                 return
-            raise FileError(f"{path}, line {number}: not valid JSON ({error}).") from error
+            raise FileError(f"{path}, line {count}: not valid JSON ({error}).") from error
         if not isinstance(row, dict):
-            raise FileError(f"{path}, line {number}: expected a JSON object.")
+            raise FileError(f"{path}, line {count}: expected a JSON object.")
         yield row
 
 
@@ -234,7 +261,7 @@ def write_weights(
         "sha256": digest(arrays),
         "learner": json.dumps(learner),
         "recipe": json.dumps(recipe or {}),
-        "card": json.dumps(_json_safe(card or {})),
+        "card": json.dumps(json_safe(card or {})),
     }
     write_bytes(Path(path), pack(arrays, metadata))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lolo import files, training
+from lolo import files, recipes, training
 
 
 class Finding(NamedTuple):
@@ -18,17 +18,65 @@ class Finding(NamedTuple):
     try_: tuple[str, ...] = ()  # what to do about it, most promising first
 
 
+NUMBERS = ("alpha_mix", "alpha_loss", "gradient_ratio", "gradient_norm", "signal_to_noise", "inner_steps_per_second")
+PER_TASK = ("task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms")
+
+
+class Log(NamedTuple):
+    """A run's log, its numbers checked."""
+
+    steps: list[dict[str, Any]]  # of each outer step
+    validations: list[dict[str, Any]]  # step, and what was measured after it
+
+
+def read_log(path: Path, tasks: int) -> Log:
+    """The log of a run on so many tasks. Raises FileError for rows that no run writes."""
+    log = Log([], [])
+    for count, row in enumerate(files.read_json_lines(path), 1):
+        at = f"{path}, row {count}: "
+        step = files.whole(row.get("step"), f"{at}step")
+        if "validation" in row:
+            log.validations.append({"step": step, **_validation(row["validation"], at)})
+        elif log.steps and step <= log.steps[-1]["step"]:
+            raise files.FileError(f"{at}step {step} comes after step {log.steps[-1]['step']}.")
+        else:
+            log.steps.append({"step": step, **_step(row, tasks, at)})
+    return log
+
+
+def _validation(measured: Any, at: str) -> dict[str, Any]:
+    if not isinstance(measured, dict):
+        raise files.FileError(f"{at}validation is not a JSON object.")
+    losses = {name: files.number(measured.get(name), at + name) for name in ("train_loss", "held_loss")}
+    return {"steps": files.whole(measured.get("steps"), f"{at}validation.steps"), **losses}
+
+
+def _step(row: dict[str, Any], tasks: int, at: str) -> dict[str, Any]:
+    checked: dict[str, Any] = {name: files.number(row.get(name), at + name) for name in NUMBERS}
+    for name in PER_TASK:
+        checked[name] = files.numbers(row.get(name), at + name)
+        if len(checked[name]) != tasks:
+            raise files.FileError(f"{at}{name} has {len(checked[name])} numbers; the recipe has {tasks} tasks.")
+    starts, bad = row.get("starts"), row.get("first_bad", [])
+    if not isinstance(starts, list) or not isinstance(bad, list) or not all(isinstance(one, dict) for one in bad):
+        raise files.FileError(f"{at}starts and first_bad must be lists.")
+    checked["starts"] = [files.whole(start, f"{at}starts") for start in starts]
+    checked["first_bad"] = [str(one.get("first")) for one in bad]
+    return {**checked, "dropped": files.whole(row.get("dropped"), f"{at}dropped")}
+
+
 def examine(run: Path) -> list[Finding]:
     """Findings about a run, in the order in which to read them. Raises RunError, FileError."""
     recipe = training.read_recipe(run)
-    rows = training.log_rows(run)
-    steps = [row for row in rows if "task_loss" in row]
+    recipes.check(recipe)
+    path = run / "log.jsonl"
+    steps, validations = read_log(path, len(recipe.tasks)) if path.is_file() else Log([], [])
     if not steps:
         return [Finding(False, f"{run} has a recipe, but no outer step was done.", (f"lolo resume {run}",))]
     pairs = recipe.estimator.pairs
     return [
         progress(run, steps, recipe.outer.steps),
-        loss_trend(steps, rows),
+        loss_trend(steps, validations),
         signal(steps, pairs),
         dropped_pairs(steps, pairs * len(recipe.tasks)),
         start_steps(steps, recipe),
@@ -45,9 +93,9 @@ def progress(run: Path, steps: list[dict[str, Any]], total: int) -> Finding:
     return Finding(done >= total, words, () if done >= total else (f"go on with: lolo resume {run}",))
 
 
-def loss_trend(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Finding:
+def loss_trend(steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> Finding:
     """Whether validation, or the training loss where there is none, went down."""
-    measured = [row["validation"]["held_loss"] for row in rows if "validation" in row]
+    measured = [row["held_loss"] for row in validations]
     if len(measured) >= 2:
         best, last = min(measured), measured[-1]
         words = f"validation loss: first {measured[0]:.4f}, best {best:.4f}, last {last:.4f}."
@@ -79,8 +127,8 @@ def dropped_pairs(steps: list[dict[str, Any]], slots: int) -> Finding:
     words = f"{dropped} pairs dropped for non-finite numbers, {100 * share:.2f} % of all."
     if share <= 0.01:
         return Finding(True, words)
-    kinds = [bad["first"] for row in steps for bad in row.get("first_bad", [])]
-    first = max(set(kinds), key=kinds.count)
+    kinds = [first for row in steps for first in row["first_bad"]] or ["it is not said what"]
+    first = max(sorted(set(kinds)), key=kinds.count)
     advice = ("a smaller learner.step_mult", "a smaller imitation.lr", "non-finite numbers in the task's data?")
     return Finding(False, f"{words} Most often {first} went bad first.", advice)
 
@@ -88,6 +136,8 @@ def dropped_pairs(steps: list[dict[str, Any]], slots: int) -> Finding:
 def start_steps(steps: list[dict[str, Any]], recipe: Any) -> Finding:
     """Where unrolls started, against the stationary mean (1 − P_th) / P_th · N/2."""
     starts = np.array([k for row in steps for k in row["starts"]], float)
+    if not starts.size:
+        return Finding(False, "no unroll was started.", ("start again with `lolo train`",))
     if recipe.replay.threshold >= 1:
         return Finding(bool((starts == 0).all()), "every unroll starts from a random init: the buffer is off.")
     threshold = max(recipe.replay.threshold, 1e-9)

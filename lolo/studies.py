@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lolo import evaluation, files, plots, pretrained, recipes, training
 from lolo import tasks as tasks_
 from lolo.evaluation import Contestant, Row
@@ -174,14 +176,12 @@ def eval_units(names: Sequence[str | Path], seeds: int, steps: int) -> int:
 # --- reports ------------------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row], reference: str | None = None) -> str:
-    """Markdown: means with 95 % intervals, and paired differences with `reference`."""
+def cells(rows: Sequence[Row], reference: str | None = None) -> list[list[str]]:
+    """Header and one row per optimizer: means with 95 % intervals, and paired differences with `reference`."""
     labels = list(dict.fromkeys(row.optimizer for row in rows))
     reference = reference or labels[0]
-    lines = [
-        f"| optimizer | train loss | held-out loss | {reference} − it, train | {reference} − it, held-out | diverged |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    differences = [f"{reference} − it, train", f"{reference} − it, held-out"]
+    found = [["optimizer", "train loss", "held-out loss", *differences, "diverged"]]
 
     def shown(i: evaluation.Interval, signed: bool = False) -> str:
         mean = f"{i.mean:+.4f}" if signed else f"{i.mean:.4f}"
@@ -189,14 +189,26 @@ def table(rows: Sequence[Row], reference: str | None = None) -> str:
 
     for label in sorted(labels, key=lambda name: evaluation.summary(rows, name).mean):
         mine = [row for row in rows if row.optimizer == label]
-        cells = [shown(evaluation.summary(rows, label)), shown(evaluation.summary(rows, label, "held_loss"))]
+        line = [label, shown(evaluation.summary(rows, label)), shown(evaluation.summary(rows, label, "held_loss"))]
         for field in ("train_loss", "held_loss"):
             difference = "" if label == reference else shown(
                 evaluation.paired_difference(rows, reference, label, field), signed=True
             )  # fmt: skip
-            cells.append(difference)
-        lines.append(f"| {label} | {' | '.join(cells)} | {sum(row.diverged for row in mine)} of {len(mine)} |")
-    return "\n".join(lines)
+            line.append(difference)
+        found.append([*line, f"{sum(row.diverged for row in mine)} of {len(mine)}"])
+    return found
+
+
+def reference_of(rows: Sequence[Row]) -> str:
+    """The optimizer that the others are compared with: lolo, else the first."""
+    labels = [row.optimizer for row in rows]
+    return "lolo" if "lolo" in labels else labels[0]
+
+
+def table(rows: Sequence[Row], reference: str | None = None) -> str:
+    """`cells` as Markdown."""
+    header, *lines = cells(rows, reference)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
 
 
 def save_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -205,11 +217,38 @@ def save_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Rows of `save_rows`. Raises FileError."""
-    try:
-        return [Row(**row) for row in files.read_json_lines(path)]
-    except TypeError as error:
-        raise files.FileError(f"{path}: rows of another version of lolo ({error}).") from error
+    """Rows of `save_rows`, checked: one task, at least one row, curves of one length. Raises FileError."""
+    rows = [_row(row, f"{path}, row {count}: ") for count, row in enumerate(files.read_json_lines(path), 1)]
+    shapes = {(row.task, row.steps, len(row.train_curve), len(row.held_curve)) for row in rows}
+    if len(shapes) != 1:
+        raise files.FileError(f"{path}: expected rows of one task and one number of steps, found {len(shapes)} kinds.")
+    return rows
+
+
+def _row(row: dict[str, Any], at: str) -> Row:
+    if set(row) != {field.name for field in dataclasses.fields(Row)}:
+        raise files.FileError(f"{at}is of another version of lolo: it has {', '.join(map(repr, row))}.")
+    if not isinstance(row["task"], str) or not isinstance(row["optimizer"], str):
+        raise files.FileError(f"{at}task and optimizer must be strings.")
+    if not isinstance(row["held"], dict) or not isinstance(row["diverged"], bool):
+        raise files.FileError(f"{at}held must be an object, and diverged true or false.")
+    losses = {name: files.number(row[name], at + name) for name in ("train_loss", "train_minimum", "held_loss")}
+    curves = {name: files.numbers(row[name], at + name) for name in ("train_curve", "held_curve")}
+    steps = files.whole(row["steps"], f"{at}steps")
+    if not steps or any(len(curve) * evaluation.WINDOW != steps for curve in curves.values()):
+        raise files.FileError(f"{at}its curves have no number for each {evaluation.WINDOW} of {steps} steps.")
+    meta_seed = row["meta_seed"]
+    return Row(
+        row["task"],
+        row["optimizer"],
+        None if meta_seed is None else files.whole(meta_seed, f"{at}meta_seed"),
+        files.whole(row["seed"], f"{at}seed"),
+        steps,
+        **losses,
+        held={str(name): files.number(value, f"{at}held.{name}") for name, value in row["held"].items()},
+        diverged=row["diverged"],
+        **curves,
+    )
 
 
 def write_report(
@@ -221,9 +260,7 @@ def write_report(
     note: str = "",
 ) -> str:
     """Rows, table, pictures and a short report in `out`. Returns the table."""
-    labels = [row.optimizer for row in rows]
-    reference = "lolo" if "lolo" in labels else labels[0]
-    text = table(rows, reference)
+    text = table(rows, reference_of(rows))
     unrolls = {w.recipe["unroll"]["length"] for w in weights.values() if w.recipe}
     unroll = unrolls.pop() if len(unrolls) == 1 else None
     save_rows(out / f"rows-{task}.jsonl", rows)
@@ -233,7 +270,12 @@ def write_report(
     if cards:
         plots.save_figure(plots.start_steps(cards), out / f"start-steps-{task}.png")
         pictures += f"\n![realised start steps](start-steps-{task}.png)\n"
-    about = training.provenance()
+    about = {"command": command, "note": note, "unroll": unroll, **training.provenance()}
+    kept = {
+        label: {"sha256": files.digest({k: np.asarray(x) for k, x in w.meta_params.items()}), "card": w.card}
+        for label, w in weights.items()
+    }
+    files.write_json(out / f"about-{task}.json", files.json_safe({**about, "weights": kept}))
     diverged = sum(row.diverged for row in rows)
     report = (
         f"# {task}, {rows[0].steps:,} inner steps\n\n{note}\n\n{text}\n\n"
