@@ -6,7 +6,6 @@ asked for.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -180,18 +179,15 @@ def _embed(root: ElementTree.Element, label: str) -> str:
         for child in list(parent):
             if child.tag in (f"{SVG}metadata", f"{SVG}style"):
                 parent.remove(child)
-    prefix = f"c{hashlib.sha256(ElementTree.tostring(root) + label.encode(errors='replace')).hexdigest()[:10]}-"
+    used = set(re.findall(rb"#([^)\"]+)", ElementTree.tostring(root)))
     for element in root.iter():
         element.tag = element.tag.removeprefix(SVG)
         if LINK in element.attrib:
             element.set("href", element.attrib.pop(LINK))
+        if element.get("id", "").encode() not in used:
+            element.attrib.pop("id", None)
         for name, value in element.attrib.items():
-            if name == "id":
-                element.set(name, prefix + value)
-            elif name == "href":
-                element.set(name, value.replace("#", f"#{prefix}"))
-            else:
-                element.set(name, _page_style(value.replace("url(#", f"url(#{prefix}")))
+            element.set(name, f"{pages.NAME}{value}" if name == "id" else _page_style(value))
     view = root.get("viewBox", "")
     root.attrib.clear()
     root.attrib |= {"viewBox": view, "role": "img", "aria-label": pages.plain(label)}
@@ -199,6 +195,7 @@ def _embed(root: ElementTree.Element, label: str) -> str:
 
 
 def _page_style(value: str) -> str:
+    value = re.sub(r"^#|(?<=url\()#", f"#{pages.NAME}", value)
     value = re.sub(r"#0000(0[1-9])\b", lambda found: f"var(--series-{int(found[1], 16)})", value)
     value = re.sub(r"#000000\b", "currentColor", value)
     return re.sub(r"font(-family)?: ((?:[\d.]+px )?)'[^;]*", r"font\1: \2system-ui, sans-serif", value)

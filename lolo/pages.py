@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from string import Template
@@ -12,6 +13,7 @@ MAX_TEXT = 2_000  # characters of one piece of text; the rest is cut
 # What HTML forbids, what UTF-8 can't hold, and marks that turn the direction of the text after them.
 _FORBIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
+NAME = "picture-"  # how names inside an <svg> begin; `page` makes them differ from picture to picture
 COLOURS = 8  # --series-1 to --series-8 of STYLE
 
 STYLE = """
@@ -111,4 +113,10 @@ def details(summary: str, *children: str) -> Html:
 
 def page(title: str, *children: str) -> str:
     """A whole page."""
-    return PAGE.substitute(title=escape(title), style=STYLE, body=join([tag("h1", title), *children]))
+    number = itertools.count()
+
+    def renamed(picture: re.Match[str]) -> str:
+        return re.sub(f'(["#]){NAME}', rf"\g<1>{NAME}{next(number)}-", picture[0])
+
+    body = re.sub("<svg .*?</svg>", renamed, join(children), flags=re.DOTALL)
+    return PAGE.substitute(title=escape(title), style=STYLE, body=tag("h1", title) + "\n" + body)

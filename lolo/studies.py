@@ -1,6 +1,7 @@
 """The comparisons behind `lolo reproduce`: what is meta-trained, what it is compared with, and the report.
 
-A study's folder holds `runs/` (one folder per meta-training), `rows.jsonl`, `table.md`, `report.md` and pictures.
+A study's folder holds `runs/` (one folder per meta-training) and, for each task, rows, what is known about them
+(`about-TASK.json`), table, report and pictures.
 Every study goes on where it was stopped when it is started again.
 """
 
