@@ -159,9 +159,9 @@ def inline(draw: Any, label: str) -> Html:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "lolo", "font.size": 10, "axes.spines.top": False}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "lolo", "font.size": 10}
     buffer = io.BytesIO()
-    with matplotlib.rc_context(settings | {"axes.spines.right": False}):
+    with matplotlib.rc_context(settings | {"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(4.8, 3.1), layout="constrained")
         axis = figure.add_subplot()
         figure.patch.set_visible(False)

@@ -288,8 +288,8 @@ def comparison(folder: Path, path: Path) -> list[Html]:
     labels = list(dict.fromkeys(row.optimizer for row in rows))
     if len(labels) > MAX_OPTIMIZERS:
         raise FileError(f"{path}: {len(labels)} optimizers; at most {MAX_OPTIMIZERS} are drawn.")
-    about = read_about(folder, path)
-    starts = weight_starts(folder, about, rows[0].task)
+    about = read_about(path)
+    starts = weight_starts(folder, about, about_path(path))
     histogram = [start_histogram(starts)] if starts else []
     unroll = about.get("unroll")
     mark = None if unroll is None else float(files.whole(unroll, f"{path}: unroll of about-*.json"))
@@ -359,10 +359,15 @@ def run_table(rows: Sequence[Row]) -> Html:
     return table(f"Runs on {rows[0].task}", header, cells)
 
 
-def read_about(folder: Path, rows: Path) -> dict[str, Any]:
+def about_path(rows: Path) -> Path:
+    """about-TASK.json beside rows-TASK.jsonl."""
+    return rows.with_name(rows.name.replace("rows-", "about-", 1)).with_suffix(".json")
+
+
+def read_about(rows: Path) -> dict[str, Any]:
     """What was written down beside rows-TASK.jsonl; of older folders, the report's last lines. Raises FileError."""
-    task = rows.name.removeprefix("rows-").removesuffix(".jsonl")
-    path, older = folder / f"about-{task}.json", folder / f"report-{task}.md"
+    path = about_path(rows)
+    older = path.with_name(path.name.replace("about-", "report-", 1)).with_suffix(".md")
     if path.is_file():
         about = files.read_json(path)
         if not isinstance(about, dict):
@@ -374,7 +379,7 @@ def read_about(folder: Path, rows: Path) -> dict[str, Any]:
     return {}
 
 
-def weight_starts(folder: Path, about: dict[str, Any], task: str) -> dict[str, Counts]:
+def weight_starts(folder: Path, about: dict[str, Any], source: Path) -> dict[str, Counts]:
     """Start steps by the weights compared: as written down, else from the weights that lie in the folder."""
     kept = about.get("weights")
     if isinstance(kept, dict):
@@ -382,7 +387,7 @@ def weight_starts(folder: Path, about: dict[str, Any], task: str) -> dict[str, C
     else:
         cards = {path.stem: files.read_weights(path).card for path in sorted(folder.glob("*.safetensors"))}
     found = {
-        label: card_starts(card, f"{folder}: the card of {label} for {task}")
+        label: card_starts(card, f"{source}: {label}")
         for label, card in list(cards.items())[:MAX_OPTIMIZERS]
         if isinstance(card, dict)
     }

@@ -233,8 +233,10 @@ def _row(row: dict[str, Any], at: str) -> Row:
         raise files.FileError(f"{at}task and optimizer must be strings.")
     if not isinstance(row["held"], dict) or not isinstance(row["diverged"], bool):
         raise files.FileError(f"{at}held must be an object, and diverged true or false.")
-    losses = {name: files.number(row[name], at + name) for name in ("train_loss", "train_minimum", "held_loss")}
-    curves = {name: files.numbers(row[name], at + name) for name in ("train_curve", "held_curve")}
+    losses: dict[str, Any] = {
+        name: files.number(row[name], at + name) for name in ("train_loss", "train_minimum", "held_loss")
+    }
+    curves: dict[str, Any] = {name: files.numbers(row[name], at + name) for name in ("train_curve", "held_curve")}
     steps = files.whole(row["steps"], f"{at}steps")
     if not steps or any(len(curve) * evaluation.WINDOW != steps for curve in curves.values()):
         raise files.FileError(f"{at}its curves have no number for each {evaluation.WINDOW} of {steps} steps.")
