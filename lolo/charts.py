@@ -19,6 +19,7 @@ from lolo import pages
 from lolo.pages import Html, join, tag
 
 LARGEST = 1e30
+FEW_POINTS = 30  # that are drawn as dots too
 MAX_POINTS = 300  # of a curve; a longer one is drawn as means over equal parts
 DASHES = ("", "6 2", "6 2 1.5 2", "1.5 1.5")  # beside the colour, for those who don't see it
 SVG = "{http://www.w3.org/2000/svg}"
@@ -65,7 +66,8 @@ def curves(
     def draw(axis: Any) -> None:
         for i, one in enumerate(series):
             one = thin(one)
-            axis.plot(one.x, drawable(one.y), color=colour(i), dashes=_dashes(i), linewidth=1.6)
+            dots = {"marker": "o", "markersize": 3} if len(one.x) <= FEW_POINTS else {}  # one point makes no line
+            axis.plot(one.x, drawable(one.y), color=colour(i), dashes=_dashes(i), linewidth=1.6, **dots)
             if one.low is not None and one.high is not None:
                 axis.fill_between(
                     one.x, drawable(one.low), drawable(one.high), color=colour(i), alpha=0.15, linewidth=0

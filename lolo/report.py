@@ -5,6 +5,7 @@ Folders may come from strangers: everything is checked while it is read, and esc
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -317,13 +318,16 @@ def summary_table(path: Path, rows: Sequence[Row]) -> Html:
             header, *lines = studies.cells(rows, studies.reference_of(rows))
     except ValueError as error:
         raise FileError(f"{path}: {error}") from error
-    unbroken = [[cell.replace(" ± ", "\u00a0±\u00a0") for cell in line] for line in lines]
+    # "0.3261 ± 0.0112" and "(n=5 seeds)" stay on one line each.
+    unbroken = [[line[0], *(re.sub(r" (?!\()", "\u00a0", cell) for cell in line[1:])] for line in lines]
     return table("Means, and differences paired by seed; negative: better than that optimizer", header, unbroken)
 
 
 def comparison_curves(rows: Sequence[Row], labels: Sequence[str], mark: float | None) -> list[Html]:
     """Train and held-out loss against the inner step: means and ranges over runs."""
     x = evaluation.WINDOW * np.arange(1, len(rows[0].train_curve) + 1)
+    if mark is not None and not 0 < mark <= x[-1]:
+        mark = None
     unroll = "" if mark is None else f"; dotted line: the unroll in meta-training, {mark:,.0f} steps"
     drawn = []
     for field, name in (("train_curve", "Train loss"), ("held_curve", "Held-out loss")):

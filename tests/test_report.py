@@ -241,6 +241,14 @@ def test_numbers_that_are_not_finite_or_huge_are_gaps():
     assert "<svg" in charts.histogram("starts", {"": (np.array([0.0, 1e12]), np.ones(2))}, "K")
 
 
+def test_a_single_point_is_a_dot():
+    def marks(y):
+        picture = charts.curves("loss", [charts.Series("a", np.arange(len(y)), np.array(y))], "step", "loss")
+        return len(re.findall("<use [^>]*--series-1", picture))
+
+    assert marks([math.nan, 1.0]) == 1 and marks([1.0] * 31) == 0
+
+
 def test_a_long_curve_is_thinned_to_means_with_their_range():
     x = np.arange(1000)
     thin = charts.thin(charts.Series("a", x, np.where(x % 2, 3.0, 1.0)))
