@@ -32,7 +32,7 @@ test-all: $(TORCH_INSTALLED) ## everything slow, and everything that needs PyTor
 
 browser-test: $(BROWSER_INSTALLED) ## the report in headless Chromium (as root, installs Debian's if there is none)
 	chromium=$$($(BIN)/python tools/chromium.py) && \
-	LOLO_CHROMIUM=$$chromium LOLO_REQUIRE_ALL=1 $(BIN)/python -m pytest -m browser $(ARGS)
+	LOLO_CHROMIUM=$$chromium LOLO_REQUIRE_ALL=1 $(BIN)/python -m pytest -m browser tests/test_report_in_browser.py $(ARGS)
 
 check: $(INSTALLED) ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -317,7 +317,7 @@ def test_more_optimizers_than_can_be_told_apart_are_an_error(tmp_path):
         report.build([tmp_path])
 
 
-@pytest.mark.parametrize("examples", [40, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_damaged_json_raises_nothing_but_the_documented_errors(tmp_path, monkeypatch, examples):
     """Values of every file replaced at random: the page is whole, or the error is one of ours."""
     monkeypatch.setattr(charts, "inline", lambda draw, label: pages.Html(""))  # the slow part
