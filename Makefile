@@ -6,16 +6,17 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCH_INSTALLED := .venv/.installed-torch
+BROWSER_INSTALLED := .venv/.installed-browser
 DOCS_INSTALLED := .venv/.installed-docs
 MAX_WHEEL_BYTES := 12000000
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check format bench wheel-test docs clean
+.PHONY: help install quickstart test test-all browser-test check format bench wheel-test docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make the environment in .venv (other targets do it by themselves)
 
@@ -23,11 +24,15 @@ quickstart: $(INSTALLED) ## meta-train three optimizers on real data and compare
 	$(BIN)/lolo reproduce quick
 
 test: $(INSTALLED) ## unit, statistical and parity tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not torch' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not torch and not browser' $(ARGS)
 
 # LOLO_REQUIRE_ALL: a skipped test fails the run (tests/conftest.py).
-test-all: $(TORCH_INSTALLED) ## everything slow, and everything that needs PyTorch; nothing may be skipped
+test-all: $(TORCH_INSTALLED) ## everything slow, and everything that needs PyTorch or an extra; nothing may be skipped
 	LOLO_REQUIRE_ALL=1 $(BIN)/python -m pytest -m 'slow or torch' $(ARGS)
+
+browser-test: $(BROWSER_INSTALLED) ## the report in headless Chromium (as root, installs Debian's if there is none)
+	chromium=$$($(BIN)/python tools/chromium.py) && \
+	LOLO_CHROMIUM=$$chromium LOLO_REQUIRE_ALL=1 $(BIN)/python -m pytest -m browser tests/test_report_in_browser.py $(ARGS)
 
 check: $(INSTALLED) ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -69,9 +74,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 	@touch $@
 
-# In its own step, so that the version is this one and no CUDA build replaces it.
+# torch in its own step, so that the version is this one and no CUDA build replaces it.
 $(TORCH_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,hub,tensorboard,wandb]'
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install torch==2.13.0
+	@touch $@
+
+$(BROWSER_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,browser]'
 	@touch $@
 
 $(DOCS_INSTALLED): $(INSTALLED)

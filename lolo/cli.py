@@ -18,7 +18,7 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import files, health, recipes, studies, training
+from lolo import files, health, recipes, report, studies, training
 from lolo import tasks as tasks_
 from lolo.recipes import Recipe
 
@@ -30,6 +30,7 @@ HELP = """lolo: learned optimizers that keep working past the unroll they were m
   lolo train RECIPE [--field VALUE] meta-train by a recipe; `lolo train lolo --help` lists every field
   lolo resume RUN                   go on with a stopped run
   lolo eval OPTIMIZER... --task T   long runs from the same inits and batches: table, rows, curves
+  lolo report FOLDER...             runs, evaluations and studies as one HTML page
   lolo doctor RUN                   whether a run is healthy, in plain words
   lolo bench                        speed on this machine, as ratios within one run
   lolo data prepare NAME --to DIR   read a data set once: ImageNet-32, FineWeb, IDX, text, ...
@@ -93,6 +94,7 @@ class TrainArguments:
     init: str | None = None  # weights to go on from: a name or a file
     devices: int | None = None  # devices (on CPU: cores) to use at most; does not change the result
     checkpoint_seconds: float = 20.0  # time between two checkpoints, at least
+    log: tuple[str, ...] = ()  # tensorboard, wandb: beside log.jsonl, in the run's folder; both work offline
 
 
 def one_line(read: Callable[[], T]) -> T:
@@ -135,7 +137,7 @@ def train_command(argv: list[str]) -> int:
     arguments = one_line(
         lambda: tyro.cli(
             TrainArguments,
-            args=known_options(options, ["out", "init", "devices", "checkpoint_seconds"]),
+            args=known_options(options, ["out", "init", "devices", "checkpoint_seconds", "log"]),
             default=TrainArguments(recipe),
             prog=f"lolo train {name}",
             config=(tyro.conf.FlagConversionOff,),
@@ -154,6 +156,7 @@ def train_command(argv: list[str]) -> int:
             init=arguments.init,
             devices=arguments.devices,
             checkpoint_seconds=arguments.checkpoint_seconds,
+            log=arguments.log,
             **hooks,
         ),
     )
@@ -194,19 +197,27 @@ def supervise(what: str, run: Callable[..., training.Result]) -> int:
 def resume_command(argv: list[str]) -> int:
     """lolo resume RUN"""
 
-    def resume(run: tyro.conf.Positional[Path], devices: int | None = None, checkpoint_seconds: float = 20.0) -> int:
+    def resume(
+        run: tyro.conf.Positional[Path],
+        devices: int | None = None,
+        checkpoint_seconds: float = 20.0,
+        log: tuple[str, ...] | None = None,
+    ) -> int:
         """Go on with a stopped run from its newest whole checkpoint.
 
         Args:
           run: the run's folder.
           devices: devices (on CPU: cores) to use at most; does not change the result.
           checkpoint_seconds: time between two checkpoints, at least.
+          log: tensorboard, wandb; default: where the run logged before; `--log` alone: nowhere else.
         """
         training.read_recipe(run)
         training.set_up()
         return supervise(
             str(run),
-            lambda **hooks: training.resume(run, devices=devices, checkpoint_seconds=checkpoint_seconds, **hooks),
+            lambda **hooks: training.resume(
+                run, devices=devices, checkpoint_seconds=checkpoint_seconds, log=log, **hooks
+            ),
         )
 
     return call(resume, argv, "lolo resume")
@@ -337,6 +348,22 @@ def doctor_command(argv: list[str]) -> int:
     return call(doctor, argv, "lolo doctor")
 
 
+def report_command(argv: list[str]) -> int:
+    """lolo report FOLDER..."""
+
+    def report_(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> int:
+        """One HTML page about meta-trainings, evaluations and studies. It opens without a network.
+
+        Args:
+          folders: of `lolo train`, `lolo eval` or `lolo reproduce`.
+          out: the page; default: report.html in the first folder.
+        """
+        print(report.write(folders, out))
+        return 0
+
+    return call(report_, argv, "lolo report")
+
+
 def data_command(argv: list[str]) -> int:
     """lolo data prepare|list|verify"""
     from lolo.data import prepare as preparation
@@ -394,6 +421,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": resume_command,
     "eval": eval_command,
     "reproduce": reproduce_command,
+    "report": report_command,
     "doctor": doctor_command,
     "data": data_command,
     "bench": bench_command,

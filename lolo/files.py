@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from lolo import small_fc_spec
+from lolo import hub, small_fc_spec
 
 WEIGHTS_FORMAT = "lolo-weights"
 WEIGHTS_VERSION = 2  # 1, which is still read, had no sum over learner, recipe and card
@@ -29,6 +29,7 @@ CHECKPOINT_VERSION = 1
 MAX_WEIGHTS_BYTES = 64 << 20
 MAX_HEADER_BYTES = 16 << 20
 MAX_JSON_BYTES = 64 << 20
+MAX_LOG_BYTES = 1 << 30
 SHIPPED = Path(__file__).parent / "weights"
 
 Arrays = dict[str, NDArray[Any]]
@@ -111,7 +112,7 @@ def read_json(path: Path) -> Any:
 
 def json_line(row: dict[str, Any]) -> str:
     """One JSON object as a line. A number that JSON can't hold (NaN, inf) is written as a string."""
-    return json.dumps(_json_safe(row), allow_nan=False)
+    return json.dumps(json_safe(row), allow_nan=False)
 
 
 def append_json_line(path: Path, row: dict[str, Any]) -> None:
@@ -120,11 +121,12 @@ def append_json_line(path: Path, row: dict[str, Any]) -> None:
         file.write(json_line(row) + "\n")
 
 
-def _json_safe(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
+    """The value with strings in place of numbers that JSON can't hold."""
     if isinstance(value, dict):
-        return {key: _json_safe(item) for key, item in value.items()}
+        return {key: json_safe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_safe(item) for item in value]
+        return [json_safe(item) for item in value]
     if isinstance(value, float) and not np.isfinite(value):
         return str(value)
     return value
@@ -141,10 +143,10 @@ def number(value: Any) -> float:
 
 
 def whole(value: Any) -> int:
-    """A whole number of a row. Raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53:
+    """A whole number of a row, from 0 on. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53:
         return value
-    raise ValueError(f"{str(value)[:40]!r} is not a whole number")
+    raise ValueError(f"{str(value)[:40]!r} is not a whole number from 0 to 2⁵³")
 
 
 def text(value: Any) -> str:
@@ -159,6 +161,14 @@ def flag(value: Any) -> bool:
     if isinstance(value, bool):
         return value
     raise ValueError(f"{str(value)[:40]!r} is neither true nor false")
+
+
+def checked(read: Callable[[Any], Any], value: Any, what: str) -> Any:
+    """The value as `read` has it. Raises FileError, which names `what`."""
+    try:
+        return read(value)
+    except ValueError as error:
+        raise FileError(f"{what}: {error}.") from error
 
 
 def listed(item: Callable[[Any], Any], least: int = 0) -> Callable[[Any], list[Any]]:
@@ -207,6 +217,8 @@ def read_json_lines(path: Path, read: Callable[[Any], dict[str, Any]]) -> Iterat
     A half-written last line, as a killed run leaves it, is skipped.
     """
     try:
+        if path.stat().st_size > MAX_LOG_BYTES:
+            raise FileError(f"{path}: {path.stat().st_size} bytes; at most {MAX_LOG_BYTES} are read.")
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise FileError(f"{path}: can't be read ({error.strerror}).") from error
@@ -306,7 +318,7 @@ def write_weights(
 ) -> None:
     """Write meta-parameters with their architecture, recipe and card as one safetensors file."""
     arrays = {name: contiguous(np.asarray(x, np.float32)) for name, x in meta_params.items()}
-    about = {"learner": learner, "recipe": recipe or {}, "card": _json_safe(card or {})}
+    about = {"learner": learner, "recipe": recipe or {}, "card": json_safe(card or {})}
     metadata = {
         "format": WEIGHTS_FORMAT,
         "format_version": str(WEIGHTS_VERSION),
@@ -327,18 +339,12 @@ def shipped_weights() -> list[str]:
 
 
 def read_weights(name_or_path: str | Path) -> WeightsFile:
-    """Weights by the name of shipped ones, or from a file.
+    """Weights by the name of shipped ones, from a file, or from the Hub (`user/repo[@revision][/file.safetensors]`).
 
-    Raises FileError: no such file or name, not ours, another version, damaged, or shapes that don't fit.
+    Raises FileError: no such file or name, not to be had from the Hub, not ours, another version, damaged, or shapes
+    that don't fit.
     """
-    path = Path(name_or_path)
-    if str(name_or_path) in shipped_weights():
-        path = SHIPPED / f"{name_or_path}.safetensors"
-    if (path / "last.safetensors").is_file():
-        raise FileError(f"{path} is the folder of a run; its weights are {path / 'last.safetensors'}.")
-    if not path.is_file():
-        names = ", ".join(shipped_weights()) or "none"
-        raise FileError(f"{name_or_path}: no such weights file. Give a path, or a name that ships with lolo: {names}.")
+    path = _locate(name_or_path)
     size = path.stat().st_size
     if size > MAX_WEIGHTS_BYTES:
         raise FileError(f"{path}: {size} bytes; weights have at most {MAX_WEIGHTS_BYTES}.")
@@ -358,6 +364,25 @@ def read_weights(name_or_path: str | Path) -> WeightsFile:
     learner, recipe, card = (_json_object(metadata, key, path) for key in ABOUT)
     check_meta_params(arrays, learner, str(path))
     return WeightsFile(arrays, learner, recipe, card, metadata["sha256"])
+
+
+def _locate(name_or_path: str | Path) -> Path:
+    if str(name_or_path) in shipped_weights():
+        return SHIPPED / f"{name_or_path}.safetensors"
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    wanted = hub.parse(name_or_path) if isinstance(name_or_path, str) else None
+    if wanted is None:
+        names = ", ".join(shipped_weights()) or "none"
+        raise FileError(
+            f"{name_or_path}: no such weights file. Give a path, a name that ships with lolo ({names}), or user/repo "
+            "of the Hugging Face Hub."
+        )
+    try:
+        return hub.fetch(wanted)
+    except hub.HubError as error:
+        raise FileError(str(error)) from error
 
 
 def _json_object(metadata: dict[str, str], key: str, path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lolo import files, training
+from lolo import files, recipes, training
 
 
 class Finding(NamedTuple):
@@ -18,17 +18,41 @@ class Finding(NamedTuple):
     try_: tuple[str, ...] = ()  # what to do about it, most promising first
 
 
+class Log(NamedTuple):
+    """A run's log, its numbers checked."""
+
+    steps: list[dict[str, Any]]  # of each outer step
+    validations: list[dict[str, Any]]  # step, and what was measured after it
+
+
+def read_log(run: Path, tasks: int) -> Log:
+    """The log of a run on so many tasks. Raises FileError for rows that no run writes."""
+    log = Log([], [])
+    for count, row in enumerate(training.log_rows(run), 1):
+        at, step = f"{run / 'log.jsonl'}, row {count}: ", row["step"]
+        if "validation" in row:
+            log.validations.append({"step": step, **row["validation"]})
+            continue
+        if log.steps and step <= log.steps[-1]["step"]:
+            raise files.FileError(f"{at}step {step} comes after step {log.steps[-1]['step']}.")
+        for name in ("task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms"):
+            if len(row[name]) != tasks:
+                raise files.FileError(f"{at}{name} has {len(row[name])} numbers; the recipe has {tasks} tasks.")
+        log.steps.append({**row, "first_bad": [bad["first"] for bad in row["first_bad"]] if row["dropped"] else []})
+    return log
+
+
 def examine(run: Path) -> list[Finding]:
     """Findings about a run, in the order in which to read them. Raises RunError, FileError."""
     recipe = training.read_recipe(run)
-    rows = training.log_rows(run)
-    steps = [row for row in rows if "task_loss" in row]
+    recipes.check(recipe)
+    steps, validations = read_log(run, len(recipe.tasks))
     if not steps:
         return [Finding(False, f"{run} has a recipe, but no outer step was done.", (f"lolo resume {run}",))]
     pairs = recipe.estimator.pairs
     return [
         progress(run, steps, recipe.outer.steps),
-        loss_trend(steps, rows),
+        loss_trend(steps, validations),
         signal(steps, pairs),
         dropped_pairs(steps, pairs * len(recipe.tasks)),
         start_steps(steps, recipe),
@@ -45,9 +69,9 @@ def progress(run: Path, steps: list[dict[str, Any]], total: int) -> Finding:
     return Finding(done >= total, words, () if done >= total else (f"go on with: lolo resume {run}",))
 
 
-def loss_trend(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Finding:
+def loss_trend(steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> Finding:
     """Whether validation, or the training loss where there is none, went down."""
-    measured = [row["validation"]["held_loss"] for row in rows if "validation" in row]
+    measured = [row["held_loss"] for row in validations]
     if len(measured) >= 2:
         best, last = min(measured), measured[-1]
         words = f"validation loss: first {measured[0]:.4f}, best {best:.4f}, last {last:.4f}."
@@ -80,8 +104,8 @@ def dropped_pairs(steps: list[dict[str, Any]], slots: int) -> Finding:
     words = f"{dropped} pairs dropped for non-finite numbers, {100 * share:.2f} % of all."
     if share <= 0.01:
         return Finding(True, words)
-    kinds = [bad["first"] for row in steps for bad in row.get("first_bad", [])]
-    first = max(set(kinds), key=kinds.count)
+    kinds = [first for row in steps for first in row["first_bad"]] or ["it is not said what"]
+    first = max(sorted(set(kinds)), key=kinds.count)
     advice = ("a smaller learner.step_mult", "a smaller imitation.lr", "non-finite numbers in the task's data?")
     return Finding(False, f"{words} Most often {first} went bad first.", advice)
 
@@ -90,7 +114,7 @@ def start_steps(steps: list[dict[str, Any]], recipe: Any) -> Finding:
     """Where unrolls started, against the stationary mean (1 − P_th) / P_th · N/2."""
     starts = np.array([k for row in steps for k in row["starts"]], float)
     if not starts.size:
-        return Finding(False, "no unroll was started.", ("is the log whole?",))
+        return Finding(False, "no unroll was started.", ("start again with `lolo train`",))
     if recipe.replay.threshold >= 1:
         return Finding(bool((starts == 0).all()), "every unroll starts from a random init: the buffer is off.")
     threshold = max(recipe.replay.threshold, 1e-9)

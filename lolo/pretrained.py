@@ -62,7 +62,11 @@ def architecture(learner: Learner) -> LearnedOptimizer:
 
 
 def load(name_or_path: str | Path) -> Weights:
-    """Weights by the name of shipped ones (`lolo weights` lists them) or from a file. Executes no code.
+    """Weights by name, from a file, or from the Hugging Face Hub. Executes no code.
+
+    Args:
+      name_or_path: the name of shipped ones (`lolo weights` lists them), a path, or, with the extra `hub`,
+        "user/repo", "user/repo/file.safetensors" or "user/repo@revision/file.safetensors".
 
     Raises files.FileError, a ValueError, for anything that is not a whole weights file of a known version.
     """

@@ -1,7 +1,7 @@
 """The comparisons behind `lolo reproduce`: what is meta-trained, what it is compared with, and the report.
 
-A study's folder holds `runs/` (one folder per meta-training), and for each task rows, table, report and pictures:
-`rows-TASK.jsonl`, `table-TASK.md`, `report-TASK.md`, `curves-TASK.png`, `start-steps-TASK.png`.
+A study's folder holds `runs/` (one folder per meta-training) and, for each task, rows (`rows-TASK.jsonl`), what is
+known about them (`about-TASK.json`), table, report and pictures, named alike.
 Every study goes on where it was stopped when it is started again.
 """
 
@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lolo import evaluation, files, plots, pretrained, recipes, training
 from lolo import tasks as tasks_
@@ -246,14 +248,12 @@ def meta_seed_tables(rows: Sequence[Row]) -> str:
     return "\n".join([*first, "", *lines("difference in train loss, within a meta-seed", pairs)] if pairs else first)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: means with 95 % intervals, and paired differences with LoLO, or with the first optimizer."""
+def cells(rows: Sequence[Row], reference: str | None = None) -> list[list[str]]:
+    """Header and one row per optimizer: means with 95 % intervals, and paired differences with `reference`."""
     labels = list(dict.fromkeys(row.optimizer for row in rows))
-    reference = "lolo" if "lolo" in labels else labels[0]
-    lines = [
-        f"| optimizer | train loss | held-out loss | {reference} − it, train | {reference} − it, held-out | diverged |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    reference = reference or labels[0]
+    differences = [f"{reference} − it, train", f"{reference} − it, held-out"]
+    found = [["optimizer", "train loss", "held-out loss", *differences, "diverged"]]
 
     def difference(label: str, field: str) -> str:
         if label == reference:
@@ -265,10 +265,22 @@ def table(rows: Sequence[Row]) -> str:
 
     for label in sorted(labels, key=lambda name: evaluation.summary(rows, name).mean):
         mine = [row for row in rows if row.optimizer == label]
-        cells = [shown(evaluation.summary(rows, label)), shown(evaluation.summary(rows, label, "held_loss"))]
-        cells += [difference(label, field) for field in ("train_loss", "held_loss")]
-        lines.append(f"| {label} | {' | '.join(cells)} | {sum(row.diverged for row in mine)} of {len(mine)} |")
-    return "\n".join(lines)
+        line = [label, shown(evaluation.summary(rows, label)), shown(evaluation.summary(rows, label, "held_loss"))]
+        line += [difference(label, field) for field in ("train_loss", "held_loss")]
+        found.append([*line, f"{sum(row.diverged for row in mine)} of {len(mine)}"])
+    return found
+
+
+def reference_of(rows: Sequence[Row]) -> str:
+    """The optimizer that the others are compared with: lolo, else the first."""
+    labels = [row.optimizer for row in rows]
+    return "lolo" if "lolo" in labels else labels[0]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """`cells` as Markdown, compared with LoLO, or with the first optimizer."""
+    header, *lines = cells(rows, reference_of(rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
 
 
 def save_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -297,12 +309,18 @@ def _row(row: Any) -> dict[str, Any]:
     other = sorted(set(row) - set(_ROW_FIELDS))
     if other:
         raise ValueError(f"field {other[0]!r} is not of this version of lolo")
+    if {len(row["train_curve"]) * evaluation.WINDOW, len(row["held_curve"]) * evaluation.WINDOW} != {row["steps"]}:
+        raise ValueError(f"its curves have no number for each {evaluation.WINDOW} of {row['steps']} steps")
     return row
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Rows of `save_rows`. Raises FileError."""
-    return [Row(**row) for row in files.read_json_lines(path, _row)]
+    """Rows of `save_rows`, checked: one task, at least one row, curves of one length. Raises FileError."""
+    rows = [Row(**row) for row in files.read_json_lines(path, _row)]
+    shapes = {(row.task, row.steps, len(row.train_curve), len(row.held_curve)) for row in rows}
+    if len(shapes) != 1:
+        raise files.FileError(f"{path}: expected rows of one task and one number of steps, found {len(shapes)} kinds.")
+    return rows
 
 
 def file_name(task: str) -> str:
@@ -341,7 +359,12 @@ def write_report(
     if cards:
         plots.save_figure(plots.start_steps(cards), out / f"start-steps-{name}.png")
         pictures.append(f"![realised start steps](start-steps-{name}.png)")
-    about = training.provenance()
+    about = {"command": command, "note": note, "unroll": unroll, **training.provenance()}
+    kept = {
+        label: {"sha256": files.digest({k: np.asarray(x) for k, x in w.meta_params.items()}), "card": w.card}
+        for label, w in weights.items()
+    }
+    files.write_json(out / f"about-{name}.json", files.json_safe({**about, "weights": kept}))
     diverged = sum(row.diverged for row in rows)
     paragraphs = [
         f"# {task}, {rows[0].steps:,} inner steps",

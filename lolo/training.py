@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lolo import evaluation, files, meta, parallel, pretrained, recipes
+from lolo import evaluation, files, meta, parallel, pretrained, recipes, sinks
 from lolo import tasks as tasks_
 from lolo.recipes import Recipe
 from lolo.trees import count_bytes
@@ -150,6 +150,22 @@ def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
         raise RunError(f"{run} can't be written ({error.strerror}); give another --out.") from error
 
 
+def read_about(run: Path) -> dict[str, Any]:
+    """What run.json says of a run: versions, commit, machine, command; {} without one. Raises FileError."""
+    about = files.read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    if not isinstance(about, dict):
+        raise files.FileError(f"{run}/run.json: expected a JSON object.")
+    return about
+
+
+def logged_to(run: Path) -> list[str]:
+    """The sinks that a run was started with. Raises FileError."""
+    names = read_about(run).get("log", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise files.FileError(f"{run}/run.json: log is {names!r}; expected a list of names.")
+    return names
+
+
 def state_arrays(state: meta.MetaState) -> files.Arrays:
     """A MetaState as named arrays, for a checkpoint."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
@@ -173,7 +189,8 @@ def state_from_arrays(arrays: files.Arrays, like: meta.MetaState, source: str) -
 
 
 _VALIDATION_ROW = files.fields(
-    step=files.whole, validation=files.fields(train_loss=files.number, held_loss=files.number)
+    step=files.whole,
+    validation=files.fields(steps=files.whole, train_loss=files.number, held_loss=files.number),
 )
 _STEP_ROW = files.fields(
     step=files.whole,
@@ -233,6 +250,8 @@ class Run:
     saved: int = -1  # outer step of the newest checkpoint
     saved_at: float = 0.0
     writing: Future[Path] | None = None  # of a large checkpoint, in a thread
+    sinks: dict[str, sinks.Sink] = dataclasses.field(default_factory=dict)  # that take the log's rows too, by name
+    say: Callable[[str], None] = print
 
     @property
     def done(self) -> int:
@@ -372,6 +391,41 @@ def add_row(run: Run, row: dict[str, Any]) -> None:
     run.rows.append(row)
     if run.out is not None:
         files.append_json_line(run.out / "log.jsonl", row)
+    to_sinks(run, row)
+
+
+def to_sinks(run: Run, row: dict[str, Any]) -> None:
+    for name, sink in list(run.sinks.items()):
+        try:
+            sink.add(sinks.scalars(row, list(run.tasks)), row["step"])
+        except Exception as error:  # whatever another library raises must not end a meta-training
+            del run.sinks[name]
+            run.say(f"--log {name} failed ({error}); it gets no more steps. `lolo resume --log {name}` rebuilds it.")
+
+
+def sink_openers(names: Sequence[str]) -> dict[str, sinks.Open]:
+    """Sinks by name. Raises RecipeError for an unknown one, SinkError for a missing extra."""
+    for name in names:
+        recipes.pick(sinks.SINKS, "log", name)
+    return {name: sinks.opener(name) for name in names}
+
+
+@contextmanager
+def logging_to(run: Run, openers: dict[str, sinks.Open], say: Callable[[str], None]) -> Iterator[None]:
+    """Sinks that hold the run's rows so far and take the next ones. Raises SinkError."""
+    run.say = say
+    try:
+        for name, open_ in openers.items():
+            try:
+                run.sinks[name] = open_(run.out or Path(), recipes.fields(run.recipe))
+            except Exception as error:  # of whatever kind the other library raises
+                raise sinks.SinkError(f"--log {name} can't be opened ({error}).") from error
+        for row in run.rows:
+            to_sinks(run, row)
+        yield
+    finally:
+        for sink in run.sinks.values():
+            sink.close()
 
 
 def loop(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
@@ -448,6 +502,7 @@ def train(
     tasks: dict[str, tasks_.Splits] | None = None,
     devices: int | None = None,
     checkpoint_seconds: float = 20.0,
+    log: Sequence[str] = (),
     stop: Stop | None = None,
     told: Callable[[Progress], None] = lambda progress: None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
@@ -462,11 +517,15 @@ def train(
       devices: how many of JAX's local devices to use at most; the result does not depend on it.
       checkpoint_seconds: time between two checkpoints, at least; one is also written at the start, at each
         validation, and at the end.
+      log: names of `sinks.SINKS` that take the log's rows too; needs `out`.
       stop: set its `requested` to end after the current outer step.
       told: called after every outer step; say: called with messages for people.
 
-    Raises: RecipeError, TaskError, FileError, RunError for bad input; DivergedError.
+    Raises: RecipeError, TaskError, FileError, RunError, SinkError for bad input; DivergedError.
     """
+    openers = sink_openers(log)
+    if openers and out is None:
+        raise RunError(f"log={tuple(log)} needs a run folder; give `out`.")
     names = [tasks_.pin(name) for name in recipe.tasks] if tasks is None else list(tasks)
     recipe = dataclasses.replace(recipe, tasks=tuple(names))
     source = None if init is None else files.read_weights(init)
@@ -482,8 +541,9 @@ def train(
         }
         about = {**provenance(), **sizes, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
         about["init"] = None if source is None else source.sha256
-        create_run(run.out, recipe, about)
-    return loop(run, stop or Stop(), told, say)
+        create_run(run.out, recipe, {**about, "log": list(log)})
+    with logging_to(run, openers, say):
+        return loop(run, stop or Stop(), told, say)
 
 
 def resume(
@@ -492,19 +552,22 @@ def resume(
     tasks: dict[str, tasks_.Splits] | None = None,
     devices: int | None = None,
     checkpoint_seconds: float = 20.0,
+    log: Sequence[str] | None = None,
     stop: Stop | None = None,
     told: Callable[[Progress], None] = lambda progress: None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> Result:
     """Go on with a run from its newest whole checkpoint; the result is that of a run never interrupted.
 
-    `tasks` are those that `train` was given. Raises RunError: no run there, no whole checkpoint, other tasks, or
-    recipe.json is not the checkpoint's.
+    `tasks` are those that `train` was given. `log`: as in `train`; None: where the run logged before. Rebuilt from
+    log.jsonl: no step is twice there or missing. Raises RunError: no run there, no whole checkpoint, other tasks, or
+    recipe.json is not the checkpoint's; SinkError.
     """
     folder = Path(out)
     recipe = read_recipe(folder)
     if tasks is not None and tuple(tasks) != recipe.tasks:
         raise RunError(f"{folder} is a run on tasks={recipe.tasks}, not {tuple(tasks)}; give those it began with.")
+    openers = sink_openers(logged_to(folder) if log is None else log)
     newest = files.newest_checkpoint(folder, say)
     if newest is None and not untouched(folder):
         raise RunError(f"{folder} has no whole checkpoint; start again with `lolo train` and another --out.")
@@ -519,8 +582,11 @@ def resume(
         run.rows = [row for row in log_rows(folder) if row.get("step", -1) < run.done]
         text = "".join(f"{files.json_line(row)}\n" for row in run.rows)
         files.write_bytes(folder / "log.jsonl", text.encode())
+    if log is not None:
+        files.write_json(folder / "run.json", {**read_about(folder), "log": list(log)})
     say(f"resumed {folder} at outer step {run.done} of {recipe.outer.steps}.")
-    return loop(run, stop or Stop(), told, say)
+    with logging_to(run, openers, say):
+        return loop(run, stop or Stop(), told, say)
 
 
 def untouched(run: Path) -> bool:

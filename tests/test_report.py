@@ -1,0 +1,363 @@
+"""`lolo report`: one well-formed page, complete in itself, whatever a folder says; anything damaged is an error."""
+
+import dataclasses
+import html.parser
+import json
+import math
+import random
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_files import LEARNER, meta_params
+
+from lolo import charts, cli, evaluation, files, health, pages, recipes, report, studies, training
+
+EVIL = "</title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&$x^{$\ud800\u202e\0"
+QUICK = Path(__file__).resolve().parent.parent / "experiments" / "quick"
+
+
+def outer_step(step, tasks):
+    """A row as `training.log_step` writes it."""
+    row = {name: 0.5 + 0.1 * step for name in health.NUMBERS}
+    row |= {name: [1.0 / (1 + step)] * tasks for name in health.PER_TASK}
+    row |= {"step": step, "dropped": 0, "starts": [0, 50 * step], "reached": [50], "peak_memory_mb": 100}
+    return row
+
+
+def make_run(path, task="books-mlp", steps=6, name="lolo"):
+    """A run's folder as it is kept: recipe, log, about, last weights."""
+    recipe = recipes.with_field(dataclasses.replace(recipes.RECIPES[name], tasks=(task,)), "outer.steps", steps)
+    rows = [outer_step(step, 1) for step in range(steps)]
+    rows.insert(4, {"step": 3, "validation": {"steps": 1000, "train_loss": 0.5, "held_loss": "nan"}})
+    rows.append({"step": steps - 1, "validation": {"steps": 1000, "train_loss": 0.25, "held_loss": 0.125}})
+    path.mkdir(parents=True)
+    files.write_json(path / "recipe.json", recipes.to_dict(recipe))
+    files.write_json(
+        path / "run.json", {"command": ["lolo", "train", task], "commit": "c0ffee", "versions": {"lolo": task}}
+    )
+    files.write_bytes(path / "log.jsonl", "".join(files.json_line(row) + "\n" for row in rows).encode())
+    files.write_weights(path / "last.safetensors", meta_params(), learner=LEARNER, recipe=recipes.to_dict(recipe))
+    return recipe
+
+
+def make_rows(task="books-mlp", labels=("lolo", "adamw 0.001"), steps=400):
+    """Rows of an evaluation with two seeds."""
+    length = steps // evaluation.WINDOW
+    return [
+        evaluation.Row(
+            task=task,
+            optimizer=label,
+            meta_seed=0 if label == "lolo" else None,
+            seed=seed,
+            steps=steps,
+            train_loss=0.5 + i + 0.25 * seed,
+            train_minimum=0.25,
+            held_loss=0.75 + i,
+            held={"loss": 0.75 + i},
+            diverged=False,
+            train_curve=[1.0 / (k + 1) + i for k in range(length)],
+            held_curve=[2.0 / (k + 1) + i for k in range(length)],
+        )
+        for i, label in enumerate(labels)
+        for seed in range(2)
+    ]
+
+
+def make_study(path, task="books-mlp", labels=("lolo", "adamw 0.001")):
+    """A study's folder: rows, what is known about them, one meta-training."""
+    make_run(path / "runs" / "books-mlp-lolo-seed0", task)
+    studies.save_rows(path / "rows-books.jsonl", make_rows(task, labels))
+    about = {"command": f"lolo eval {task}", "note": task, "unroll": 200, "commit": task, "versions": {task: task}}
+    about["weights"] = {task: {"card": {"start_steps_per_250": {"0": 5, "250": 3}}}}
+    files.write_json(path / "about-books.json", about)
+
+
+class Page(html.parser.HTMLParser):
+    """A page taken apart; raises AssertionError where elements do not nest."""
+
+    VOID = {"meta"}
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert "svg" in self.open, f"<{tag}/> closes itself outside SVG"
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+    def count(self, tag):
+        return self.tags.count(tag)
+
+    def said(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def assert_complete_in_itself(text):
+    """Well-formed, no script, nothing that a browser would fetch, every name once, every picture with a label."""
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "object", "base", "form", "image", "foreignobject"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name in ("href", "src", "xlink:href", "action", "srcset", "data"):
+            assert value.startswith("#"), (tag, name, value)
+    assert not re.search(r"url\((?!#)|@import", text)
+    names = [value for _, name, value in page.attributes if name == "id"]
+    assert len(names) == len(set(names))
+    targets = {value[1:] for _, name, value in page.attributes if name == "href"} | set(
+        re.findall(r"url\(#([^)]*)", text)
+    )
+    assert targets <= set(names)
+    labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    hidden = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-hidden"]
+    assert len(labels) + len(hidden) == page.count("svg") and all(labels)
+    assert page.count("caption") == page.count("table") > 0
+    assert page.count("h1") == 1 and "lang" in {name for tag, name, _ in page.attributes if tag == "html"}
+    return page
+
+
+def test_a_meta_training(tmp_path):
+    recipe = make_run(tmp_path / "run")
+    page = assert_complete_in_itself(report.build([tmp_path / "run"]))
+    said = page.said()
+    for finding in health.examine(tmp_path / "run"):
+        assert " ".join(finding.what.split()) in said
+    for name, value in recipes.fields(recipe).items():
+        assert name in said and report.shown(value) in said
+    assert "6 of 6 outer steps done" in said and "lolo train books-mlp" in said and "c0ffee" in said
+    assert files.read_weights(tmp_path / "run" / "last.safetensors").sha256 in said
+    assert "0.2500 0.1250 best" in said and "0.5000 nan" in said
+    labels = [value for _, name, value in page.attributes if name == "aria-label"]
+    for words in ("Validation", "Task loss", "Signal-to-noise", "Start steps"):
+        assert any(label.startswith(words) for label in labels)
+
+
+def test_a_run_of_which_only_recipe_and_validations_were_kept(tmp_path):
+    make_run(tmp_path / "run")
+    rows = [row for row in training.log_rows(tmp_path / "run") if "validation" in row]
+    for name in ("log.jsonl", "run.json", "last.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    files.write_bytes(tmp_path / "run" / "validation.jsonl", "".join(files.json_line(r) + "\n" for r in rows).encode())
+    said = assert_complete_in_itself(report.build([tmp_path / "run"])).said()
+    assert "the log of outer steps is not in this folder" in said and "0.2500 0.1250 best" in said
+    assert "Health" not in said and "commit not written down" in said
+
+
+def test_a_study_and_an_evaluation_say_what_the_table_says(tmp_path):
+    make_study(tmp_path / "study")
+    page = assert_complete_in_itself(report.build([tmp_path / "study"]))
+    said = page.said()
+    for line in studies.cells(make_rows(), "lolo"):
+        assert " ".join(" ".join(line).split()) in said
+    assert "books-mlp, 400 inner steps" in said and "Meta-trainings" in said and "6 of 6 outer steps done" in said
+    assert "the unroll in meta-training, 200 steps" in said and "lolo eval books-mlp" in said
+    shutil.rmtree(tmp_path / "study" / "runs")
+    (tmp_path / "study" / "about-books.json").unlink()
+    said = assert_complete_in_itself(report.build([tmp_path / "study"])).said()
+    assert "books-mlp, 400 inner steps" in said and "Meta-trainings" not in said and "not written down" in said
+
+
+def test_the_kept_quickstart(tmp_path):
+    page = assert_complete_in_itself(report.build([QUICK]))
+    assert "lolo reproduce quick" in page.said() and "best adamw 0.003" in page.said()
+    assert any(value.startswith("Start steps") for _, name, value in page.attributes if name == "aria-label")
+
+
+def test_what_an_evaluation_writes_is_read(tmp_path):
+    studies.write_report(tmp_path, "books", make_rows(), {}, "lolo eval adamw:1e-3")
+    said = assert_complete_in_itself(report.build([tmp_path])).said()
+    assert "command given lolo eval adamw:1e-3" in said and f"lolo {training.versions()['lolo']}" in said
+
+
+def test_several_folders_are_on_one_page_each_once(tmp_path):
+    make_run(tmp_path / "a")
+    make_study(tmp_path / "b")
+    page = assert_complete_in_itself(report.build([tmp_path / "a", tmp_path / "b", tmp_path / "." / "a"]))
+    assert page.count("section") == 2 and page.count("nav") == 1
+
+
+def test_text_from_a_folder_is_shown_and_never_obeyed(tmp_path):
+    make_run(tmp_path / "<b>run & co", EVIL)
+    make_study(tmp_path / "study", EVIL, ("lolo", EVIL))
+    text = report.build([tmp_path / "<b>run & co", tmp_path / "study"])
+    text.encode()
+    page = assert_complete_in_itself(text)
+    assert "<script>alert(1)</script>" in page.said() and "<b>run & co" in page.said()
+    assert "b" not in page.tags and "\u202e" not in text and "\0" not in text
+    assert "a" * 5000 not in pages.page("a" * 5000)
+
+
+def test_only_html_is_left_unescaped():
+    assert pages.tag("p", "a<b", pages.tag("b", "c"), title='"') == '<p title="&quot;">a&lt;b<b>c</b></p>'
+    assert pages.tag("p", str(pages.Html("<b>"))) == "<p>&lt;b&gt;</p>"
+
+
+def test_the_command_that_is_shown_makes_the_same_recipe(tmp_path, monkeypatch):
+    recipe = recipes.BC_ONLY
+    changes = {"tasks": ("quadratic", "fashion-mlp"), "learner.clock_limit": 5000.0, "unroll.stagger": True, "seed": 7}
+    for name, value in changes.items():
+        recipe = recipes.with_field(recipe, name, value)
+    asked = []
+
+    def train(recipe, out, **rest):
+        asked.append(recipe)
+        raise training.RunError("enough")
+
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training, "set_up", lambda: None)
+    words = shlex.split(report.train_command(recipe))
+    assert words[:3] == ["lolo", "train", "bc-only"]
+    assert cli.main(words[1:]) == 2
+    assert asked == [recipe]
+
+
+def test_numbers_that_are_not_finite_or_huge_are_gaps():
+    y = np.array([1.0, math.nan, math.inf, 2.0, 1e300, -1e200])
+    picture = charts.curves("loss", [charts.Series("a", np.arange(1, 7), y)], "step", "loss")
+    assert "<path" in picture and "NaN" not in picture and "inf" not in picture.split("aria-label")[0]
+    nothing = charts.curves("loss", [charts.Series("a", np.arange(2), np.full(2, math.nan))], "step", "loss")
+    assert "no finite number" in nothing and "<svg" not in nothing
+    assert "no finite number" in charts.histogram("starts", {"": (np.array([]), np.array([]))}, "K")
+    assert "<svg" in charts.histogram("starts", {"": (np.array([0.0, 1e12]), np.ones(2))}, "K")
+
+
+def test_a_single_point_is_a_dot():
+    def marks(y):
+        picture = charts.curves("loss", [charts.Series("a", np.arange(len(y)), np.array(y))], "step", "loss")
+        return len(re.findall("<use [^>]*--series-1", picture))
+
+    assert marks([math.nan, 1.0]) == 1 and marks([1.0] * 31) == 0
+
+
+def test_a_long_curve_is_thinned_to_means_with_their_range():
+    x = np.arange(1000)
+    thin = charts.thin(charts.Series("a", x, np.where(x % 2, 3.0, 1.0)))
+    assert len(thin.x) == charts.MAX_POINTS and thin.x[-1] == 999
+    assert abs(thin.y.mean() - 2) < 0.02 and (thin.low == 1).all() and (thin.high == 3).all()
+
+
+def test_no_two_of_32_series_look_alike():
+    assert len({(charts.colour(i), charts.dash(i)) for i in range(report.MAX_OPTIMIZERS)}) == report.MAX_OPTIMIZERS
+
+
+def change(path, edit):
+    """Apply `edit` to every row of a JSON-lines file, or to a JSON file."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else None
+    data = json.loads(path.read_text()) if rows is None else rows
+    for row in [data] if rows is None else rows:
+        edit(row)
+    path.write_text(json.dumps(data) if rows is None else "".join(json.dumps(row) + "\n" for row in data))
+
+
+BAD = {
+    # name: (file in the study, what is done to it, words of the error)
+    "loss is text": ("runs/a/log.jsonl", lambda row: row.update(task_loss=["low"]), "task_loss is 'low'"),
+    "loss of another task": ("runs/a/log.jsonl", lambda row: row.update(task_loss=[1, 2]), "has 2 numbers"),
+    "step is missing": ("runs/a/log.jsonl", lambda row: row.pop("step"), "step is 'None'"),
+    "steps repeat": ("runs/a/log.jsonl", lambda row: row.update(step=1), "step 1 comes after step 1"),
+    "start is huge": ("runs/a/log.jsonl", lambda row: row.update(starts=[10**30]), "starts is '1000"),
+    "validation is a list": ("runs/a/log.jsonl", lambda row: row.update(validation=[]), "validation is not"),
+    "recipe without pairs": ("runs/a/recipe.json", lambda data: data["estimator"].update(pairs=0), "estimator.pairs=0"),
+    "unknown field": ("runs/a/recipe.json", lambda data: data.update(x=1), "unknown recipe field 'x'"),
+    "row of another version": ("rows-books.jsonl", lambda row: row.pop("held"), "another version"),
+    "curve too short": ("rows-books.jsonl", lambda row: row["train_curve"].pop(), "no number for each 100 of 400"),
+    "curve of text": ("rows-books.jsonl", lambda row: row.update(held_curve="abc"), "held_curve is 'abc'"),
+    "histogram is a list": (
+        "about-books.json",
+        lambda data: data["weights"].update(a={"card": {"start_steps_per_250": [1]}}),
+        "must map",
+    ),
+    "unroll is text": ("about-books.json", lambda data: data.update(unroll="long"), "unroll of about-.*'long'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_damaged_folder_is_one_line_that_names_the_file(tmp_path, capsys, name):
+    file, edit, words = BAD[name]
+    make_study(tmp_path)
+    (tmp_path / "runs" / "books-mlp-lolo-seed0").rename(tmp_path / "runs" / "a")
+    change(tmp_path / file, edit)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(words, err), err
+    assert Path(file).name in err or "about-*.json" in err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_optimizers_without_a_common_seed_are_an_error(tmp_path):
+    rows = make_rows()
+    studies.save_rows(tmp_path / "rows-a.jsonl", [row for row in rows if (row.optimizer == "lolo") == (row.seed == 0)])
+    with pytest.raises(files.FileError, match="no evaluation seed"):
+        report.build([tmp_path])
+
+
+def test_more_optimizers_than_can_be_told_apart_are_an_error(tmp_path):
+    studies.save_rows(tmp_path / "rows-a.jsonl", make_rows(labels=tuple(map(str, range(33)))))
+    with pytest.raises(files.FileError, match="33 optimizers"):
+        report.build([tmp_path])
+
+
+@pytest.mark.parametrize("examples", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_damaged_json_raises_nothing_but_the_documented_errors(tmp_path, monkeypatch, examples):
+    """Values of every file replaced at random: the page is whole, or the error is one of ours."""
+    monkeypatch.setattr(charts, "inline", lambda draw, label: pages.Html(""))  # the slow part
+    generator = random.Random(examples)
+    values = [None, True, -1, 0, 1.5, 10**25, 1e308, "", "nan", "inf", [], {}, [[]], {"a": 1}, ["a"], "\ud800<"]
+    make_study(tmp_path)
+    names = ["rows-books.jsonl", "about-books.json"]
+    names += [f"runs/books-mlp-lolo-seed0/{name}" for name in ("recipe.json", "run.json", "log.jsonl")]
+    whole = {name: (tmp_path / name).read_bytes() for name in names}
+    refused = 0
+    for _ in range(examples):
+        name = generator.choice(names)
+
+        def spoil(row):
+            place = row
+            while isinstance(place, dict) and place:
+                key = generator.choice(list(place))
+                if not isinstance(place[key], dict) or generator.random() < 0.5:
+                    place[key] = generator.choice(values)
+                    return
+                place = place[key]
+
+        change(tmp_path / name, spoil)
+        try:
+            Page(report.build([tmp_path]))
+        except (files.FileError, training.RunError) as error:
+            refused += 1
+            assert "books" in str(error)
+        (tmp_path / name).write_bytes(whole[name])
+    assert examples / 4 < refused < examples
+
+
+def test_folders_without_anything_to_report_are_refused(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "holds neither a meta-training" in capsys.readouterr().err
+    assert cli.main(["report"]) == 2
+    assert "name at least one folder" in capsys.readouterr().err
+    make_run(tmp_path / "run")
+    assert cli.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "notes.md")]) == 2
+    assert "must end in .html" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")
+    assert (tmp_path / "run" / "report.html").read_text().startswith("<!DOCTYPE html>")

@@ -1,0 +1,196 @@
+"""Sinks beside the log: the numbers of log.jsonl, each step once, whatever happened to the process before."""
+
+import json
+import math
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import StopAfter, small
+
+from lolo import cli, sinks, training
+
+RECIPE = small(**{"validation.every": 4, "validation.steps": 100, "validation.seeds": 1})
+
+
+def silent(text):
+    pass
+
+
+def expected(run):
+    """(step, name) -> number, as the log has them."""
+    return {
+        (row["step"], name): value
+        for row in training.log_rows(run)
+        for name, value in sinks.scalars(row, RECIPE.tasks).items()
+    }
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """A kind of sink that keeps what it gets: one list of (step, name, value) for each time that it was opened."""
+    opened = []
+
+    def open_(run, recipe):
+        assert recipe["outer.steps"] == RECIPE.outer.steps
+        got = []
+        opened.append(got)
+        return sinks.Sink(
+            lambda scalars, step: got.extend((step, name, value) for name, value in scalars.items()),
+            lambda: got.append("closed"),
+        )
+
+    monkeypatch.setitem(sinks.SINKS, "tensorboard", sinks.Kind("json", open_))
+    return opened
+
+
+def test_a_sink_gets_the_numbers_of_the_log_each_step_once_also_after_a_kill(tmp_path, memory):
+    stop = StopAfter(5)
+    training.train(RECIPE, tmp_path / "run", log=("tensorboard",), stop=stop, told=stop.told, say=silent)
+    # As a SIGKILL leaves it: rows that are past the newest whole checkpoint, and no sink closed.
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write(json.dumps(training.log_rows(tmp_path / "run")[-1] | {"step": 5, "task_loss": [99.0]}) + "\n")
+    training.resume(tmp_path / "run", say=silent)  # logs where it logged before
+    first, second = memory
+    assert first.pop() == "closed" and second.pop() == "closed"
+    assert {step for step, _, _ in first} == set(range(5))
+    assert len(second) == len(set((step, name) for step, name, _ in second))
+    assert {(step, name): value for step, name, value in second} == expected(tmp_path / "run")
+    assert {step for step, _, _ in second} == set(range(8))
+
+
+def test_resume_can_add_a_sink_that_starts_at_the_first_step_and_can_drop_it(tmp_path, memory):
+    stop = StopAfter(3)
+    training.train(RECIPE, tmp_path / "run", stop=stop, told=stop.told, say=silent)
+    assert memory == []
+    training.resume(tmp_path / "run", log=("tensorboard",), say=silent)
+    assert {entry[0] for entry in memory[0][:-1]} == set(range(8))
+    training.resume(tmp_path / "run", log=(), say=silent)
+    training.resume(tmp_path / "run", say=silent)
+    assert len(memory) == 1
+
+
+def test_a_sink_that_fails_is_left_out_and_told_and_the_run_goes_on(tmp_path, monkeypatch):
+    def fail(scalars, step):
+        if step == 2:
+            raise RuntimeError("no space")
+
+    monkeypatch.setitem(
+        sinks.SINKS, "tensorboard", sinks.Kind("json", lambda run, recipe: sinks.Sink(fail, lambda: None))
+    )
+    said = []
+    result = training.train(small(), tmp_path / "run", log=("tensorboard",), say=said.append)
+    assert result.finished and len(training.log_rows(tmp_path / "run")) == 8
+    assert len(said) == 1 and "no space" in said[0] and "lolo resume --log tensorboard" in said[0]
+
+
+def test_a_sink_that_does_not_open_is_one_line(tmp_path, monkeypatch, capsys):
+    def refuse(run, recipe):
+        raise RuntimeError("no permission")
+
+    monkeypatch.setitem(sinks.SINKS, "wandb", sinks.Kind("json", refuse))
+    argv = [f"--{name}={' '.join(value) if isinstance(value, tuple) else value}" for name, value in TINY.items()]
+    assert cli.main(["train", "lolo", *argv, "--log", "wandb", "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--log wandb can't be opened (no permission)" in err
+
+
+TINY = {"tasks": ("quadratic",), "outer.steps": 1, "unroll.length": 20, "unroll.truncation": 10, "estimator.pairs": 2}
+
+
+@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_missing_extra_is_one_line_that_names_it_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, name, package
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "lolo", "--log", name]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"pip install 'lolo[{name}]'" in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unknown_sink_names_the_nearest(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "lolo", "--log", "tensorbord"]) == 2
+    assert "'tensorbord'; did you mean 'tensorboard'" in capsys.readouterr().err
+
+
+def test_a_sink_without_a_run_folder_is_refused():
+    with pytest.raises(training.RunError, match="needs a run folder"):
+        training.train(small(), None, log=("tensorboard",))
+
+
+def test_numbers_of_a_row():
+    row = {"step": 3, "task_loss": [1.0, "nan"], "alpha_mix": "inf", "starts": [0, 50], "reached": [], "dropped": 1}
+    row |= {"first_bad": [{"task": "a"}], "validation": {"held_loss": 2.0}}
+    found = sinks.scalars(row, ["a", "b"])
+    assert math.isnan(found.pop("task_loss/b"))
+    expected = {"task_loss/a": 1.0, "alpha_mix": float("inf"), "starts/mean": 25.0, "dropped": 1.0}
+    assert found == expected | {"validation/held_loss": 2.0}
+
+
+# --- the libraries themselves -------------------------------------------------------------------------------------
+
+
+def read_tensorboard(run):
+    """(step, name, value) of every scalar in every event file."""
+    from tensorboardX.proto import event_pb2
+
+    found = []
+    for path in (run / "tensorboard").iterdir():
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value if v.HasField("simple_value")]
+            content = content[16 + length :]
+    return found
+
+
+def read_wandb(run):
+    """(step, name, value) of every number in every offline run: records in blocks of 32 KiB after 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    found = []
+    for path in (run / "wandb").glob("offline-run-*/*.wandb"):
+        content, position, record = path.read_bytes(), 7, b""
+        while position + 7 <= len(content):
+            if 32768 - position % 32768 < 7:
+                position += 32768 - position % 32768
+                continue
+            _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+            record += content[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # whole, or the last part
+                history = wandb_internal_pb2.Record.FromString(record).history
+                items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
+                found += [(items["_step"], name, value) for name, value in items.items() if not name.startswith("_")]
+                record = b""
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("name", "read"), [("tensorboard", read_tensorboard), ("wandb", read_wandb)])
+def test_each_library_holds_each_step_once_after_a_resume(tmp_path, monkeypatch, name, read):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # tensorboardX imports torch where it can, and takes the folder of tests of that name for it where it can't.
+    monkeypatch.setitem(sys.modules, "torch", None)
+    stop = StopAfter(5)
+    run = tmp_path / "run"
+    training.train(RECIPE, run, log=(name,), stop=stop, told=stop.told, say=silent)
+    assert {step for step, _, _ in read(run)} == set(range(5))
+    training.resume(run, say=silent)
+    found = read(run)
+    assert len(found) == len(expected(run))
+    for step, scalar, value in found:
+        assert value == pytest.approx(expected(run)[step, scalar], rel=1e-6), (step, scalar)
+
+
+def test_every_kind_of_sink_is_an_extra_of_its_name():
+    text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
+    for name, kind in sinks.SINKS.items():
+        assert f'\n{name} = ["{kind.package}>=' in text
