@@ -213,7 +213,7 @@ def validation_table(run: RunFolder) -> list[Html]:
         for i in shown
     ]
     caption = f"Validation with {rows[-1]['steps']:,} inner steps; {len(shown)} of {len(rows)} shown"
-    return [table(caption, ["outer steps done", "train loss", "held-out loss", ""], cells)]
+    return [table(caption, ["outer steps done", "train loss", "held-out loss", "note"], cells)]
 
 
 def recipe_table(recipe: Recipe) -> Html:
@@ -359,7 +359,7 @@ def run_table(rows: Sequence[Row]) -> Html:
         )
         for row in rows
     ]
-    header = ["optimizer", "meta-seed", "seed", "train loss", "its minimum", "held-out loss", ""]
+    header = ["optimizer", "meta-seed", "seed", "train loss", "its minimum", "held-out loss", "note"]
     return table(f"Runs on {rows[0].task}", header, cells)
 
 
