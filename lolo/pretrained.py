@@ -31,6 +31,8 @@ class Weights(NamedTuple):
         step_scale: float | Callable[[jax.Array], jax.Array] = 1.0,
         weight_decay: float | None = None,
         clock_limit: float | None = None,
+        axis_name: str | None = None,
+        sharded_axis: int = 0,
     ) -> optax.GradientTransformation:
         """The optimizer for optax.
 
@@ -38,13 +40,19 @@ class Weights(NamedTuple):
           step_scale: multiplies every update; a float, or a schedule step -> float.
           weight_decay: decoupled, times λ1; None: as shipped; 0 switches it off.
           clock_limit: the time features see min(t, clock_limit); None: as shipped; inf switches it off.
+          axis_name: inside shard_map, the mesh axis over whose devices parameters are cut. Those that are equal on all
+            of its devices may stand beside them.
+          sharded_axis: the axis along which they are cut, in equal parts.
+
+        Its init and update raise ValueError, inside shard_map, for parameters that are cut over another axis, and for
+        gradients that were not averaged. Under jit, whole arrays may lie on several devices without a word here.
         """
         learner = self.learner
         if weight_decay is not None:
             learner = dataclasses.replace(learner, weight_decay=float(weight_decay))
         if clock_limit is not None:
             learner = dataclasses.replace(learner, clock_limit=float(clock_limit))
-        base = architecture(learner).optimizer(self.meta_params)
+        base = architecture(learner, axis_name, sharded_axis).optimizer(self.meta_params)
         if isinstance(step_scale, int | float) and step_scale == 1.0:
             return base
         scale = optax.scale_by_schedule(step_scale) if callable(step_scale) else optax.scale(step_scale)
@@ -52,9 +60,9 @@ class Weights(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def architecture(learner: Learner) -> LearnedOptimizer:
+def architecture(learner: Learner, axis_name: str | None = None, sharded_axis: int = 0) -> LearnedOptimizer:
     """`recipes.build_learner`, one object for equal arguments: what is compiled for it is found again."""
-    return recipes.build_learner(learner)
+    return recipes.build_learner(learner, axis_name, sharded_axis)
 
 
 def load(name_or_path: str | Path) -> Weights:
