@@ -81,7 +81,7 @@ def experiment(run: Run, name: str, title: str, seeds: int) -> None:
     if best != DEFAULT:
         optimizers[f"AdamW {best:g} (best of grid)"] = best
     rows: list[dict[str, Any]] = []
-    for (label, lr), seed in itertools.product(optimizers.items(), range(options.seeds)):
+    for seed, (label, lr) in itertools.product(range(options.seeds), optimizers.items()):
         rows.append({"optimizer": label, "seed": seed, **judged(*run(lr, seed, options.steps))})
         print({key: value for key, value in rows[-1].items() if not key.endswith("curve")}, flush=True)
         lines = "".join(files.json_line(row) + "\n" for row in (about, *rows))
