@@ -14,8 +14,10 @@ import numpy as np
 import optax
 
 from lolo import files, recipes
-from lolo.learned import LearnedOptimizer
+from lolo.features import Moments
+from lolo.learned import LearnedOptimizer, SmallFcState
 from lolo.recipes import Learner
+from lolo.trees import PyTree
 
 
 class Weights(NamedTuple):
@@ -52,11 +54,36 @@ class Weights(NamedTuple):
             learner = dataclasses.replace(learner, weight_decay=float(weight_decay))
         if clock_limit is not None:
             learner = dataclasses.replace(learner, clock_limit=float(clock_limit))
-        base = architecture(learner, axis_name, sharded_axis).optimizer(self.meta_params)
+        base = one_tree_per_moment(architecture(learner, axis_name, sharded_axis).optimizer(self.meta_params))
         if isinstance(step_scale, int | float) and step_scale == 1.0:
             return base
         scale = optax.scale_by_schedule(step_scale) if callable(step_scale) else optax.scale(step_scale)
         return optax.chain(base, scale)
+
+
+def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """small_fc with its state as optax's own optimizers have it: a tree of arrays for each moment.
+
+    Inside, all moments of a parameter stand together in its place, where flax's `nnx.Optimizer` takes arrays only.
+    """
+
+    def outside(state: Any) -> Any:
+        if not isinstance(state, SmallFcState):
+            return state
+        leaves, structure = jax.tree.flatten(state.moments, is_leaf=lambda node: isinstance(node, Moments))
+        fields = [[leaf[i] for leaf in leaves] for i in range(len(Moments._fields))]
+        return state._replace(moments=Moments(*(jax.tree.unflatten(structure, field) for field in fields)))
+
+    def inside(state: Any) -> Any:
+        if not isinstance(state, SmallFcState):
+            return state
+        return state._replace(moments=jax.tree.map(Moments, *state.moments))
+
+    def update(grads: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        updates, state = optimizer.update(grads, inside(state), params)
+        return updates, outside(state)
+
+    return optax.GradientTransformation(lambda params: outside(optimizer.init(params)), update)
 
 
 @functools.lru_cache(maxsize=64)
