@@ -4,13 +4,11 @@ Two pre-norm layers of width 32 with two heads, context 32, batches of 8; 48 sym
 Run: python experiments/external/characters_jax.py
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rows import WINDOW, experiment
+from rows import WINDOW, Make, experiment
 
 import lolo
 from lolo.data import embedded
@@ -69,10 +67,8 @@ def windows_at(text, starts):
     return text[starts[:, None] + jnp.arange(CONTEXT + 1)].astype(jnp.int32)
 
 
-@functools.cache
-def programs(lr):
-    """Start, WINDOW steps in one program, and the held-out loss, for one optimizer."""
-    optimizer = lolo.load("lolo-small").optimizer() if lr is None else optax.adamw(lr)
+def programs(optimizer):
+    """Start, WINDOW steps in one program, and the held-out loss."""
     text = jnp.asarray(embedded.books_symbols()["train"])
     held_text = jnp.asarray(embedded.books_symbols()["validation"])
     held_starts = jnp.linspace(0, len(held_text) - CONTEXT - 1, HELD_WINDOWS).astype(jnp.int32)
@@ -92,8 +88,8 @@ def programs(lr):
     return jax.jit(start), many, jax.jit(lambda params: loss_of(params, windows_at(held_text, held_starts)))
 
 
-def run(lr: float | None, seed: int, steps: int) -> tuple[np.ndarray, dict[int, float]]:
-    start, many, held_loss = programs(lr)
+def run(make: Make, seed: int, steps: int) -> tuple[np.ndarray, dict[int, float]]:
+    start, many, held_loss = programs(make())
     key_init, key_batches = jax.random.split(jax.random.key(seed))
     carry, losses, held = start(key_init), [], {}
     for i, key in enumerate(jax.random.split(key_batches, steps // WINDOW), 1):
@@ -105,4 +101,6 @@ def run(lr: float | None, seed: int, steps: int) -> tuple[np.ndarray, dict[int, 
 
 
 if __name__ == "__main__":
-    experiment(run, "characters-jax", "characters of books, transformer (2 layers, width 32) in JAX, batch 8", seeds=1)
+    learned = lolo.load("lolo-small").optimizer
+    title = "characters of books, transformer (2 layers, width 32) in JAX, batch 8"
+    experiment(run, learned, lambda lr: optax.adamw(lr), "characters-jax", title, seeds=1)

@@ -4,9 +4,11 @@ Needs scikit-learn and PyTorch:    pip install scikit-learn 'lolo[torch]'
 Run:                               python experiments/external/digits_torch.py
 """
 
+from functools import partial
+
 import numpy as np
 import torch
-from rows import experiment
+from rows import Make, experiment
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -16,15 +18,14 @@ from lolo.torch import LoLO
 EVERY = 500  # steps between two held-out losses
 
 
-def run(lr: float | None, seed: int, steps: int) -> tuple[np.ndarray, dict[int, float]]:
+def run(make: Make, seed: int, steps: int) -> tuple[np.ndarray, dict[int, float]]:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images.astype(np.float32) / 16, labels, test_size=0.2, stratify=labels, random_state=0)
     x, x_held, y, y_held = (torch.tensor(part) for part in parts)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    params = model.parameters()
-    optimizer = LoLO(params, weights="lolo-small") if lr is None else torch.optim.AdamW(params, lr=lr)
+    optimizer = make(model.parameters())
     losses, held = np.empty(steps), {}
     for step in range(1, steps + 1):
         batch = torch.randint(len(x), (64,))
@@ -40,4 +41,5 @@ def run(lr: float | None, seed: int, steps: int) -> tuple[np.ndarray, dict[int, 
 
 
 if __name__ == "__main__":
-    experiment(run, "digits-torch", "scikit-learn digits, MLP 64-64-64-10 in PyTorch, batch 64", seeds=3)
+    title = "scikit-learn digits, MLP 64-64-64-10 in PyTorch, batch 64"
+    experiment(run, partial(LoLO, weights="lolo-small"), torch.optim.AdamW, "digits-torch", title, seeds=3)

@@ -2,7 +2,9 @@
 
 import argparse
 import itertools
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ WINDOW = 100  # steps of every mean of train losses
 LIMIT = 1.2  # the last mean may be this many times the smallest running one
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)  # AdamW's learning rates; the default is 1e-3 in both libraries
 DEFAULT = 1e-3
+MEND = 0.1  # the weight decay that docs/choices.md found to help far past meta-training
 GRID_SEED = 1000  # the learning rate is picked here, and nothing else is run on it
 
-Run = Callable[[float | None, int, int], tuple[np.ndarray, dict[int, float]]]
-"""(AdamW's learning rate, or None for LoLO; seed; steps) -> train loss of every step, held-out loss by step."""
+Make = Callable[..., Any]  # what a library builds its optimizer with
+Run = Callable[[Make, int, int], tuple[np.ndarray, dict[int, float]]]
+"""(optimizer's maker, seed, steps) -> train loss of every step, held-out loss by step."""
 
 
 def judged(train: np.ndarray, held: dict[int, float]) -> dict[str, Any]:
@@ -25,13 +29,14 @@ def judged(train: np.ndarray, held: dict[int, float]) -> dict[str, Any]:
     sums = np.cumsum(np.concatenate([[0.0], np.asarray(train, np.float64)]))
     running = (sums[WINDOW:] - sums[:-WINDOW]) / WINDOW
     finite = bool(np.isfinite(train).all() and np.isfinite(list(held.values())).all())
-    ratio = running[-1] / running.min() if finite else float("inf")
+    last, smallest = float(running[-1]), float(running.min())
+    ratio = last / smallest if finite and smallest > 0 else 1.0 if last == smallest else math.inf
     return {
         "finite": finite,
-        "last_100": float(running[-1]),
-        "smallest_100": float(running.min()),
-        "ratio": float(ratio),
-        "passed": bool(finite and ratio <= LIMIT),
+        "last_100": last,
+        "smallest_100": smallest,
+        "ratio": ratio,
+        "passed": finite and ratio <= LIMIT,
         "held_last": held[max(held)],
         "train_curve": [float(f"{x:.5g}") for x in np.reshape(train, (-1, WINDOW)).mean(axis=1)],
         "held_curve": {str(step): float(f"{x:.5g}") for step, x in held.items()},
@@ -60,8 +65,11 @@ def picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     plots.save_figure(figure, path)
 
 
-def experiment(run: Run, name: str, title: str, seeds: int) -> None:
-    """The command: pick AdamW's learning rate on GRID_SEED, run all on seeds 0, 1, …, write rows and picture."""
+def experiment(run: Run, learned: Make, adamw: Make, name: str, title: str, seeds: int) -> None:
+    """The command: pick AdamW's learning rate on GRID_SEED, run all on seeds 0, 1, …, write rows and picture.
+
+    `learned` takes the keyword weight_decay besides, `adamw` lr.
+    """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, default=seeds)
@@ -73,16 +81,20 @@ def experiment(run: Run, name: str, title: str, seeds: int) -> None:
         "criterion": f"all finite, and the last mean of {WINDOW} train losses ≤ {LIMIT} × the smallest running one",
         **training.provenance(),
     }
-    grid = {lr: judged(*run(lr, GRID_SEED, options.steps))["last_100"] for lr in GRID}
+    grid = {lr: judged(*run(partial(adamw, lr=lr), GRID_SEED, options.steps))["last_100"] for lr in GRID}
     about |= {"grid": {f"{lr:g}": loss for lr, loss in grid.items()}, "grid_seed": GRID_SEED}
     best = min(grid, key=lambda lr: (not np.isfinite(grid[lr]), grid[lr]))
     print(about["grid"], flush=True)
-    optimizers: dict[str, float | None] = {"lolo-small": None, f"AdamW {DEFAULT:g} (default)": DEFAULT}
+    makers: dict[str, Make] = {
+        "lolo-small": learned,
+        f"lolo-small, weight decay {MEND:g}": partial(learned, weight_decay=MEND),
+        f"AdamW {DEFAULT:g} (default)": partial(adamw, lr=DEFAULT),
+    }
     if best != DEFAULT:
-        optimizers[f"AdamW {best:g} (best of grid)"] = best
+        makers[f"AdamW {best:g} (best of grid)"] = partial(adamw, lr=best)
     rows: list[dict[str, Any]] = []
-    for seed, (label, lr) in itertools.product(range(options.seeds), optimizers.items()):
-        rows.append({"optimizer": label, "seed": seed, **judged(*run(lr, seed, options.steps))})
+    for seed, (label, make) in itertools.product(range(options.seeds), makers.items()):
+        rows.append({"optimizer": label, "seed": seed, **judged(*run(make, seed, options.steps))})
         print({key: value for key, value in rows[-1].items() if not key.endswith("curve")}, flush=True)
         lines = "".join(files.json_line(row) + "\n" for row in (about, *rows))
         files.write_bytes(options.out / f"{name}.jsonl", lines.encode())
