@@ -100,7 +100,7 @@ def init_moments(param: jax.Array, of: Layout) -> Moments:
         return jax.lax.pcast(x, of.axis_name, to="varying") if differs else x
 
     if of.axes is None:
-        return Moments(zeros(3), zeros(), row=zeros(3), column=jnp.zeros((3, 0)))
+        return Moments(zeros(3), zeros(), row=zeros(3), column=sharding.zeros_beside(param, (), lead=(3, 0)))
     return Moments(zeros(3), zeros(), row=zeros(3, without=of.axes.largest), column=zeros(3, without=of.axes.second))
 
 

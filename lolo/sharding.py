@@ -31,8 +31,9 @@ def types_vary(axis_name: str) -> bool:
 def zeros_beside(x: Any, axes: tuple[int, ...], lead: tuple[int, ...] = ()) -> jax.Array:
     """float32 zeros with the extents of `axes` of x, distributed as x is along them. Returns: [*lead, *axes]."""
     shape = (*lead, *(x.shape[axis] for axis in axes))
-    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or not any(sharding.spec):
+    traced = isinstance(x, jax.core.Tracer)
+    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or (traced and not any(sharding.spec)):
         return jnp.zeros(shape)
     spec = (*sharding.spec, *(None,) * x.ndim)
     places = PartitionSpec(*(None,) * len(lead), *(spec[axis] for axis in axes))
