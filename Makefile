@@ -74,10 +74,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 	@touch $@
 
-# torch in its own step, so that the version is this one and no CUDA build replaces it.
+# PyTorch in its own step, so that the version is this one and no CUDA build replaces it; then what examples need.
 $(TORCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,hub,tensorboard,wandb]'
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[examples]'
 	@touch $@
 
 $(BROWSER_INSTALLED): $(INSTALLED)

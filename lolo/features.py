@@ -4,6 +4,8 @@ The textbook builds an [entries, 39] array. Here the inputs stay where they vary
 the rows or columns of the factored moments, 11 not at all within a tensor (the time features, `time_inputs`).
 Every tensor is seen as k matrices [a, b]: its two largest axes last, in their order, and all others merged into k.
 Below two axes k = a = 1. Inputs come first and entries last, so that the arithmetic runs along memory.
+
+Inside shard_map a tensor may be here in part: `Layout` says so, and means are then taken over all parts.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lolo import sharding
 from lolo import small_fc_spec as spec
 
 
@@ -23,6 +26,15 @@ class Decays(NamedTuple):
     momentum: jax.Array  # [3]
     rms: jax.Array  # []
     factored: jax.Array  # [3]
+
+
+class Layout(NamedTuple):
+    """A tensor, or the part of it that this device holds."""
+
+    shape: tuple[int, ...]  # of the part
+    axes: spec.FactoredAxes | None  # of the whole tensor
+    sharded: int | None = None  # the axis that is cut in equal parts over the mesh axis `axis_name`
+    axis_name: str | None = None
 
 
 class Moments(NamedTuple):
@@ -61,15 +73,35 @@ def decays(meta_params: dict[str, jax.Array]) -> Decays:
     )
 
 
-def init_moments(param: jax.Array) -> Moments:
-    """Zero moments in float32, whatever the parameter's dtype."""
-    shape, axes = param.shape, spec.factored_axes(param.shape)
+def layout(param: jax.Array, axis_name: str | None = None, sharded_axis: int = 0) -> Layout:
+    """Of a parameter that differs between the devices of mesh axis `axis_name`, or is the same on all of them.
 
-    def without(dropped: int) -> tuple[int, ...]:
-        return tuple(n for axis, n in enumerate(shape) if axis != dropped)
+    Raises ValueError if it differs and has no such axis.
+    """
+    shape = tuple(param.shape)
+    if axis_name is None or axis_name not in sharding.varying_axes(param):
+        return Layout(shape, spec.factored_axes(shape))
+    if not -len(shape) <= sharded_axis < len(shape):
+        raise ValueError(
+            f"a parameter of shape {shape} differs between the devices of mesh axis {axis_name!r}, and has no axis "
+            f"sharded_axis={sharded_axis} to be sharded along: keep it equal on all devices."
+        )
+    axis = sharded_axis % len(shape)
+    whole = tuple(n * jax.lax.axis_size(axis_name) if i == axis else n for i, n in enumerate(shape))
+    return Layout(shape, spec.factored_axes(whole), axis, axis_name)
 
-    row, column = (shape, (0,)) if axes is None else (without(axes.largest), without(axes.second))
-    return Moments(jnp.zeros((3, *shape)), jnp.zeros(shape), row=jnp.zeros((3, *row)), column=jnp.zeros((3, *column)))
+
+def init_moments(param: jax.Array, of: Layout) -> Moments:
+    """Zero moments in float32, whatever the parameter's dtype, distributed over devices as the parameter is."""
+
+    def zeros(*lead: int, without: int | None = None) -> jax.Array:
+        x = sharding.zeros_beside(param, tuple(axis for axis in range(param.ndim) if axis != without), lead)
+        differs = of.sharded is not None and of.sharded != without
+        return jax.lax.pcast(x, of.axis_name, to="varying") if differs else x
+
+    if of.axes is None:
+        return Moments(zeros(3), zeros(), row=zeros(3), column=sharding.zeros_beside(param, (), lead=(3, 0)))
+    return Moments(zeros(3), zeros(), row=zeros(3, without=of.axes.largest), column=zeros(3, without=of.axes.second))
 
 
 def _average(decay: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
@@ -78,17 +110,25 @@ def _average(decay: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     return decay * old + (1 - decay) * new
 
 
-def accumulate(moments: Moments, grad: jax.Array, decay: Decays) -> Moments:
+def _over_parts(mean: jax.Array, of: Layout, along: int | None = None) -> jax.Array:
+    """A mean over the part at hand, along the tensor's axis `along` or over all entries, made one over all parts."""
+    crosses = of.sharded is not None and along in (None, of.sharded)
+    return jax.lax.pmean(mean, of.axis_name) if crosses else mean
+
+
+def accumulate(moments: Moments, grad: jax.Array, decay: Decays, of: Layout) -> Moments:
     """One step of all moments. grad: [*shape] float32."""
     if grad.size == 0:
         return moments
     squared = grad**2
-    axes, floored = spec.factored_axes(grad.shape), squared + spec.FACTORED_EPSILON
+    axes, floored = of.axes, squared + spec.FACTORED_EPSILON
     if axes is None:
         row, column = _average(decay.factored, moments.row, floored), moments.column
     else:
-        row = _average(decay.factored, moments.row, jnp.mean(floored, axis=axes.largest))
-        column = _average(decay.factored, moments.column, jnp.mean(floored, axis=axes.second))
+        row, column = (
+            _average(decay.factored, old, _over_parts(jnp.mean(floored, axis=axis), of, axis))
+            for old, axis in zip((moments.row, moments.column), axes, strict=True)
+        )
     return Moments(
         _average(decay.momentum, moments.momentum, grad),
         decay.rms * moments.rms + (1 - decay.rms) * squared,
@@ -97,50 +137,50 @@ def accumulate(moments: Moments, grad: jax.Array, decay: Decays) -> Moments:
     )
 
 
-def _matrix_order(shape: tuple[int, ...], axes: spec.FactoredAxes | None) -> list[int]:
-    last = sorted(axes or ())
-    return [axis for axis in range(len(shape)) if axis not in last] + last
+def _matrix_order(of: Layout) -> list[int]:
+    last = sorted(of.axes or ())
+    return [axis for axis in range(len(of.shape)) if axis not in last] + last
 
 
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+def matrix_shape(of: Layout) -> tuple[int, int, int]:
     """k, a, b."""
-    if spec.factored_axes(shape) is None:
-        return 1, 1, math.prod(shape)
-    *kept, a, b = (shape[axis] for axis in _matrix_order(shape, spec.factored_axes(shape)))
+    if of.axes is None:
+        return 1, 1, math.prod(of.shape)
+    *kept, a, b = (of.shape[axis] for axis in _matrix_order(of))
     return math.prod(kept), a, b
 
 
-def as_matrices(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[*lead, *shape] -> [*lead, k, a, b]. Axes of `x` may have extent 1 where `shape` has more."""
-    axes, lead = spec.factored_axes(shape), x.ndim - len(shape)
-    x = jnp.transpose(x, [*range(lead), *(lead + axis for axis in _matrix_order(shape, axes))])
-    last = (1, math.prod(x.shape[lead:])) if axes is None else x.shape[-2:]
-    return x.reshape(*x.shape[:lead], math.prod(x.shape[lead:-2]) if axes else 1, *last)
+def as_matrices(x: jax.Array, of: Layout) -> jax.Array:
+    """[*lead, *shape] -> [*lead, k, a, b]. Axes of `x` may have extent 1 where the tensor has more."""
+    lead = x.ndim - len(of.shape)
+    x = jnp.transpose(x, [*range(lead), *(lead + axis for axis in _matrix_order(of))])
+    last = (1, math.prod(x.shape[lead:])) if of.axes is None else x.shape[-2:]
+    return x.reshape(*x.shape[:lead], math.prod(x.shape[lead:-2]) if of.axes else 1, *last)
 
 
-def from_matrices(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def from_matrices(x: jax.Array, of: Layout) -> jax.Array:
     """The inverse, of flat entries: [k·a·b] -> [*shape]."""
-    order = _matrix_order(shape, spec.factored_axes(shape))
-    x = x.reshape([shape[axis] for axis in order])
-    return jnp.transpose(x, [order.index(axis) for axis in range(len(shape))])
+    order = _matrix_order(of)
+    x = x.reshape([of.shape[axis] for axis in order])
+    return jnp.transpose(x, [order.index(axis) for axis in range(len(of.shape))])
 
 
-def inputs(grad: jax.Array, param: jax.Array, moments: Moments) -> Inputs:
+def inputs(grad: jax.Array, param: jax.Array, moments: Moments, of: Layout) -> Inputs:
     """Everything but the time features, from the updated moments. grad, param: [*shape] float32."""
-    shape, axes = grad.shape, spec.factored_axes(grad.shape)
-    row, column = moments.row, moments.column
+    axes, row, column = of.axes, moments.row, moments.column
     if axes is None:
-        row = column = as_matrices(row, shape)
+        row = column = as_matrices(row, of)
         factor = jax.lax.rsqrt(jnp.maximum(row + spec.FACTOR_MEAN_EPSILON, spec.FACTOR_FLOOR))
         momentum_factor = jax.lax.rsqrt(row + spec.MOMENTUM_EPSILON)
     else:
         mean = jnp.mean(row, axis=axes.second + 1 - (axes.second > axes.largest), keepdims=True)
+        mean = _over_parts(mean, of, axes.second)
         factor = jax.lax.rsqrt(jnp.maximum(row / (mean + spec.FACTOR_MEAN_EPSILON), spec.FACTOR_FLOOR))
-        factor = as_matrices(jnp.expand_dims(factor, axes.largest + 1), shape)
-        row = as_matrices(jnp.expand_dims(row, axes.largest + 1), shape)
-        column = as_matrices(jnp.expand_dims(column, axes.second + 1), shape)
+        factor = as_matrices(jnp.expand_dims(factor, axes.largest + 1), of)
+        row = as_matrices(jnp.expand_dims(row, axes.largest + 1), of)
+        column = as_matrices(jnp.expand_dims(column, axes.second + 1), of)
         factor = momentum_factor = factor * jax.lax.rsqrt(jnp.maximum(column, spec.FACTOR_FLOOR))
-    grad, param, momentum, rms = (as_matrices(x, shape) for x in (grad, param, moments.momentum, moments.rms))
+    grad, param, momentum, rms = (as_matrices(x, of) for x in (grad, param, moments.momentum, moments.rms))
     inverse_root = jax.lax.rsqrt(rms + spec.MOMENTUM_EPSILON)
     entry = jnp.concatenate(
         [
@@ -161,18 +201,18 @@ def inputs(grad: jax.Array, param: jax.Array, moments: Moments) -> Inputs:
     return Inputs(entry.reshape(len(entry), -1), with_root(row), with_root(column))
 
 
-def normalizer(x: jax.Array) -> jax.Array:
+def normalizer(x: jax.Array, of: Layout) -> jax.Array:
     """One over the root mean square of each input, over the tensor. x: [F, *space] -> [F]."""
     x = x.reshape(x.shape[0], -1)
-    return jax.lax.rsqrt(spec.NORMALIZE_EPSILON + jnp.sum(x * x, axis=1) / max(x.shape[1], 1))
+    return jax.lax.rsqrt(spec.NORMALIZE_EPSILON + _over_parts(jnp.sum(x * x, axis=1) / max(x.shape[1], 1), of))
 
 
-def normalized_inputs(grad: jax.Array, param: jax.Array, moments: Moments) -> jax.Array:
+def normalized_inputs(grad: jax.Array, param: jax.Array, moments: Moments, of: Layout) -> jax.Array:
     """The same inputs entry by entry, normalised: [28, k·a·b], the rows in the order of spec.NETWORK_COLUMNS."""
-    x, shape = inputs(grad, param, moments), matrix_shape(grad.shape)
+    x, shape = inputs(grad, param, moments, of), matrix_shape(of)
     row, column = (jnp.broadcast_to(y, (len(y), *shape)).reshape(len(y), -1) for y in (x.row, x.column))
     full = jnp.concatenate([x.entry, row, column])
-    return full * normalizer(full)[:, None]
+    return full * normalizer(full, of)[:, None]
 
 
 def time_inputs(step: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lolo import features
+from lolo import features, sharding
 from lolo import small_fc_spec as spec
 from lolo.trees import PyTree
 
@@ -63,6 +63,8 @@ def small_fc(
     learn_decays: bool = False,
     weight_decay: float = 0.0,
     clock_limit: float | None = None,
+    axis_name: str | None = None,
+    sharded_axis: int = 0,
 ) -> LearnedOptimizer:
     """The per-parameter MLP of Metz et al. (2022), 39 → hidden → hidden → 2 (Eq. 7).
 
@@ -75,10 +77,14 @@ def small_fc(
       learn_decays: add seven meta-parameters that shift the accumulators' decays (2,409 with hidden=32).
       weight_decay: decoupled; adds −λ1·weight_decay·θ to the update.
       clock_limit: the time features see min(t, clock_limit); None: no limit.
+      axis_name: inside shard_map, the mesh axis over whose devices parameters are cut; those that JAX's types show to
+        be equal on all of its devices are taken as whole.
+      sharded_axis: the axis along which parameters are cut, in equal parts.
 
     Returns: a LearnedOptimizer whose φ is the dict `w0, b0, w1, b1, w2, b2`, and with learned decays
       `momentum_decays, rms_decays, adafactor_decays`. Its optimizer takes any tree of float arrays of any rank;
-      accumulators are float32, updates have the parameters' dtype.
+      accumulators are float32, updates have the parameters' dtype. It raises ValueError without parameters, and inside
+      shard_map for parameters or gradients of which it would see a part only without knowing.
     """
     shapes = spec.weight_shapes(hidden, learn_decays=learn_decays)
 
@@ -93,34 +99,71 @@ def small_fc(
     def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformation:
         weights = arrange(meta_params)
 
+        def layout(param: jax.Array) -> features.Layout:
+            return features.layout(param, axis_name, sharded_axis)
+
         def init_state(params: PyTree) -> SmallFcState:
-            return SmallFcState(jax.tree.map(features.init_moments, params), jnp.zeros((), jnp.int32))
+            check_whole(params, axis_name)
+            moments = jax.tree.map(lambda param: features.init_moments(param, layout(param)), params)
+            return SmallFcState(moments, jnp.zeros((), jnp.int32))
 
         def update(grads: PyTree, state: SmallFcState, params: PyTree = None) -> tuple[PyTree, SmallFcState]:
             if params is None:
                 raise ValueError("small_fc reads the parameters: call update(grads, state, params).")
+            check_whole(params, axis_name)
+            check_reduced(grads, params)
             leaves, structure = jax.tree.flatten(params)
+            layouts = [layout(leaf) for leaf in leaves]
             params32, grads32 = ([x.astype(jnp.float32) for x in xs] for xs in (leaves, jax.tree.leaves(grads)))
             old = jax.tree.leaves(state.moments, is_leaf=lambda node: isinstance(node, features.Moments))
             decay = features.decays(meta_params)
-            moments = [features.accumulate(m, grad, decay) for m, grad in zip(old, grads32, strict=True)]
+            moments = [features.accumulate(m, g, decay, of) for m, g, of in zip(old, grads32, layouts, strict=True)]
             clock = state.step if clock_limit is None else jnp.minimum(state.step, clock_limit)
-            outputs = apply_network(weights, first_bias(weights, clock), grads32, params32, moments)
+            tensors = list(zip(grads32, params32, moments, layouts, strict=True))
+            outputs = apply_network(weights, first_bias(weights, clock), tensors)
 
-            def change(output: jax.Array, param: jax.Array, dtype: Any) -> jax.Array:
-                direction, magnitude = (features.from_matrices(x, param.shape) for x in output)
+            def change(output: jax.Array, param: jax.Array, of: features.Layout, dtype: Any) -> jax.Array:
+                direction, magnitude = (features.from_matrices(x, of) for x in output)
                 step = direction * jnp.exp(exp_mult * magnitude)
                 if weight_decay:
                     step = step + weight_decay * param
                 return (-step_mult * step).astype(dtype)
 
-            updates = [change(x, p, leaf.dtype) for x, p, leaf in zip(outputs, params32, leaves, strict=True)]
+            dtypes = [leaf.dtype for leaf in leaves]
+            updates = [change(*each) for each in zip(outputs, params32, layouts, dtypes, strict=True)]
             updates, moments = (jax.tree.unflatten(structure, part) for part in (updates, moments))
             return updates, SmallFcState(moments, state.step + 1)
 
-        return optax.GradientTransformation(init_state, update)
+        return optax.GradientTransformation(init_state, sharding.in_auto_mode(update))
 
     return LearnedOptimizer(init, optimizer)
+
+
+def check_whole(params: PyTree, axis_name: str | None) -> None:
+    """Raise ValueError, inside shard_map, for parameters that are cut over other mesh axes than `axis_name`."""
+    if axis_name is not None and not sharding.types_vary(axis_name):
+        raise ValueError(
+            f"axis_name={axis_name!r} needs jax.shard_map(..., check_vma=True), which is its default: JAX's types then "
+            "tell a parameter that is cut over the mesh axis from one that is equal on all devices."
+        )
+    for path, param in jax.tree_util.tree_leaves_with_path(params):
+        for other in sorted(sharding.varying_axes(param) - {axis_name}):
+            raise ValueError(
+                f"the parameter params{jax.tree_util.keystr(path)} of shape {param.shape} differs between the devices "
+                f"of mesh axis {other!r}, and small_fc's means must see whole tensors. If it is cut over this axis, "
+                f"say so: axis_name={other!r}, sharded_axis=... (one mesh axis only). If every device trains a model "
+                "of its own, use shard_map(..., check_vma=False)."
+            )
+
+
+def check_reduced(grads: PyTree, params: PyTree) -> None:
+    """Raise ValueError, inside shard_map, for gradients that differ where their parameter doesn't."""
+    for (path, param), grad in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(grads), strict=True):
+        for other in sorted(sharding.varying_axes(grad) - sharding.varying_axes(param)):
+            raise ValueError(
+                f"the gradient of params{jax.tree_util.keystr(path)} differs between the devices of mesh axis "
+                f"{other!r} and the parameter does not: average gradients first, jax.lax.pmean(grads, {other!r})."
+            )
 
 
 class Weights(NamedTuple):
@@ -168,38 +211,49 @@ def first_bias(weights: Weights, clock: jax.Array) -> jax.Array:
     return weights.b0 + product(weights.time, features.time_inputs(clock)[:, None])
 
 
-def apply_network(weights: Weights, bias: jax.Array, grads: list, params: list, moments: list) -> list[jax.Array]:
+Tensor = tuple[jax.Array, jax.Array, features.Moments, features.Layout]  # gradient, parameter, its moments, layout
+
+
+def apply_network(weights: Weights, bias: jax.Array, tensors: list[Tensor]) -> list[jax.Array]:
     """The two outputs for every entry of every tensor: a list of [2, entries], in the order of `as_matrices`."""
-    tensors = list(zip(grads, params, moments, strict=True))
-    together = [i for i, grad in enumerate(grads) if is_small(grad.shape)]
-    outputs = {i: matrix_network(weights, bias, *tensors[i]) for i in range(len(grads)) if i not in together}
-    if together:
-        sizes = [grads[i].size for i in together]
-        x = jnp.concatenate([features.normalized_inputs(*tensors[i]) for i in together], axis=1)
-        done = jnp.split(flat_network(weights, bias, x), list(itertools.accumulate(sizes))[:-1], axis=1)
-        outputs |= dict(zip(together, done, strict=True))
-    return [outputs[i] for i in range(len(grads))]
+    layouts = [of for *_, of in tensors]
+    small = [i for i, of in enumerate(layouts) if is_small(of)]
+    outputs = {i: matrix_network(weights, bias, *tensors[i]) for i in range(len(tensors)) if i not in small}
+    # Inside shard_map a part that shares its pass with whole tensors would make JAX take these for parts too.
+    for sharded in (False, True):
+        together = [i for i in small if (layouts[i].sharded is not None) == sharded]
+        if together:
+            sizes = [math.prod(layouts[i].shape) for i in together]
+            x = jnp.concatenate([features.normalized_inputs(*tensors[i]) for i in together], axis=1)
+            done = jnp.split(flat_network(weights, bias, x), list(itertools.accumulate(sizes))[:-1], axis=1)
+            outputs |= dict(zip(together, done, strict=True))
+    return [outputs[i] for i in range(len(tensors))]
 
 
 def block_size() -> int:
     return CPU_BLOCK if jax.default_backend() == "cpu" else OTHER_BLOCK
 
 
-def is_small(shape: tuple[int, ...]) -> bool:
+def is_small(of: features.Layout) -> bool:
     """Tensors that share one pass: few entries, narrow rows, or no rows and columns at all."""
-    _, a, b = features.matrix_shape(shape)
-    return len(shape) < 2 or math.prod(shape) <= block_size() or b < 16 or a * b < 256
+    k, a, b = features.matrix_shape(of)
+    return of.axes is None or k * a * b <= block_size() or b < 16 or a * b < 256
 
 
 def flat_network(weights: Weights, bias: jax.Array, x: jax.Array) -> jax.Array:
     """[28, n] normalised inputs -> [2, n]."""
     first = jnp.concatenate([weights.entry, weights.row, weights.column], axis=1)
     blocks = cut((1, 1, x.shape[1]))
-    return over_blocks(lambda at: later_layers(weights, product(first, entries(x, blocks, at)) + bias), blocks)
+    return over_blocks(lambda at: later_layers(weights, product(first, entries(x, blocks, at)) + bias), blocks, x)
 
 
 def matrix_network(
-    weights: Weights, bias: jax.Array, grad: jax.Array, param: jax.Array, moments: features.Moments
+    weights: Weights,
+    bias: jax.Array,
+    grad: jax.Array,
+    param: jax.Array,
+    moments: features.Moments,
+    of: features.Layout,
 ) -> jax.Array:
     """The network on one tensor of two axes or more. Returns: [2, k·a·b].
 
@@ -207,18 +261,18 @@ def matrix_network(
     along a row (`outer`) is added row by row. The other (`inner`) is repeated to fill a block once per tensor, because
     XLA's CPU code for adding it along short rows is not vectorised. For the same reason blocks are flat throughout.
     """
-    x, blocks = features.inputs(grad, param, moments), cut(features.matrix_shape(grad.shape))
+    x, blocks = features.inputs(grad, param, moments, of), cut(features.matrix_shape(of))
     (k, a, b), rows, columns = blocks
 
     def first_layer(weight: jax.Array, x: jax.Array) -> jax.Array:
         flat = x.reshape(x.shape[0], -1)
-        return product(weight * features.normalizer(flat), flat).reshape(-1, *x.shape[1:])
+        return product(weight * features.normalizer(flat, of), flat).reshape(-1, *x.shape[1:])
 
     row, column = first_layer(weights.row, x.row), first_layer(weights.column, x.column)
     outer, inner = (row, column) if x.row.shape[-1] == 1 else (column, row)
     outer = outer.reshape(-1, k * a)
     inner = jnp.broadcast_to(inner + bias[:, :, None, None], (len(inner), k, rows, b)).reshape(-1, k, rows * b)
-    weight = weights.entry * features.normalizer(x.entry)
+    weight = weights.entry * features.normalizer(x.entry, of)
 
     def block(at: Start) -> jax.Array:
         hidden = product(weight, entries(x.entry, blocks, at))
@@ -228,7 +282,7 @@ def matrix_network(
         hidden = hidden.reshape(len(hidden), rows, columns) + by_row[:, :, None]
         return later_layers(weights, hidden.reshape(len(hidden), -1))
 
-    return over_blocks(block, blocks)
+    return over_blocks(block, blocks, x.entry)
 
 
 def later_layers(weights: Weights, hidden: jax.Array) -> jax.Array:
@@ -259,8 +313,8 @@ def position(blocks: Blocks, at: Start) -> jax.Array | int:
     return (at.matrix * a + at.row) * b + at.column
 
 
-def over_blocks(block: Callable[[Start], jax.Array], blocks: Blocks) -> jax.Array:
-    """block: start -> [2, rows·columns], called for one block after the other. Returns: [2, k·a·b]."""
+def over_blocks(block: Callable[[Start], jax.Array], blocks: Blocks, x: jax.Array) -> jax.Array:
+    """block: start -> [2, rows·columns] of inputs x, called for one block after the other. Returns: [2, k·a·b]."""
     (k, a, b), rows, columns = blocks
     if rows * columns == k * a * b:
         return block(Start(0, 0, 0))
@@ -273,7 +327,7 @@ def over_blocks(block: Callable[[Start], jax.Array], blocks: Blocks) -> jax.Arra
         at = Start(i // (across * down), row, column)
         return jax.lax.dynamic_update_slice_in_dim(outputs, block(at), position(blocks, at), axis=1)
 
-    return jax.lax.fori_loop(0, k * down * across, body, jnp.zeros((2, k * a * b)))
+    return jax.lax.fori_loop(0, k * down * across, body, jnp.zeros_like(x, shape=(2, k * a * b)))
 
 
 LEARNERS: dict[str, Callable[..., LearnedOptimizer]] = {"small_fc": small_fc, "sgd": learned_sgd}

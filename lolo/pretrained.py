@@ -14,8 +14,10 @@ import numpy as np
 import optax
 
 from lolo import files, recipes
-from lolo.learned import LearnedOptimizer
+from lolo.features import Moments
+from lolo.learned import LearnedOptimizer, SmallFcState
 from lolo.recipes import Learner
+from lolo.trees import PyTree
 
 
 class Weights(NamedTuple):
@@ -31,6 +33,8 @@ class Weights(NamedTuple):
         step_scale: float | Callable[[jax.Array], jax.Array] = 1.0,
         weight_decay: float | None = None,
         clock_limit: float | None = None,
+        axis_name: str | None = None,
+        sharded_axis: int = 0,
     ) -> optax.GradientTransformation:
         """The optimizer for optax.
 
@@ -38,8 +42,13 @@ class Weights(NamedTuple):
           step_scale: multiplies every update; a float, or a schedule step -> float.
           weight_decay: decoupled, times λ1; None: as shipped; 0 switches it off.
           clock_limit: the time features see min(t, clock_limit); None: as shipped; inf switches it off.
+          axis_name: inside shard_map, the mesh axis over whose devices parameters are cut. Those that are equal on all
+            of its devices may stand beside them.
+          sharded_axis: the axis along which they are cut, in equal parts.
 
-        Raises ValueError for a setting that the architecture does not have.
+        Raises ValueError for a setting that the architecture does not have. Its init and update raise ValueError,
+        inside shard_map, for parameters that are cut over another axis, and for gradients that were not averaged.
+        Under jit, whole arrays may lie on several devices without a word here.
         """
         learner = self.learner
         if learner.name != "small_fc" and (weight_decay is not None or clock_limit is not None):
@@ -48,17 +57,42 @@ class Weights(NamedTuple):
             learner = dataclasses.replace(learner, weight_decay=float(weight_decay))
         if clock_limit is not None:
             learner = dataclasses.replace(learner, clock_limit=float(clock_limit))
-        base = architecture(learner).optimizer(self.meta_params)
+        base = one_tree_per_moment(architecture(learner, axis_name, sharded_axis).optimizer(self.meta_params))
         if isinstance(step_scale, int | float) and step_scale == 1.0:
             return base
         scale = optax.scale_by_schedule(step_scale) if callable(step_scale) else optax.scale(step_scale)
         return optax.chain(base, scale)
 
 
+def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """small_fc with its state as optax's own optimizers have it: a tree of arrays for each moment.
+
+    Inside, all moments of a parameter stand together in its place, where flax's `nnx.Optimizer` takes arrays only.
+    """
+
+    def outside(state: Any) -> Any:
+        if not isinstance(state, SmallFcState):
+            return state
+        leaves, structure = jax.tree.flatten(state.moments, is_leaf=lambda node: isinstance(node, Moments))
+        fields = [[leaf[i] for leaf in leaves] for i in range(len(Moments._fields))]
+        return state._replace(moments=Moments(*(jax.tree.unflatten(structure, field) for field in fields)))
+
+    def inside(state: Any) -> Any:
+        if not isinstance(state, SmallFcState):
+            return state
+        return state._replace(moments=jax.tree.map(Moments, *state.moments))
+
+    def update(grads: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        updates, state = optimizer.update(grads, inside(state), params)
+        return updates, outside(state)
+
+    return optax.GradientTransformation(lambda params: outside(optimizer.init(params)), update)
+
+
 @functools.lru_cache(maxsize=64)
-def architecture(learner: Learner) -> LearnedOptimizer:
+def architecture(learner: Learner, axis_name: str | None = None, sharded_axis: int = 0) -> LearnedOptimizer:
     """`recipes.build_learner`, one object for equal arguments: what is compiled for it is found again."""
-    return recipes.build_learner(learner)
+    return recipes.build_learner(learner, axis_name, sharded_axis)
 
 
 def load(name_or_path: str | Path) -> Weights:

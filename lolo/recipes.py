@@ -326,13 +326,13 @@ def check_learner(recipe: Recipe) -> None:
         )
 
 
-def build_learner(learner: Learner) -> learned.LearnedOptimizer:
-    """The architecture that a recipe names."""
+def build_learner(learner: Learner, axis_name: str | None = None, sharded_axis: int = 0) -> learned.LearnedOptimizer:
+    """The architecture that a recipe names; inside shard_map, for parameters cut over `axis_name` (see small_fc)."""
     make = pick(learned.LEARNERS, "learner.name", learner.name)
     if make is learned.learned_sgd:
         return make()
     settings = {name: value for name, value in dataclasses.asdict(learner).items() if name != "name"}
-    return make(**settings)
+    return make(**settings, axis_name=axis_name, sharded_axis=sharded_axis)
 
 
 def build_expert(recipe: Recipe) -> experts.Expert | None:

@@ -1,9 +1,9 @@
-"""The examples train, fit on a page, and the README's Python runs."""
+"""The examples train, fit on a page, and the README's Python runs. PyTorch's are in tests/torch."""
 
-import importlib.util
 import pathlib
 import re
 
+import example_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,25 +12,21 @@ import pytest
 from lolo import tasks
 
 ROOT = pathlib.Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("optax_*.py"))
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+@pytest.mark.parametrize("path", example_runs.found("optax_*.py"), ids=lambda path: path.stem)
 def test_the_loss_falls(path):
-    first, last = load(path).main(steps=150)
-    assert np.isfinite([first, last]).all() and last < 0.8 * first
+    example_runs.assert_trains(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flax_nnx.py", "equinox_module.py"])
+def test_the_loss_falls_with_libraries_of_models(name):
+    example_runs.assert_trains(example_runs.FOLDER / name)
 
 
 def test_examples_have_at_most_forty_lines():
-    assert EXAMPLES
-    assert all(len(path.read_text().splitlines()) <= 40 for path in EXAMPLES)
+    assert all(len(path.read_text().splitlines()) <= 40 for path in example_runs.found("*.py"))
 
 
 def readme_blocks():

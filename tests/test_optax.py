@@ -1,5 +1,7 @@
 """`Weights.optimizer()` behaves like any optax optimizer."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,9 @@ import optax
 import pytest
 
 import lolo
+from lolo import models
+from lolo import small_fc_spec as spec
+from lolo.trees import count_bytes
 
 WEIGHTS = lolo.load("lolo-small")
 PARAMS = {"w": jnp.ones((3, 4)), "deep": [jnp.ones(5), jnp.full((), 2.0, jnp.float32)], "conv": jnp.ones((2, 2, 3, 4))}
@@ -98,3 +103,29 @@ def test_step_scale_weight_decay_and_clock_limit_do_what_they_say():
     unlimited = WEIGHTS.optimizer(clock_limit=float("inf")).update(GRADS, late, PARAMS)[0]
     np.testing.assert_allclose(frozen["w"], at_limit["w"], rtol=1e-5)
     assert not np.allclose(unlimited["w"], frozen["w"], rtol=1e-3)
+
+
+def test_state_is_a_tree_of_arrays_for_each_moment():
+    # As optax's own: flax's nnx.Optimizer would take apart a tuple that stands in a parameter's place.
+    state = BASE.init(PARAMS)
+    for _ in range(2):
+        assert all(jax.tree.structure(moment) == jax.tree.structure(PARAMS) for moment in state.moments)
+        _, state = BASE.update(GRADS, state, PARAMS)
+
+
+MEASURED = {
+    "MLP 784-640-640-128-10": models.mlp((784, 640, 640, 128, 10)),
+    "ResNet-18, 10 classes": models.resnet18(10),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_bytes_of_state_are_those_of_the_docs(name):
+    params, _ = jax.eval_shape(MEASURED[name].init, jax.random.key(0))
+    entries = sum(x.size for x in jax.tree.leaves(params))
+    ours, adamw = (jax.eval_shape(optimizer.init, params) for optimizer in (BASE, optax.adamw(1e-3)))
+    stated = sum(4 * x.size * spec.accumulators_per_parameter(x.shape) for x in jax.tree.leaves(params))
+    assert count_bytes(ours) == pytest.approx(stated + 4)  # the step count
+    each = (count_bytes(ours), count_bytes((ours.moments.row, ours.moments.column)), count_bytes(adamw))
+    row = " | ".join([name, f"{entries:,}", *(f"{count / entries:.2f}" for count in each)])
+    assert f"| {row} |" in (pathlib.Path(__file__).parent.parent / "docs" / "performance.md").read_text()
