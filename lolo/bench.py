@@ -27,6 +27,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from lolo import files, learned, meta, models, parallel, recipes, tasks, textbook, training
+from lolo.gang import ALONE
 from lolo.trees import PyTree, count_bytes
 
 PAIRS, BATCH = 8, 128
@@ -162,7 +163,7 @@ def product_call() -> Callable[[], Any]:
 
 def outer_step(name: str, task: str = "fashion-mlp") -> tuple[Callable[[], Any], meta.MetaState]:
     """A call that makes one outer step of a recipe, and the state's shapes."""
-    run = training.prepare(recipes.with_field(recipes.RECIPES[name], "tasks", (task,)), None, None, None)
+    run = training.prepare(recipes.with_field(recipes.RECIPES[name], "tasks", (task,)), None, None, None, ALONE)
     shapes = jax.eval_shape(lambda: run.state)
 
     def call() -> Any:

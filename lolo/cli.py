@@ -14,8 +14,10 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import files, health, recipes, studies, training
+from lolo import files, health, launch, parallel, recipes, studies, training
 from lolo import tasks as tasks_
+from lolo.gang import ALONE, Gang, GangError
+from lolo.launch import Processes
 from lolo.recipes import Recipe
 
 HELP = """lolo: learned optimizers that keep working past the unroll they were meta-trained on
@@ -78,6 +80,11 @@ def say(text: str) -> None:
     print(f"lolo: {text}", file=sys.stderr, flush=True)
 
 
+Several = Annotated[Processes, tyro.conf.arg(name="")]  # its fields are options without a prefix
+SEVERAL = [field.name for field in dataclasses.fields(Processes)]
+ONE = Processes()
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainArguments:
     """Meta-train by a recipe. Every field of the recipe is an option by its dotted name."""
@@ -87,6 +94,7 @@ class TrainArguments:
     init: str | None = None  # weights to go on from: a name or a file
     devices: int | None = None  # devices (on CPU: cores) to use at most; does not change the result
     checkpoint_seconds: float = 20.0  # time between two checkpoints, at least
+    several: Several = ONE
 
 
 def train_command(argv: list[str]) -> int:
@@ -101,7 +109,7 @@ def train_command(argv: list[str]) -> int:
     recipe = recipes.pick(recipes.RECIPES, "recipe", name)
     arguments = tyro.cli(
         TrainArguments,
-        args=known_options(options, ["out", "init", "devices", "checkpoint_seconds"]),
+        args=known_options(options, ["out", "init", "devices", "checkpoint_seconds", *SEVERAL]),
         default=TrainArguments(recipe),
         prog=f"lolo train {name}",
         config=(tyro.conf.FlagConversionOff,),
@@ -110,18 +118,42 @@ def train_command(argv: list[str]) -> int:
     task = "-".join(Path(t.partition(":")[0]).stem for t in recipe.tasks)
     out = arguments.out or Path("runs") / f"{name}-{task}-seed{recipe.seed}"
     recipes.check(recipe)
-    training.set_up()
-    return supervise(
-        name,
-        lambda **hooks: training.train(
-            recipe,
-            out,
-            init=arguments.init,
-            devices=arguments.devices,
-            checkpoint_seconds=arguments.checkpoint_seconds,
-            **hooks,
-        ),
-    )
+
+    def run(gang: Gang, **hooks: Any) -> training.Result:
+        common: dict[str, Any] = {
+            "devices": arguments.devices,
+            "checkpoint_seconds": arguments.checkpoint_seconds,
+            "gang": gang,
+        }
+        # A scheduler that starts processes again gives the same command.
+        if arguments.several.asked and training.go_on(out, recipe, gang):
+            return training.resume(out, **common, **hooks)
+        return training.train(recipe, out, init=arguments.init, **common, **hooks)
+
+    return in_processes(["train", *argv], name, recipe, arguments.several, arguments.devices, run)
+
+
+def in_processes(
+    argv: list[str],
+    what: str,
+    recipe: Recipe,
+    several: Processes,
+    devices: int | None,
+    run: Callable[..., training.Result],
+) -> int:
+    """`run(gang, stop, told, say)` in this process, or, where several are asked for, `lolo ARGV` in each of them."""
+    place = launch.member()
+    if place is None and several.asked:
+        launch.check(several)
+        parallel.check_processes(recipe.estimator.pairs // recipe.estimator.slots_per_block, several.processes or 1)
+        return launch.launch(argv, several, say)
+    if place is None:
+        training.set_up(devices)
+        return supervise(what, ALONE, run)
+    training.set_up(devices or max(parallel.cores() // place["share"], 1))
+    gang = launch.join(place)
+    with gang.noticing_loss("meta-training"):
+        return supervise(what, gang, run)
 
 
 def known_options(options: list[str], more: list[str]) -> list[str]:
@@ -139,9 +171,12 @@ def known_options(options: list[str], more: list[str]) -> list[str]:
     return spelled
 
 
-def supervise(what: str, run: Callable[..., training.Result]) -> int:
+def supervise(what: str, gang: Gang, run: Callable[..., training.Result]) -> int:
     """Run a meta-training with progress and signals; exit status 0 if finished, 3 if stopped on request."""
     stop = training.Stop()
+    if not gang.leads:
+        with training.stop_on_signals(stop):
+            return 0 if run(gang, stop=stop, told=lambda progress: None, say=lambda text: None).finished else 3
     with telling() as teller, training.stop_on_signals(stop):
 
         def told(p: training.Progress) -> None:
@@ -150,7 +185,7 @@ def supervise(what: str, run: Callable[..., training.Result]) -> int:
                 what, p.step, p.total, f"loss {p.task_loss:.4f}  α {p.alpha:.2f}  K {p.start_step:.0f}  {rate:.1f}/s"
             )
 
-        result = run(stop=stop, told=told, say=say)
+        result = run(gang, stop=stop, told=told, say=say)
     if result.finished:
         print(f"{result.out}/last.safetensors")
     return 0 if result.finished else 3
@@ -159,19 +194,30 @@ def supervise(what: str, run: Callable[..., training.Result]) -> int:
 def resume_command(argv: list[str]) -> int:
     """lolo resume RUN"""
 
-    def resume(run: tyro.conf.Positional[Path], devices: int | None = None, checkpoint_seconds: float = 20.0) -> int:
+    def resume(
+        run: tyro.conf.Positional[Path],
+        devices: int | None = None,
+        checkpoint_seconds: float = 20.0,
+        several: Several = ONE,
+    ) -> int:
         """Go on with a stopped run from its newest whole checkpoint.
 
         Args:
           run: the run's folder.
           devices: devices (on CPU: cores) to use at most; does not change the result.
           checkpoint_seconds: time between two checkpoints, at least.
+          several: go on in several processes, any number.
         """
-        training.read_recipe(run)
-        training.set_up()
-        return supervise(
+        recipe = training.read_recipe(run)
+        return in_processes(
+            ["resume", *argv],
             str(run),
-            lambda **hooks: training.resume(run, devices=devices, checkpoint_seconds=checkpoint_seconds, **hooks),
+            recipe,
+            several,
+            devices,
+            lambda gang, **hooks: training.resume(
+                run, devices=devices, checkpoint_seconds=checkpoint_seconds, gang=gang, **hooks
+            ),
         )
 
     return tyro.cli(resume, args=argv, prog="lolo resume")
@@ -379,7 +425,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0 done, 2 bad input, 3 stopped on request, 4 numbers gone bad,
-    5 the disk."""
+    5 the disk, 6 a process of several lost."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
@@ -396,6 +442,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder without permission: whatever was written before is whole
         say(f"{error.filename or 'the output'} can't be written or read: {error.strerror}. Mend that and try again.")
         return 5
+    except GangError as error:
+        say(str(error))
+        return launch.LOST
     except studies.Interrupted as error:
         say(str(error))
         return 3
@@ -405,4 +454,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)
