@@ -25,6 +25,7 @@ HELP = """lolo: learned optimizers that keep working past the unroll they were m
   lolo reproduce quick              meta-train three methods on real data and compare them, within ten minutes
   lolo train RECIPE [--field VALUE] meta-train by a recipe; `lolo train lolo --help` lists every field
   lolo resume RUN                   go on with a stopped run
+  lolo sweep FILE                   a grid of recipes as independent runs, and one table
   lolo eval OPTIMIZER... --task T   long runs from the same inits and batches: table, rows, curves
   lolo doctor RUN                   whether a run is healthy, in plain words
   lolo bench                        speed on this machine, as ratios within one run
@@ -223,6 +224,46 @@ def resume_command(argv: list[str]) -> int:
     return tyro.cli(resume, args=argv, prog="lolo resume")
 
 
+def sweep_command(argv: list[str]) -> int:
+    """lolo sweep FILE"""
+    from lolo import sweep as sweeps
+
+    def sweep(
+        file: tyro.conf.Positional[Path],
+        workers: int | None = None,
+        only: int | None = None,
+        slurm: bool = False,
+        table: bool = False,
+    ) -> int:
+        """Run every combination of a grid of recipes; goes on where it was stopped, and tries again what failed.
+
+        Args:
+          file: TOML with recipe, out, [fields] that all runs share, and [grid] with lists of values.
+          workers: runs at a time; default: one for each core.
+          only: this run alone, by its number.
+          slurm: print an array script, and run nothing.
+          table: print the table of what is there, and run nothing.
+        """
+        plan, stop = sweeps.read(file), training.Stop()
+        if slurm:
+            print(sweeps.slurm_script(file, plan), end="")
+            return 0
+        if not table:
+            with training.stop_on_signals(stop):
+                sweeps.run_all(plan, workers, only, stop, say)
+        if only is not None:
+            states = [sweeps.row(plan.runs[only])["state"]]
+        else:
+            print(sweeps.gather(plan))
+            states = [sweeps.row(run)["state"] for run in plan.runs]
+        if stop.requested is not None:
+            say(f"stopped by {stop.requested}. Go on with: {shlex.join(['lolo', 'sweep', *argv])}")
+            return 3
+        return 4 if "failed" in states else 0
+
+    return tyro.cli(sweep, args=argv, prog="lolo sweep")
+
+
 def eval_command(argv: list[str]) -> int:
     """lolo eval OPTIMIZER..."""
 
@@ -412,6 +453,7 @@ def weights_command(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "resume": resume_command,
+    "sweep": sweep_command,
     "eval": eval_command,
     "reproduce": reproduce_command,
     "doctor": doctor_command,

@@ -147,11 +147,22 @@ def await_coordinator(coordinator: str, seconds: float) -> None:
         time.sleep(0.2)
 
 
-def require_free(coordinator: str) -> None:
-    """Raise GangError unless this host can listen at an address: JAX would abort or share the port silently."""
+def require_free(coordinator: str, seconds: float) -> None:
+    """Raise GangError unless this host can listen at an address: JAX would abort or share the port silently.
+
+    A name that can't be resolved is tried again for so long: a pod's own name comes a moment after the pod.
+    """
     host, port = address(coordinator)
+    until = time.monotonic() + seconds
     try:
-        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        while True:
+            try:
+                family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+                break
+            except socket.gaierror:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.5)
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
@@ -179,7 +190,7 @@ def join(
     jax.config.update("jax_enable_preemption_service", False)
     if coordinator is not None:
         if process_id == 0:
-            require_free(coordinator)
+            require_free(coordinator, join_seconds)
         else:
             await_coordinator(coordinator, join_seconds)
     try:
