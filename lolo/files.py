@@ -507,7 +507,10 @@ def read_checkpoint(run: Path, step: int, rows: tuple[int, int] | None = None) -
     """
     folder, manifest, parts = _described(run, step)
     arrays, _ = unpack(_read_verified(folder / "state.safetensors", manifest), str(folder / "state.safetensors"))
-    first, end = rows or (0, parts[-1].stop if parts else 0)
+    stop = parts[-1].stop if parts else 0
+    first, end = rows or (0, stop)
+    if parts and end > stop:
+        raise FileError(f"{folder}/manifest.json: has {stop} rows, and rows up to {end} are asked for.")
     pieces: list[Arrays] = []
     for part in parts:
         if part.start < end and part.stop > first:
@@ -516,8 +519,10 @@ def read_checkpoint(run: Path, step: int, rows: tuple[int, int] | None = None) -
                 raise FileError(f"{folder / part.name}: does not have the rows that the manifest states.")
             cut = slice(max(first - part.start, 0), end - part.start)
             pieces.append({name: x[cut] for name, x in content.items()})
-    if any(set(piece) != set(pieces[0]) for piece in pieces):
-        raise FileError(f"{folder}: its parts do not hold the same tensors.")
+    kinds = [{name: (x.dtype, x.shape[1:]) for name, x in piece.items()} for piece in pieces]
+    if any(kind != kinds[0] or set(kind) & set(arrays) for kind in kinds):
+        names = ", ".join(part.name for part in parts)
+        raise FileError(f"{folder}: {names} must hold the same tensors, and none of state.safetensors.")
     for name in pieces[0] if pieces else ():
         arrays[name] = np.concatenate([piece[name] for piece in pieces])
     return arrays, manifest
