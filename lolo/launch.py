@@ -152,6 +152,7 @@ class Child:
             os.close(err)
         self.index, self.count = place["process_id"], place["processes"]
         self.joined = False
+        self.ended_by_us = False
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
@@ -169,6 +170,12 @@ class Child:
     def status(self) -> int | None:
         """Exit status; negative for a signal; None while it runs."""
         return self.process.poll()
+
+    def end(self) -> None:
+        """End it now, whatever it does, even if it was stopped."""
+        if self.status() is None:
+            self.ended_by_us = True
+            self.process.kill()
 
     def name(self) -> str:
         return "the process" if self.index is None else f"process {self.index} of {self.count}"
@@ -262,10 +269,12 @@ def watch(children: list[Child], signals: Signals, patience: float = 30.0) -> tu
         wait = patience if failed and failed[0] in FINAL else 0.3
         if signals.kill or (failed_at is not None and time.monotonic() - failed_at > wait):
             for child in children:
-                child.process.kill()
-    ends = [(child.status() or 0, child) for child in children]
+                child.end()
+    ends = [(child.status() or 0, child) for child in children if not child.ended_by_us]
     if signals.kill:
         return 130, "interrupted."
+    if told and any(status == -signal.SIGTERM for status, _ in ends):
+        return 3, "stopped before the run had begun."
     final = next(((status, child) for status, child in ends if status in FINAL and status != 0), None)
     bad = [(status, child) for status, child in ends if status not in FINAL]
     if final is not None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -318,6 +319,85 @@ def test_children_end_with_their_parent(lolo, tmp_path):
     while any(os.path.exists(f"/proc/{pid}/exe") for pid in pids):
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+# --- what the parent makes of its children's ends ------------------------------------------------------------------
+
+NEWER = "absl::Status: ALREADY_EXISTS: Aborted connect attempt as there is a request from a newer incarnation."
+DEADLINE = (
+    "absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: /xla.coordination.CoordinationService/RegisterTask"
+)
+SILENT = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\n3\nThe tasks have crashed."
+GONE = 'UNAVAILABLE: failed to connect {grpc_message:"Socket closed", grpc_status:14}'
+ABORTED, KILLED = -int(signal.SIGABRT), -int(signal.SIGKILL)
+
+
+class Ended:
+    """A process that ended, or runs until it is killed."""
+
+    def __init__(self, status):
+        self.status = status
+
+    def poll(self):
+        return self.status
+
+    def kill(self):
+        self.status = KILLED
+
+    def send_signal(self, number):
+        self.status = 3
+
+
+def child(index, status, said="", joined=True, speaks=True):
+    made = object.__new__(launch.Child)
+    made.process, made.index, made.count, made.joined, made.ended_by_us = Ended(status), index, 4, joined, False
+    made.place = {"speaks": speaks, "heartbeat_timeout": 7, "join_timeout": 9, "coordinator": "host:5"}
+    made.noise, made.reader = said.splitlines(), threading.Thread()
+    made.reader.start()
+    return made
+
+
+ENDS = [
+    ([child(0, 0), child(1, 0)], 0, ""),
+    ([child(0, 2), child(1, None)], 2, ""),
+    ([child(0, launch.LOST), child(1, 5, "noise\nlolo: the disk", speaks=False)], 5, "status 5: the disk"),
+    ([child(0, None), child(1, KILLED)], launch.LOST, "process 1 of 4 was killed by SIGKILL"),
+    (
+        [child(0, ABORTED, SILENT), child(1, None)],
+        launch.LOST,
+        "process 0 of 4 lost process 1, 3: no heartbeat for 7 s",
+    ),
+    ([child(0, ABORTED, SILENT), child(1, KILLED)], launch.LOST, "process 1 of 4 was killed by SIGKILL"),
+    ([child(2, ABORTED, GONE)], launch.LOST, "process 2 of 4 lost the coordinator, process 0"),
+    ([child(2, ABORTED, NEWER, joined=False)], launch.LOST, "another process came with the same --process-id 2"),
+    ([child(2, ABORTED, DEADLINE, joined=False)], launch.LOST, "not all processes came to host:5 within 9 s"),
+    ([child(2, ABORTED, "F1 something else")], launch.LOST, "process 2 of 4 crashed (SIGABRT): F1 something else"),
+    ([child(0, None), child(1, 1, "KeyError: 'x'", speaks=False)], 1, "ended with status 1: KeyError: 'x'"),
+    ([child(None, ABORTED, DEADLINE, joined=False)], launch.LOST, "the process: not all processes came"),
+]
+
+
+@pytest.mark.parametrize(("children", "status", "why"), ENDS)
+def test_the_first_cause_is_told(monkeypatch, children, status, why):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    ended, words = launch.watch(children, launch.Signals(), patience=0.1)
+    assert ended == status and (why in words if why else words == ""), words
+
+
+def test_a_request_to_stop_is_passed_on(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    signals = launch.Signals()
+    signals.take(signal.SIGTERM, None)
+    assert launch.watch([child(0, None), child(1, None)], signals) == (3, "")
+    signals.take(signal.SIGINT, None)
+    assert signals.kill
+    stubborn = child(0, None)
+    stubborn.process.send_signal = lambda number: None
+    assert launch.watch([stubborn], signals) == (130, "interrupted.")
+    early = child(0, -int(signal.SIGTERM))
+    late = child(1, None)
+    signals.kill = False
+    assert launch.watch([early, late], signals)[0] == 3
 
 
 # --- alone --------------------------------------------------------------------------------------------------------
