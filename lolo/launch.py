@@ -202,7 +202,8 @@ class Child:
         return f"{self.name()} crashed ({signal.Signals(-status).name}): {' '.join(said.split())[-300:]}"
 
     def why_not_joined(self, said: str) -> str:
-        if "incarnation" in said or "ALREADY_EXISTS" in said:
+        fatal = said.rpartition("absl::Status:")[2]  # before it, process 0 has what its coordinator says of others
+        if "incarnation" in fatal or "ALREADY_EXISTS" in fatal:
             return f"{self.name()}: another process came with the same --process-id {self.index}; each needs its own."
         return (
             f"{self.name()}: not all processes came to {self.place['coordinator'] or 'the coordinator'} within "

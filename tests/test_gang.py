@@ -371,6 +371,11 @@ ENDS = [
     ([child(2, ABORTED, GONE)], launch.LOST, "process 2 of 4 lost the coordinator, process 0"),
     ([child(2, ABORTED, NEWER, joined=False)], launch.LOST, "another process came with the same --process-id 2"),
     ([child(2, ABORTED, DEADLINE, joined=False)], launch.LOST, "not all processes came to host:5 within 9 s"),
+    (
+        [child(0, ABORTED, f"more recent barrier, incarnation=5\n{DEADLINE}", joined=False)],
+        launch.LOST,
+        "not all processes",
+    ),
     ([child(2, ABORTED, "F1 something else")], launch.LOST, "process 2 of 4 crashed (SIGABRT): F1 something else"),
     ([child(0, None), child(1, 1, "KeyError: 'x'", speaks=False)], 1, "ended with status 1: KeyError: 'x'"),
     ([child(None, ABORTED, DEADLINE, joined=False)], launch.LOST, "the process: not all processes came"),
