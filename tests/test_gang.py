@@ -264,7 +264,7 @@ def test_when_one_process_is_lost_the_others_end_and_say_so(lolo, tmp_path, vict
 
 @pytest.mark.slow
 def test_the_launcher_starts_a_gang_again_and_the_result_is_the_same(lolo, tmp_path):
-    options = [*OPTIONS, "--outer.steps", "1500", "--checkpoint-seconds", "0"]
+    options = [*OPTIONS, "--outer.steps", "400", "--checkpoint-seconds", "0"]
     whole = lolo("train", "lolo", *options, "--out", tmp_path / "whole")
     process = lolo("train", "lolo", *options, "--out", tmp_path / "run", "--processes", "2", "--restarts", "2")
     for kill, victim in enumerate((1, 0)):
