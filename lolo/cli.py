@@ -18,8 +18,10 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import files, health, recipes, report, studies, training
+from lolo import files, health, launch, parallel, recipes, report, studies, training
 from lolo import tasks as tasks_
+from lolo.gang import ALONE, Gang, GangError
+from lolo.launch import Processes
 from lolo.recipes import Recipe
 
 T = TypeVar("T")
@@ -29,6 +31,7 @@ HELP = """lolo: learned optimizers that keep working past the unroll they were m
   lolo reproduce quick              meta-train three methods on real data and compare them, within ten minutes
   lolo train RECIPE [--field VALUE] meta-train by a recipe; `lolo train lolo --help` lists every field
   lolo resume RUN                   go on with a stopped run
+  lolo sweep FILE                   a grid of recipes as independent runs, and one table
   lolo eval OPTIMIZER... --task T   long runs from the same inits and batches: table, rows, curves
   lolo report FOLDER...             runs, evaluations and studies as one HTML page
   lolo doctor RUN                   whether a run is healthy, in plain words
@@ -85,6 +88,11 @@ def say(text: str) -> None:
     print(f"lolo: {text}", file=sys.stderr, flush=True)
 
 
+Several = Annotated[Processes, tyro.conf.arg(name="")]  # its fields are options without a prefix
+SEVERAL = [field.name for field in dataclasses.fields(Processes)]
+ONE = Processes()
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainArguments:
     """Meta-train by a recipe. Every field of the recipe is an option by its dotted name."""
@@ -95,6 +103,7 @@ class TrainArguments:
     devices: int | None = None  # devices (on CPU: cores) to use at most; does not change the result
     checkpoint_seconds: float = 20.0  # time between two checkpoints, at least
     log: tuple[str, ...] = ()  # tensorboard, wandb: beside log.jsonl, in the run's folder; both work offline
+    several: Several = ONE
 
 
 def one_line(read: Callable[[], T]) -> T:
@@ -137,7 +146,7 @@ def train_command(argv: list[str]) -> int:
     arguments = one_line(
         lambda: tyro.cli(
             TrainArguments,
-            args=known_options(options, ["out", "init", "devices", "checkpoint_seconds", "log"]),
+            args=known_options(options, ["out", "init", "devices", "checkpoint_seconds", "log", *SEVERAL]),
             default=TrainArguments(recipe),
             prog=f"lolo train {name}",
             config=(tyro.conf.FlagConversionOff,),
@@ -147,19 +156,43 @@ def train_command(argv: list[str]) -> int:
     task = "-".join(Path(t.partition(":")[0]).stem for t in recipe.tasks)
     out = arguments.out or Path("runs") / f"{name}-{task}-seed{recipe.seed}"
     recipes.check(recipe)
-    training.set_up()
-    return supervise(
-        name,
-        lambda **hooks: training.train(
-            recipe,
-            out,
-            init=arguments.init,
-            devices=arguments.devices,
-            checkpoint_seconds=arguments.checkpoint_seconds,
-            log=arguments.log,
-            **hooks,
-        ),
-    )
+
+    def run(gang: Gang, **hooks: Any) -> training.Result:
+        common: dict[str, Any] = {
+            "devices": arguments.devices,
+            "checkpoint_seconds": arguments.checkpoint_seconds,
+            "log": arguments.log,
+            "gang": gang,
+        }
+        # A scheduler that starts processes again gives the same command.
+        if arguments.several.asked and training.go_on(out, recipe, gang):
+            return training.resume(out, **common, **hooks)
+        return training.train(recipe, out, init=arguments.init, **common, **hooks)
+
+    return in_processes(["train", *argv], name, recipe, arguments.several, arguments.devices, run)
+
+
+def in_processes(
+    argv: list[str],
+    what: str,
+    recipe: Recipe,
+    several: Processes,
+    devices: int | None,
+    run: Callable[..., training.Result],
+) -> int:
+    """`run(gang, stop, told, say)` in this process, or, where several are asked for, `lolo ARGV` in each of them."""
+    place = launch.member()
+    if place is None and several.asked:
+        launch.check(several)
+        parallel.check_processes(recipe.estimator.pairs // recipe.estimator.slots_per_block, several.processes or 1)
+        return launch.launch(argv, several, say)
+    if place is None:
+        training.set_up(devices)
+        return supervise(what, ALONE, run)
+    training.set_up(devices or max(parallel.cores() // place["share"], 1))
+    gang = launch.join(place)
+    with gang.noticing_loss("meta-training"):
+        return supervise(what, gang, run)
 
 
 def known_options(options: list[str], more: list[str]) -> list[str]:
@@ -177,9 +210,12 @@ def known_options(options: list[str], more: list[str]) -> list[str]:
     return spelled
 
 
-def supervise(what: str, run: Callable[..., training.Result]) -> int:
+def supervise(what: str, gang: Gang, run: Callable[..., training.Result]) -> int:
     """Run a meta-training with progress and signals; exit status 0 if finished, 3 if stopped on request."""
     stop = training.Stop()
+    if not gang.leads:
+        with training.stop_on_signals(stop):
+            return 0 if run(gang, stop=stop, told=lambda progress: None, say=lambda text: None).finished else 3
     with telling() as teller, training.stop_on_signals(stop):
 
         def told(p: training.Progress) -> None:
@@ -188,7 +224,7 @@ def supervise(what: str, run: Callable[..., training.Result]) -> int:
                 what, p.step, p.total, f"loss {p.task_loss:.4f}  α {p.alpha:.2f}  K {p.start_step:.0f}  {rate:.1f}/s"
             )
 
-        result = run(stop=stop, told=told, say=say)
+        result = run(gang, stop=stop, told=told, say=say)
     if result.finished:
         print(f"{result.out}/last.safetensors")
     return 0 if result.finished else 3
@@ -202,6 +238,7 @@ def resume_command(argv: list[str]) -> int:
         devices: int | None = None,
         checkpoint_seconds: float = 20.0,
         log: tuple[str, ...] | None = None,
+        several: Several = ONE,
     ) -> int:
         """Go on with a stopped run from its newest whole checkpoint.
 
@@ -210,17 +247,61 @@ def resume_command(argv: list[str]) -> int:
           devices: devices (on CPU: cores) to use at most; does not change the result.
           checkpoint_seconds: time between two checkpoints, at least.
           log: tensorboard, wandb; default: where the run logged before; `--log` alone: nowhere else.
+          several: go on in several processes, any number.
         """
-        training.read_recipe(run)
-        training.set_up()
-        return supervise(
+        recipe = training.read_recipe(run)
+        return in_processes(
+            ["resume", *argv],
             str(run),
-            lambda **hooks: training.resume(
-                run, devices=devices, checkpoint_seconds=checkpoint_seconds, log=log, **hooks
+            recipe,
+            several,
+            devices,
+            lambda gang, **hooks: training.resume(
+                run, devices=devices, checkpoint_seconds=checkpoint_seconds, log=log, gang=gang, **hooks
             ),
         )
 
     return call(resume, argv, "lolo resume")
+
+
+def sweep_command(argv: list[str]) -> int:
+    """lolo sweep FILE"""
+    from lolo import sweep as sweeps
+
+    def sweep(
+        file: tyro.conf.Positional[Path],
+        workers: int | None = None,
+        only: int | None = None,
+        slurm: bool = False,
+        table: bool = False,
+    ) -> int:
+        """Run every combination of a grid of recipes; goes on where it was stopped, and tries again what failed.
+
+        Args:
+          file: TOML with recipe, out, [fields] that all runs share, and [grid] with lists of values.
+          workers: runs at a time; default: one for each core.
+          only: this run alone, by its number.
+          slurm: print an array script, and run nothing.
+          table: print the table of what is there, and run nothing.
+        """
+        plan, stop = sweeps.read(file), training.Stop()
+        if slurm:
+            print(sweeps.slurm_script(file, plan), end="")
+            return 0
+        if not table:
+            with training.stop_on_signals(stop):
+                sweeps.run_all(plan, workers, only, stop, say)
+        if only is not None:
+            states = [sweeps.row(plan.runs[only])["state"]]
+        else:
+            print(sweeps.gather(plan))
+            states = [sweeps.row(run)["state"] for run in plan.runs]
+        if stop.requested is not None:
+            say(f"stopped by {stop.requested}. Go on with: {shlex.join(['lolo', 'sweep', *argv])}")
+            return 3
+        return 4 if "failed" in states else 0
+
+    return call(sweep, argv, "lolo sweep")
 
 
 def eval_command(argv: list[str]) -> int:
@@ -419,6 +500,7 @@ def weights_command(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "resume": resume_command,
+    "sweep": sweep_command,
     "eval": eval_command,
     "reproduce": reproduce_command,
     "report": report_command,
@@ -433,7 +515,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0 done, 2 bad input, 3 stopped on request, 4 numbers gone bad,
-    5 the disk."""
+    5 the disk, 6 a process of several lost."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
@@ -450,6 +532,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder without permission: whatever was written before is whole
         say(f"{error.filename or 'the output'} can't be written or read: {error.strerror}. Mend that and try again.")
         return 5
+    except GangError as error:
+        say(str(error))
+        return launch.LOST
     except studies.Interrupted as error:
         say(str(error))
         return 3
@@ -459,4 +544,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

@@ -437,32 +437,82 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"{step:08d}"
 
 
-def write_checkpoint(run: Path, step: int, arrays: Arrays, about: dict[str, Any], keep: int = 3) -> Path:
-    """Write a checkpoint whole or not at all, and drop all but the newest `keep`."""
+Settle = Callable[[Any, Callable[[list[Any]], Any]], Any]
+"""(what this process says, decide) -> what process 0 decided on what all said; see `gang.Gang.settle`."""
+
+
+def alone(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
+    """The `Settle` of a single process."""
+    return decide([mine])
+
+
+def write_checkpoint(
+    run: Path,
+    step: int,
+    arrays: Arrays,
+    about: dict[str, Any],
+    keep: int = 3,
+    *,
+    own: Arrays | None = None,
+    rows: tuple[int, int] = (0, 0),
+    settle: Settle = alone,
+) -> Path:
+    """Write a checkpoint whole or not at all, and drop all but the newest `keep`.
+
+    Args:
+      arrays: what every process holds alike; process 0 writes it.
+      own: what this process alone holds: the given rows of arrays whose first axis is spread over processes.
+      settle: how processes agree. All must call this, with one `run` on a file system that all see.
+
+    Raises: FileError if processes hold different `arrays`; OSError.
+    """
+    draft = Path(settle(None, lambda _: str(_draft(run, step))))
+    mine = {"arrays": digest(arrays), "files": {}}
+    try:
+        if own:
+            name = f"slots-{rows[0]:08d}.safetensors"
+            mine["files"] = {name: {**_write_synced(draft / name, pack(own)), "rows": list(rows)}}
+        return Path(settle(mine, lambda said: str(_finish(run, step, draft, arrays, said, about, keep))))
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _draft(run: Path, step: int) -> Path:
     final = checkpoint_folder(run, step)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        content = pack(arrays)
-        with open(temporary / "state.safetensors", "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        manifest = {
-            "format_version": CHECKPOINT_VERSION,
-            "outer_step": step,
-            "files": {"state.safetensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
-            **about,
-        }
-        write_json(temporary / "manifest.json", manifest)
-        if final.exists():  # written before by a run that ended later than this one resumed from
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        sync(final.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    draft = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    return draft
+
+
+def _write_synced(path: Path, content: bytes) -> dict[str, Any]:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _finish(
+    run: Path, step: int, draft: Path, arrays: Arrays, said: list[Any], about: dict[str, Any], keep: int
+) -> Path:
+    odd = [index for index, other in enumerate(said) if other["arrays"] != said[0]["arrays"]]
+    if odd:
+        raise FileError(
+            f"at outer step {step} process {odd[0]} holds other numbers than process 0 where both must be equal: these "
+            "hosts do not compute the same bits. Use hosts of one kind, with the same XLA_FLAGS. Nothing was written."
+        )
+    parts = {"state.safetensors": _write_synced(draft / "state.safetensors", pack(arrays))}
+    for other in said:
+        parts |= other["files"]
+    manifest = {"format_version": CHECKPOINT_VERSION, "outer_step": step, "files": parts, **about}
+    write_json(draft / "manifest.json", manifest)
+    final = checkpoint_folder(run, step)
+    if final.exists():  # written before by a run that ended later than this one resumed from
+        shutil.rmtree(final)
+    os.rename(draft, final)
+    sync(final.parent)
     for step_ in checkpoints(run)[:-keep]:
         shutil.rmtree(checkpoint_folder(run, step_), ignore_errors=True)
     return final
@@ -475,37 +525,104 @@ def checkpoints(run: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit() and len(name) == 8)
 
 
-def read_checkpoint(run: Path, step: int) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays and manifest of one checkpoint, verified. Raises FileError."""
+def read_checkpoint(run: Path, step: int, rows: tuple[int, int] | None = None) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays and manifest of one checkpoint, verified. Raises FileError.
+
+    Args:
+      rows: of the arrays that processes wrote in parts, only these rows; all, if None. The parts need not be those of
+        as many processes.
+    """
+    folder, manifest, parts = _described(run, step)
+    arrays, _ = unpack(_read_verified(folder / "state.safetensors", manifest), str(folder / "state.safetensors"))
+    stop = parts[-1].stop if parts else 0
+    first, end = rows or (0, stop)
+    if parts and end > stop:
+        raise FileError(f"{folder}/manifest.json: has {stop} rows, and rows up to {end} are asked for.")
+    pieces: list[Arrays] = []
+    for part in parts:
+        if part.start < end and part.stop > first:
+            content, _ = unpack(_read_verified(folder / part.name, manifest), str(folder / part.name))
+            if any(x.ndim == 0 or len(x) != part.stop - part.start for x in content.values()):
+                raise FileError(f"{folder / part.name}: does not have the rows that the manifest states.")
+            cut = slice(max(first - part.start, 0), end - part.start)
+            pieces.append({name: x[cut] for name, x in content.items()})
+    kinds = [{name: (x.dtype, x.shape[1:]) for name, x in piece.items()} for piece in pieces]
+    if any(kind != kinds[0] or set(kind) & set(arrays) for kind in kinds):
+        names = ", ".join(part.name for part in parts)
+        raise FileError(f"{folder}: {names} must hold the same tensors, and none of state.safetensors.")
+    for name in pieces[0] if pieces else ():
+        arrays[name] = np.concatenate([piece[name] for piece in pieces])
+    return arrays, manifest
+
+
+class _Part(NamedTuple):
+    start: int
+    stop: int
+    name: str
+
+
+def _described(run: Path, step: int) -> tuple[Path, dict[str, Any], list[_Part]]:
+    """Folder, manifest and parts in the order of their rows. Raises FileError."""
     folder = checkpoint_folder(run, step)
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format_version") != CHECKPOINT_VERSION:
         raise FileError(f"{folder}/manifest.json: not a checkpoint of format_version {CHECKPOINT_VERSION}.")
     if manifest.get("outer_step") != step:
         raise FileError(f"{folder}/manifest.json: is of outer step {manifest.get('outer_step')!r}, not {step}.")
+    described = manifest.get("files")
+    if not isinstance(described, dict) or "state.safetensors" not in described:
+        raise FileError(f"{folder}/manifest.json: does not describe state.safetensors.")
+    parts = []
+    for name, entry in described.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or "sha256" not in entry:
+            raise FileError(f"{folder}/manifest.json: does not describe {name!r}.")
+        if name == "state.safetensors":
+            continue
+        bounds = entry.get("rows")
+        if not (isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(bound, int) for bound in bounds)):
+            raise FileError(f"{folder}/manifest.json: {name!r} has no rows.")
+        if name != f"slots-{bounds[0]:08d}.safetensors":  # also keeps every path inside the folder
+            raise FileError(f"{folder}/manifest.json: {name!r} is no name of rows {bounds}.")
+        parts.append(_Part(bounds[0], bounds[1], name))
+    parts.sort()
+    ends = [0, *(part.stop for part in parts)]
+    if any(part.start != end or part.stop <= part.start for part, end in zip(parts, ends, strict=False)):
+        raise FileError(f"{folder}/manifest.json: its parts do not hold all rows once.")
+    return folder, manifest, parts
+
+
+def _read_verified(path: Path, manifest: dict[str, Any]) -> bytes:
+    expected = manifest["files"][path.name]
     try:
-        expected = manifest["files"]["state.safetensors"]
-        size, sha256 = expected["bytes"], expected["sha256"]
-    except (KeyError, TypeError) as error:
-        raise FileError(f"{folder}/manifest.json: does not describe state.safetensors.") from error
-    path = folder / "state.safetensors"
-    try:
-        if path.stat().st_size != size:
-            raise FileError(f"{path}: {path.stat().st_size} bytes, manifest.json says {size}: truncated.")
+        if path.stat().st_size != expected["bytes"]:
+            raise FileError(f"{path}: {path.stat().st_size} bytes, manifest.json says {expected['bytes']}: truncated.")
         content = path.read_bytes()
     except OSError as error:
         raise FileError(f"{path}: can't be read ({error.strerror}).") from error
-    if hashlib.sha256(content).hexdigest() != sha256:
+    if hashlib.sha256(content).hexdigest() != expected["sha256"]:
         raise FileError(f"{path}: its sha256 is not that of manifest.json: damaged.")
-    arrays, _ = unpack(content, str(path))
-    return arrays, manifest
+    return content
 
 
-def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> tuple[Arrays, dict[str, Any]] | None:
-    """The newest checkpoint that is whole; `warn` is told of each that is not. None if there is none."""
+def newest_whole(run: Path, warn: Callable[[str], None]) -> int | None:
+    """Outer step of the newest checkpoint that is whole; `warn` is told of each that is not. None if there is none."""
     for step in reversed(checkpoints(run)):
         try:
-            return read_checkpoint(run, step)
+            folder, manifest, parts = _described(run, step)
+            for name in ("state.safetensors", *(part.name for part in parts)):
+                _read_verified(folder / name, manifest)
+            return step
         except FileError as error:
             warn(f"{error} Using the checkpoint before it.")
     return None
+
+
+def newest_checkpoint(
+    run: Path,
+    warn: Callable[[str], None],
+    rows: tuple[int, int] | None = None,
+    settle: Settle = alone,
+) -> tuple[Arrays, dict[str, Any]] | None:
+    """The newest checkpoint that is whole; `warn` is told of each that is not. None if there is none."""
+    step = settle(None, lambda _: newest_whole(run, warn))
+    return None if step is None else read_checkpoint(run, step, rows)

@@ -1,19 +1,22 @@
-"""Slots spread over the devices of one process, as one program.
+"""Slots spread over devices, of one process or of several, as one program.
 
 On a CPU a device is a share of the cores: `use_cores` asks for one device per core. In-process devices reach what as
-many processes would (measured: two devices 1.93 times one core, two processes 2.01 times), so there are no workers
-to start, to watch or to lose.
+many processes would (measured: two devices 1.93 times one core, two processes 2.01 times), so on one machine there
+are no workers to start, to watch or to lose. How several processes meet is in `gang`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
 from lolo import meta
 from lolo.trees import PyTree
@@ -56,6 +59,28 @@ def mesh(blocks: int, devices: int | None = None) -> Mesh:
     return Mesh(np.array(available[:count]), (AXIS,))
 
 
+def check_processes(blocks: int, processes: int) -> None:
+    """Raise ValueError unless the processes can share the blocks evenly."""
+    if blocks % processes:
+        fit = [n for n in range(1, blocks + 1) if blocks % n == 0]
+        raise ValueError(
+            f"{processes} processes can't share {blocks} blocks of slots (estimator.pairs / estimator.slots_per_block) "
+            f"evenly; use {', '.join(map(str, fit))} processes, or another number of pairs."
+        )
+
+
+def global_mesh(blocks: int, devices: int | None = None) -> Mesh:
+    """As many devices of each process, the same number of all, as divide the number of blocks, at most `devices`."""
+    own: list[list[jax.Device]] = [[] for _ in range(jax.process_count())]
+    for device in jax.devices():
+        own[device.process_index].append(device)
+    check_processes(blocks, len(own))
+    share = blocks // len(own)
+    most = min(*map(len, own), share, devices or share)
+    count = max(n for n in range(1, most + 1) if share % n == 0)
+    return Mesh(np.array([device for some in own for device in some[:count]]), (AXIS,))
+
+
 def state_specs(state: meta.MetaState) -> meta.MetaState:
     """Where each leaf of a MetaState lies: a slot's states with the device that runs it, all else everywhere."""
     everywhere, spread = PartitionSpec(), PartitionSpec(AXIS)
@@ -84,7 +109,18 @@ def shards(count: int, pairs: int) -> meta.Shards:
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, share), tree)
 
     def gather(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree)
+        # As one array of words: one message, whatever the number of leaves, each of 4-byte numbers.
+        leaves, structure = jax.tree.flatten(tree)
+        words = [jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(x.shape[0], -1) for x in leaves]
+        everyone = jax.lax.all_gather(jnp.concatenate(words, axis=1), AXIS, tiled=True)
+        parts = jnp.split(everyone, np.cumsum([x.shape[1] for x in words])[:-1], axis=1)
+        return jax.tree.unflatten(
+            structure,
+            [
+                jax.lax.bitcast_convert_type(part, x.dtype).reshape(-1, *x.shape[1:])
+                for part, x in zip(parts, leaves, strict=True)
+            ],
+        )
 
     return meta.Shards(own, gather)
 
@@ -109,7 +145,59 @@ def compile_step(setup: meta.Setup, state: meta.MetaState, over: Mesh) -> Step:
 
 
 def place(tree: PyTree, over: Mesh, specs: Any = None) -> PyTree:
-    """Put arrays where a mesh wants them: by `specs`, or a copy on every device."""
+    """Put arrays where a mesh wants them: by `specs`, or a copy on every device.
+
+    With several processes, each gives its own rows of what is spread, and all of what lies everywhere.
+    """
+
+    def put(x: Any, spec: PartitionSpec) -> jax.Array:
+        sharding = NamedSharding(over, spec)
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
     if specs is None:
-        return jax.device_put(tree, NamedSharding(over, PartitionSpec()))
-    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(over, spec)), tree, specs)
+        return jax.tree.map(lambda x: put(x, PartitionSpec()), tree)
+    return jax.tree.map(put, tree, specs)
+
+
+def init_state(init: Callable[[], meta.MetaState], over: Mesh) -> meta.MetaState:
+    """The state that `init` makes, each device making its own slots."""
+    specs = state_specs(jax.eval_shape(init))
+    return jax.jit(init, out_shardings=jax.tree.map(lambda spec: NamedSharding(over, spec), specs))()
+
+
+def own_rows(over: Mesh, pairs: int) -> tuple[int, int]:
+    """The slots that lie with this process: from the first number to before the second."""
+    share = pairs // over.devices.size
+    mine = [i for i, device in enumerate(over.devices.flat) if device.process_index == jax.process_index()]
+    return mine[0] * share, (mine[-1] + 1) * share
+
+
+def own_part(x: jax.Array) -> NDArray[Any]:
+    """What `place` was given: this process's rows of an array that is spread, or all of one that lies everywhere."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.array(x)  # a copy: on the CPU a view would show what the next outer step, given the state, writes
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def local(tree: PyTree) -> PyTree:
+    """Arrays that lie everywhere, as arrays of this process alone."""
+    return jax.tree.map(lambda x: x if x.is_fully_addressable else x.addressable_data(0), tree)
+
+
+def any_process(over: Mesh) -> Callable[..., tuple[bool, ...]]:
+    """A function that says of each flag whether any process gives it as true. 4 bytes per flag and device travel."""
+    count = len(set(device.process_index for device in over.devices.flat))
+    if count == 1:
+        return lambda *flags: flags
+    spread = NamedSharding(over, PartitionSpec(AXIS))
+    largest = jax.jit(lambda flags: jnp.max(flags, axis=0), out_shardings=NamedSharding(over, PartitionSpec()))
+
+    def ask(*flags: bool) -> tuple[bool, ...]:
+        mine = np.tile(np.array(flags, np.int32), (over.devices.size // count, 1))
+        everyone = largest(jax.make_array_from_process_local_data(spread, mine))
+        return tuple(bool(flag) for flag in np.asarray(everyone))
+
+    return ask

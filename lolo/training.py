@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 
 from lolo import evaluation, files, meta, parallel, pretrained, recipes, sinks
 from lolo import tasks as tasks_
+from lolo.gang import ALONE, Gang
 from lolo.recipes import Recipe
 from lolo.trees import count_bytes
 
@@ -131,16 +133,18 @@ def read_recipe(run: Path) -> Recipe:
 
 
 def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
-    """Claim an empty or new folder. Raises RunError if something else is there."""
-    if (run / "recipe.json").is_file():
-        changed = recipes.diff(read_recipe(run), recipe)
+    """Claim an empty or new folder, or one whose run never came to a checkpoint. Raises RunError for others."""
+    holding = (run / "recipe.json").is_file()
+    changed = recipes.diff(read_recipe(run), recipe) if holding else {}
+    if changed or (holding and files.checkpoints(run)):
         differs = (
             "; ".join(f"{name}: {a!r} there, {b!r} asked" for name, (a, b) in changed.items()) or "the same recipe"
         )
         raise RunError(f"{run} already holds a run ({differs}). Go on with `lolo resume {run}`, or give another --out.")
     # A run killed while it claimed the folder leaves run.json, or half of a file, and nothing else.
     ours = re.compile(r"run\.json|\.(run|recipe)\.json\.\d+\.tmp")
-    if run.exists() and (not run.is_dir() or any(not ours.fullmatch(path.name) for path in run.iterdir())):
+    foreign = run.is_dir() and any(not ours.fullmatch(path.name) for path in run.iterdir())
+    if not holding and run.exists() and (not run.is_dir() or foreign):
         raise RunError(f"{run} exists and is not an empty folder; give another --out.")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -166,11 +170,15 @@ def logged_to(run: Path) -> list[str]:
     return names
 
 
-def state_arrays(state: meta.MetaState) -> files.Arrays:
-    """A MetaState as named arrays, for a checkpoint."""
+def state_arrays(state: meta.MetaState) -> tuple[files.Arrays, files.Arrays]:
+    """A MetaState as named arrays, for a checkpoint: what lies on every device, and this process's rows of the rest."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    # Copied: on the CPU a view would show what the next outer step, to which the state is donated, writes there.
-    return {jax.tree_util.keystr(path): np.array(leaf) for path, leaf in leaves}
+    specs = jax.tree.leaves(parallel.state_specs(state))
+    everywhere: files.Arrays = {}
+    own: files.Arrays = {}
+    for (path, leaf), spec in zip(leaves, specs, strict=True):
+        (own if parallel.AXIS in spec else everywhere)[jax.tree_util.keystr(path)] = parallel.own_part(leaf)
+    return everywhere, own
 
 
 def state_from_arrays(arrays: files.Arrays, like: meta.MetaState, source: str) -> meta.MetaState:
@@ -212,6 +220,50 @@ def _log_row(row: Any) -> dict[str, Any]:
     return files.fields(first_bad=_FIRST_BAD)(row) if row["dropped"] else row
 
 
+def state_shapes(state: meta.MetaState, rows: tuple[int, int]) -> meta.MetaState:
+    """Shapes of what `state_arrays` gives where these rows lie."""
+
+    def shape(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
+        whole = tuple(leaf.shape)
+        return jax.ShapeDtypeStruct((rows[1] - rows[0], *whole[1:]) if parallel.AXIS in spec else whole, leaf.dtype)
+
+    return jax.tree.map(shape, state, parallel.state_specs(state))
+
+
+def require_alike(gang: Gang, recipe: Recipe, more: dict[str, Any]) -> None:
+    """Raise DifferError unless all processes have the same recipe, versions and kind of device. Starts JAX."""
+    if gang.processes == 1:
+        return
+    cure = "Start every process with the same versions, command and files."
+    facts = {f"{name}'s version": version for name, version in versions().items()}
+    gang.require_equal(facts | {"the machine": platform.machine()} | recipes.fields(recipe) | more, cure)
+    device = jax.local_devices()[0]  # only now: it connects the processes' XLA, which must be of one version
+    gang.require_equal({"the device": f"{device.platform}: {device.device_kind}"}, cure)
+
+
+def go_on(run: Path, recipe: Recipe, gang: Gang) -> bool:
+    """Whether a folder holds a run of this recipe that has a checkpoint, as process 0 sees it.
+
+    Raises RunError: it holds a run of another recipe.
+    """
+
+    def look(_: list[Any]) -> bool:
+        if not (run / "recipe.json").is_file():
+            return False
+        changed = recipes.diff(read_recipe(run), pinned(recipe))
+        if changed:
+            differs = "; ".join(f"{name}: {a!r} there, {b!r} asked" for name, (a, b) in changed.items())
+            raise RunError(f"{run} already holds another run ({differs}); give another --out.")
+        return bool(files.checkpoints(run))
+
+    return gang.settle(None, look)
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """The recipe with its tasks named as they are stored."""
+    return dataclasses.replace(recipe, tasks=tuple(tasks_.pin(name) for name in recipe.tasks))
+
+
 def log_rows(run: Path) -> list[dict[str, Any]]:
     """Rows of the log, [] before the first. Raises FileError for a row that is not `log_step`'s or a validation's."""
     return list(files.read_json_lines(run / "log.jsonl", _log_row)) if (run / "log.jsonl").is_file() else []
@@ -246,6 +298,7 @@ class Run:
     state: meta.MetaState
     out: Path | None
     rows: list[dict[str, Any]]  # of the log
+    gang: Gang = ALONE  # the processes that run it together
     checkpoint_seconds: float = 20.0  # between two checkpoints, at least
     saved: int = -1  # outer step of the newest checkpoint
     saved_at: float = 0.0
@@ -275,27 +328,31 @@ def check_init(init: files.WeightsFile, learner: recipes.Learner) -> None:
 
 
 def prepare(
-    recipe: Recipe, init: files.WeightsFile | None, tasks: dict[str, tasks_.Splits] | None, devices: int | None
+    recipe: Recipe,
+    init: files.WeightsFile | None,
+    tasks: dict[str, tasks_.Splits] | None,
+    devices: int | None,
+    gang: Gang,
 ) -> Run:
     """Build, place and compile what a recipe names. Raises RecipeError, TaskError, FileError."""
     setup = recipes.build(recipe)
     splits = {name: tasks_.resolve(name) for name in recipe.tasks} if tasks is None else tasks
-    over = parallel.mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
-    train_tasks = parallel.place(tuple(s.train for s in splits.values()), over)
+    over = parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
+    own_tasks = tuple(s.train for s in splits.values())
     meta_params = None
     if init is not None:
         check_init(init, recipe.learner)
         meta_params = init.meta_params
-    key = jax.random.key(recipe.seed)
-    state = jax.jit(lambda key, phi: meta.meta_init(setup, train_tasks, key, phi))(key, meta_params)
+    state = parallel.init_state(
+        lambda: meta.meta_init(setup, own_tasks, jax.random.key(recipe.seed), meta_params), over
+    )
     step = parallel.compile_step(setup, state, over)
+    train_tasks = parallel.place(own_tasks, over)
     placed = {
         name: tasks_.Splits(task, s.validation, s.test)
         for (name, s), task in zip(splits.items(), train_tasks, strict=True)
     }
-    run = Run(recipe, placed, setup, over, step, state, None, [])
-    run.state = parallel.place(state, over, parallel.state_specs(state))
-    return run
+    return Run(recipe, placed, setup, over, step, state, None, [], gang)
 
 
 def weights_of(run: Run) -> pretrained.Weights:
@@ -309,7 +366,7 @@ def weights_of(run: Run) -> pretrained.Weights:
 
 def save_weights(run: Run, name: str) -> None:
     """Write `name`.safetensors into the run's folder."""
-    if run.out is not None:
+    if run.out is not None and run.gang.leads:
         pretrained.save(run.out / f"{name}.safetensors", weights_of(run))
 
 
@@ -321,13 +378,17 @@ def save_checkpoint(run: Run) -> None:
     if run.out is None or run.saved == run.done or int(run.state.bad_steps):
         return
     finish_checkpoint(run)
-    arrays = state_arrays(jax.device_get(run.state))
+    arrays, own = state_arrays(run.state)
     about = {"recipe": recipes.to_dict(run.recipe), "versions": versions()}
-    if sum(x.nbytes for x in arrays.values()) < LARGE_CHECKPOINT:
-        files.write_checkpoint(run.out, run.done, arrays, about)
+    rows = parallel.own_rows(run.over, run.recipe.estimator.pairs)
+    write = partial(
+        files.write_checkpoint, run.out, run.done, arrays, about, own=own, rows=rows, settle=run.gang.settle
+    )
+    if sum(x.nbytes for x in (*arrays.values(), *own.values())) < LARGE_CHECKPOINT:
+        write()
     else:
         writer = ThreadPoolExecutor(1)
-        run.writing = writer.submit(files.write_checkpoint, run.out, run.done, arrays, about)
+        run.writing = writer.submit(write)
         writer.shutdown(wait=False)
     run.saved, run.saved_at = run.done, time.monotonic()
 
@@ -349,7 +410,7 @@ def validate(run: Run) -> dict[str, Any]:
     phi = jax.device_get(run.state.meta_params)
     train, held = [], []
     for splits in run.tasks.values():
-        curves = evaluation.run(splits.train, splits.validation, make, [phi] * len(seeds), seeds, steps)
+        curves = evaluation.run(parallel.local(splits.train), splits.validation, make, [phi] * len(seeds), seeds, steps)
         limit = splits.train.loss_limit or float("inf")
         train.append(np.mean(np.where(np.isfinite(curves.train_loss[:, -1]), curves.train_loss[:, -1], limit)))
         held.append(np.mean(np.where(np.isfinite(curves.final["loss"]), curves.final["loss"], limit)))
@@ -389,7 +450,7 @@ def log_step(run: Run, metrics: meta.Metrics, seconds: float) -> dict[str, Any]:
 
 def add_row(run: Run, row: dict[str, Any]) -> None:
     run.rows.append(row)
-    if run.out is not None:
+    if run.out is not None and run.gang.leads:
         files.append_json_line(run.out / "log.jsonl", row)
     to_sinks(run, row)
 
@@ -415,7 +476,7 @@ def logging_to(run: Run, openers: dict[str, sinks.Open], say: Callable[[str], No
     """Sinks that hold the run's rows so far and take the next ones. Raises SinkError."""
     run.say = say
     try:
-        for name, open_ in openers.items():
+        for name, open_ in openers.items() if run.gang.leads else ():
             try:
                 run.sinks[name] = open_(run.out or Path(), recipes.fields(run.recipe))
             except Exception as error:  # of whatever kind the other library raises
@@ -439,8 +500,18 @@ def loop(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[
 def outer_steps(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
     """`loop`, but for a checkpoint that may still be being written."""
     recipe, total = run.recipe, run.recipe.outer.steps
+    any_process = parallel.any_process(run.over)
+    stopping = False
     save_checkpoint(run)
-    while run.done < total and stop.requested is None:
+    while run.done < total:
+        # Processes have clocks and signals of their own, and must do the same.
+        stopping, due = any_process(
+            stop.requested is not None, time.monotonic() - run.saved_at > run.checkpoint_seconds
+        )
+        if stopping:
+            break
+        if due:
+            save_checkpoint(run)
         began = time.perf_counter()
         run.state, metrics = run.step(run.train_tasks(), run.state)
         jax.block_until_ready(run.state.meta_params)
@@ -459,17 +530,26 @@ def outer_steps(run: Run, stop: Stop, told: Callable[[Progress], None], say: Cal
             if run.done < total:  # else it is written below
                 save_weights(run, "last")
             save_checkpoint(run)
-        elif time.monotonic() - run.saved_at > run.checkpoint_seconds:
-            save_checkpoint(run)
         loss = float(np.mean(row["task_loss"]))
         starts = float(np.mean(jax.device_get(metrics.start_step)))
         told(Progress(run.done, total, loss, row["alpha_mix"], starts, seconds))
     save_checkpoint(run)
     save_weights(run, "last")
-    if stop.requested is not None and run.done < total:
+    if stopping:
         where = f" Go on with: lolo resume {run.out}" if run.out else ""
-        say(f"stopped by {stop.requested} after outer step {run.done} of {total}.{where}")
+        say(f"stopped by {stop.requested or 'another process'} after outer step {run.done} of {total}.{where}")
     return Result(weights_of(run), run.done, run.done >= total, run.out)
+
+
+def to_the_end(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
+    """`loop`, after which the processes part: all come to the same end."""
+    try:
+        result = loop(run, stop, told, say)
+    except DivergedError:
+        run.gang.dissolve()
+        raise
+    run.gang.dissolve()
+    return result
 
 
 def best_validation(rows: list[dict[str, Any]]) -> float | None:
@@ -501,13 +581,14 @@ def train(
     init: str | Path | None = None,
     tasks: dict[str, tasks_.Splits] | None = None,
     devices: int | None = None,
+    gang: Gang = ALONE,
     checkpoint_seconds: float = 20.0,
     log: Sequence[str] = (),
     stop: Stop | None = None,
     told: Callable[[Progress], None] = lambda progress: None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> Result:
-    """Meta-train by a recipe, in this process.
+    """Meta-train by a recipe, in this process or, with all of a gang calling this alike, in several.
 
     Args:
       recipe: what to do; `dataclasses.replace` or `recipes.with_field` changes fields.
@@ -515,21 +596,24 @@ def train(
       init: weights to go on from, a name or a path.
       tasks: your own splits by name, in place of the recipe's; `resume` needs them again.
       devices: how many of JAX's local devices to use at most; the result does not depend on it.
+      gang: the processes that run it together, from `gang.join`; `out` is then a folder that all see. The result does
+        not depend on their number. Process 0 logs, tells and says.
       checkpoint_seconds: time between two checkpoints, at least; one is also written at the start, at each
         validation, and at the end.
       log: names of `sinks.SINKS` that take the log's rows too; needs `out`.
       stop: set its `requested` to end after the current outer step.
       told: called after every outer step; say: called with messages for people.
 
-    Raises: RecipeError, TaskError, FileError, RunError, SinkError for bad input; DivergedError.
+    Raises: RecipeError, TaskError, FileError, RunError, SinkError for bad input; DivergedError. With a gang,
+    DifferError and GangError too.
     """
     openers = sink_openers(log)
     if openers and out is None:
         raise RunError(f"log={tuple(log)} needs a run folder; give `out`.")
-    names = [tasks_.pin(name) for name in recipe.tasks] if tasks is None else list(tasks)
-    recipe = dataclasses.replace(recipe, tasks=tuple(names))
+    recipe = pinned(recipe) if tasks is None else dataclasses.replace(recipe, tasks=tuple(tasks))
     source = None if init is None else files.read_weights(init)
-    run = prepare(recipe, source, tasks, devices)
+    require_alike(gang, recipe, {"--init": source and source.sha256})
+    run = prepare(recipe, source, tasks, devices, gang)
     run.checkpoint_seconds = checkpoint_seconds
     if out is not None:
         run.out = Path(out)
@@ -541,9 +625,23 @@ def train(
         }
         about = {**provenance(), **sizes, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
         about["init"] = None if source is None else source.sha256
-        create_run(run.out, recipe, {**about, "log": list(log)})
+        about["processes"] = gang.processes
+        claim(gang, run.out, recipe, {**about, "log": list(log)})
     with logging_to(run, openers, say):
-        return loop(run, stop or Stop(), told, say)
+        return to_the_end(run, stop or Stop(), told, say)
+
+
+def claim(gang: Gang, out: Path, recipe: Recipe, about: dict[str, Any]) -> None:
+    """`create_run` on process 0. Raises RunError where it does, and unless every process sees the folder then."""
+    gang.settle(None, lambda _: create_run(out, recipe, about))
+
+    def decide(seen: list[Any]) -> None:
+        if not all(seen):
+            raise RunError(
+                f"process {seen.index(False)} does not see {out}: --out must be a folder that all hosts share."
+            )
+
+    gang.settle((out / "recipe.json").is_file(), decide)
 
 
 def resume(
@@ -551,6 +649,7 @@ def resume(
     *,
     tasks: dict[str, tasks_.Splits] | None = None,
     devices: int | None = None,
+    gang: Gang = ALONE,
     checkpoint_seconds: float = 20.0,
     log: Sequence[str] | None = None,
     stop: Stop | None = None,
@@ -559,34 +658,41 @@ def resume(
 ) -> Result:
     """Go on with a run from its newest whole checkpoint; the result is that of a run never interrupted.
 
-    `tasks` are those that `train` was given. `log`: as in `train`; None: where the run logged before. Rebuilt from
-    log.jsonl: no step is twice there or missing. Raises RunError: no run there, no whole checkpoint, other tasks, or
-    recipe.json is not the checkpoint's; SinkError.
+    The gang may have another number of processes than the one that wrote the checkpoint. `tasks` are those that
+    `train` was given. `log`: as in `train`; None: where the run logged before. Rebuilt from log.jsonl: no step is twice
+    there or missing.
+
+    Raises RunError: no run there, no whole checkpoint, other tasks, or recipe.json is not the checkpoint's; SinkError.
+    As `train` for gangs.
     """
     folder = Path(out)
     recipe = read_recipe(folder)
     if tasks is not None and tuple(tasks) != recipe.tasks:
         raise RunError(f"{folder} is a run on tasks={recipe.tasks}, not {tuple(tasks)}; give those it began with.")
     openers = sink_openers(logged_to(folder) if log is None else log)
-    newest = files.newest_checkpoint(folder, say)
+    require_alike(gang, recipe, {})
+    over = parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
+    rows = parallel.own_rows(over, recipe.estimator.pairs)
+    newest = files.newest_checkpoint(folder, say, rows, gang.settle)
     if newest is None and not untouched(folder):
         raise RunError(f"{folder} has no whole checkpoint; start again with `lolo train` and another --out.")
     if newest is not None:
         check_manifest(newest[1], folder, recipe, say)
-    run = prepare(recipe, None, tasks, devices)
+    run = prepare(recipe, None, tasks, devices, gang)
     run.out, run.checkpoint_seconds = folder, checkpoint_seconds
     if newest is not None:
-        state = state_from_arrays(newest[0], jax.eval_shape(lambda: run.state), str(folder))
+        state = state_from_arrays(newest[0], state_shapes(run.state, rows), str(folder))
         run.state = parallel.place(state, run.over, parallel.state_specs(state))
         run.saved, run.saved_at = run.done, time.monotonic()
-        run.rows = [row for row in log_rows(folder) if row.get("step", -1) < run.done]
+        run.rows = [row for row in log_rows(folder) if row["step"] < run.done]
+    if gang.leads and newest is not None:
         text = "".join(f"{files.json_line(row)}\n" for row in run.rows)
         files.write_bytes(folder / "log.jsonl", text.encode())
-    if log is not None:
+    if gang.leads and log is not None:
         files.write_json(folder / "run.json", {**read_about(folder), "log": list(log)})
     say(f"resumed {folder} at outer step {run.done} of {recipe.outer.steps}.")
     with logging_to(run, openers, say):
-        return loop(run, stop or Stop(), told, say)
+        return to_the_end(run, stop or Stop(), told, say)
 
 
 def untouched(run: Path) -> bool:

@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
 import hypothesis.strategies as st
@@ -217,3 +219,95 @@ def test_a_half_written_last_line_of_a_log_is_skipped_and_one_in_the_middle_is_n
     log.write_text('{"step": 1, "lo\n{"step": 2}\n')
     with pytest.raises(files.FileError, match="line 1"):
         list(files.read_json_lines(log, files.fields(step=files.whole)))
+
+
+class Together:
+    """`settle` of several processes that are threads here."""
+
+    def __init__(self, count):
+        self.barrier, self.said, self.answers = threading.Barrier(count), [None] * count, []
+
+    def settle(self, index):
+        def settle(mine, decide):
+            self.said[index] = mine
+            self.barrier.wait(20)
+            if index == 0:
+                try:
+                    self.answers.append(decide(list(self.said)))
+                except files.FileError as error:
+                    self.answers.append(error)
+            self.barrier.wait(20)
+            if isinstance(self.answers[-1], Exception):
+                raise self.answers[-1]
+            return self.answers[-1]
+
+        return settle
+
+
+SPREAD = np.arange(12.0).reshape(6, 2)
+
+
+def write_in_parts(run, step, cuts, differing=False):
+    """A checkpoint whose 6 rows lie with several processes: from each cut to the next."""
+    together = Together(len(cuts))
+
+    def process(index):
+        rows = cuts[index], [*cuts[1:], 6][index]
+        arrays = {"phi": np.full(3, float(differing and index > 0))}
+        own = {"slots": SPREAD[slice(*rows)]}
+        return files.write_checkpoint(run, step, arrays, {}, own=own, rows=rows, settle=together.settle(index))
+
+    with ThreadPoolExecutor(len(cuts)) as threads:
+        return list(threads.map(process, range(len(cuts))))
+
+
+@pytest.mark.parametrize("cuts", [[0], [0, 3], [0, 2, 4], [0, 1, 2, 3, 4, 5]])
+def test_a_checkpoint_in_parts_is_read_whole_or_by_any_rows(tmp_path, cuts):
+    assert set(write_in_parts(tmp_path, 5, cuts)) == {files.checkpoint_folder(tmp_path, 5)}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000005"]
+    for rows in (None, (0, 6), (0, 3), (3, 6), (2, 4), (5, 6)):
+        arrays, _ = files.newest_checkpoint(tmp_path, pytest.fail, rows)
+        np.testing.assert_array_equal(arrays["slots"], SPREAD[slice(*(rows or (0, 6)))])
+        np.testing.assert_array_equal(arrays["phi"], np.zeros(3))
+
+
+def test_a_checkpoint_that_lacks_a_part_is_not_whole(tmp_path):
+    write_in_parts(tmp_path, 4, [0, 3])
+    write_in_parts(tmp_path, 5, [0, 3])
+    part = files.checkpoint_folder(tmp_path, 5) / "slots-00000003.safetensors"
+    content, told = part.read_bytes(), []
+    for damaged in (content[:-1], content[:-1] + b"?", None):
+        part.unlink() if damaged is None else part.write_bytes(damaged)
+        assert files.newest_whole(tmp_path, told.append) == 4
+    assert len(told) == 3 and all("slots-00000003" in words for words in told)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slots-00000003.safetensors": None},
+        {"slots-00000003.safetensors": {"rows": [2, 6]}},
+        {"slots-00000003.safetensors": {"rows": [3, 5]}},
+        {"slots-00000003.safetensors": {"rows": None}},
+        {"../../../slots-00000003.safetensors": {"rows": [3, 6]}},
+    ],
+)
+def test_a_manifest_whose_parts_do_not_fit_is_refused(tmp_path, change):
+    write_in_parts(tmp_path, 5, [0, 3])
+    path = files.checkpoint_folder(tmp_path, 5) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    entry = manifest["files"].pop("slots-00000003.safetensors")
+    manifest["files"] |= {name: entry | more for name, more in change.items() if more is not None}
+    path.write_text(json.dumps(manifest))
+    if change == {"slots-00000003.safetensors": None}:  # what is there is whole, but for the rows that are asked for
+        with pytest.raises(files.FileError, match="rows"):
+            files.read_checkpoint(tmp_path, 5, (3, 6))
+    else:
+        with pytest.raises(files.FileError, match="checkpoints/00000005"):
+            files.read_checkpoint(tmp_path, 5)
+
+
+def test_processes_that_hold_different_numbers_write_nothing(tmp_path):
+    with pytest.raises(files.FileError, match="process 1 holds other numbers than process 0"):
+        write_in_parts(tmp_path, 5, [0, 3], differing=True)
+    assert not any((tmp_path / "checkpoints").iterdir())

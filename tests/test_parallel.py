@@ -1,11 +1,17 @@
 """The same bytes on any number of devices. Each case is a process of its own: JAX counts its devices once."""
 
+import importlib.util
 import json
+import math
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+
+from lolo import recipes
 
 PROGRAM = """
 import hashlib, json, sys
@@ -45,6 +51,28 @@ late = len(jax.devices())
 print(json.dumps({"results": results, "meshes": meshes, "late": late}))
 """
 
+COMPILED = """
+import json, sys
+from lolo import parallel
+
+parallel.use_cores(2)
+
+import jax
+from lolo import meta, recipes, tasks
+
+texts = []
+for changes in json.loads(sys.argv[1]):
+    recipe = recipes.LOLO
+    for name, value in changes.items():
+        recipe = recipes.with_field(recipe, name, tuple(value) if isinstance(value, list) else value)
+    setup, group = recipes.build(recipe), tuple(tasks.resolve(name).train for name in recipe.tasks)
+    over = parallel.global_mesh(recipe.estimator.pairs, 2)
+    state = parallel.init_state(lambda: meta.meta_init(setup, group, jax.random.key(0)), over)
+    step = parallel.compile_step(setup, state, over)
+    texts.append(step.lower(parallel.place(group, over), state).compile().as_text())
+print(json.dumps(texts))
+"""
+
 SMALL = {
     "tasks": ["quadratic"],
     "learner.name": "sgd",
@@ -58,9 +86,13 @@ SMALL = {
 
 
 def run(devices, asked, changes, steps, seed=0):
+    return python(PROGRAM, str(devices), json.dumps(asked), str(seed), json.dumps(changes), str(steps))
+
+
+def python(program, *argv):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(devices), json.dumps(asked), str(seed), json.dumps(changes), str(steps)],
+        [sys.executable, "-c", program, *argv],
         capture_output=True,
         text=True,
         env=environment | {"JAX_PLATFORMS": "cpu"},
@@ -89,6 +121,66 @@ def test_blocks_are_spread_over_as_many_devices_as_divide_them(on_four):
 
 def test_asking_for_cores_after_jax_has_started_changes_nothing(on_four):
     assert on_four["late"] == 4
+
+
+def collectives(text):
+    """(kind, bytes of the result, how often) of each collective in a compiled program, loops counted."""
+    bodies, name = {}, None
+    for line in text.splitlines():
+        head = re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if head:
+            name = head[1]
+            bodies[name] = []
+        elif name is not None:
+            bodies[name].append(line)
+    calls = {name: [] for name in bodies}  # computation -> (who calls it, how often)
+    for caller, lines in bodies.items():
+        for line in lines:
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            for kind, called in re.findall(r"(body|to_apply|calls|condition)=%?([\w.-]+)", line):
+                calls[called].append((caller, int(trips[1]) if trips and kind == "body" else 1))
+            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                for called in branches.replace("%", "").split(", "):
+                    calls[called].append((caller, 1))
+
+    def often(name):
+        return sum(often(caller) * trips for caller, trips in calls[name]) if calls[name] else 1
+
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+    found = []
+    for name, lines in bodies.items():
+        for line in lines:
+            # the type comes first: f32[4,6]{1,0} all-gather(...); words have 4 bytes
+            match = re.search(rf"= (\(?[^=]*?) ({kinds})(?:-start)?\(", line)
+            if match:
+                shapes = re.findall(r"[a-z]+\d*\[([\d,]*)\]", match[1])
+                words = sum(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
+                found.append((match[2], 4 * words, often(name)))
+    return found
+
+
+def test_what_travels_is_what_the_cost_model_says(tmp_path):
+    again = tmp_path / "again.py"
+    again.write_text("from lolo.tasks import quadratic\n")
+    path = pathlib.Path(__file__).parent.parent / "tools" / "scale_model.py"
+    spec = importlib.util.spec_from_file_location("scale_model", path)
+    model = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = model
+    spec.loader.exec_module(model)
+    cases = [
+        SMALL,
+        SMALL
+        | {"tasks": ["quadratic", f"{again}:quadratic"], "unroll.length": 20, "unroll.truncation": 5}
+        | {"unroll.truncations_per_update": 3, "estimator.pairs": 6},
+    ]
+    for changes, text in zip(cases, python(COMPILED, json.dumps(cases)), strict=True):
+        recipe = recipes.LOLO
+        for name, value in changes.items():
+            recipe = recipes.with_field(recipe, name, tuple(value) if isinstance(value, list) else value)
+        count, found = model.counts(recipe), collectives(text)
+        assert {kind for kind, _, _ in found} == {"all-gather"}
+        assert sum(often for _, _, often in found) == count.gathers
+        assert sum(size * often for _, size, often in found) == count.gathered_bytes
 
 
 @pytest.mark.slow

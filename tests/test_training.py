@@ -242,14 +242,14 @@ def test_large_checkpoints_are_written_while_the_next_outer_steps_run(tmp_path, 
     training.train(small(), tmp_path / "inline", checkpoint_seconds=0.0)
     told, held_up, write = threading.Event(), [], files.write_checkpoint
 
-    def slow(run, step, arrays, about):
+    def slow(run, step, arrays, about, **more):
         if step == 1:
             held_up.append(told.wait(20))  # for what the loop does after asking for this checkpoint
-        return write(run, step, arrays, about)
+        return write(run, step, arrays, about, **more)
 
     monkeypatch.setattr(training, "LARGE_CHECKPOINT", 0)
     monkeypatch.setattr(files, "write_checkpoint", slow)
-    training.train(small(), tmp_path / "run", checkpoint_seconds=0.0, told=lambda p: p.step == 1 and told.set())
+    training.train(small(), tmp_path / "run", checkpoint_seconds=0.0, told=lambda p: p.step == 2 and told.set())
     assert held_up == [True]
     for step in files.checkpoints(tmp_path / "inline"):
         ours, theirs = (files.read_checkpoint(tmp_path / name, step)[0] for name in ("run", "inline"))
@@ -259,10 +259,10 @@ def test_large_checkpoints_are_written_while_the_next_outer_steps_run(tmp_path, 
 def test_a_large_checkpoint_that_can_not_be_written_ends_the_run_with_the_reason(tmp_path, monkeypatch):
     write = files.write_checkpoint
 
-    def full(run, step, arrays, about):
+    def full(run, step, arrays, about, **more):
         if step == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(run, step, arrays, about)
+        return write(run, step, arrays, about, **more)
 
     monkeypatch.setattr(training, "LARGE_CHECKPOINT", 0)
     monkeypatch.setattr(files, "write_checkpoint", full)

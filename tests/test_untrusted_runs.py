@@ -78,12 +78,14 @@ def state_shapes():
 
 def read_state(folder, shapes):
     """As `resume` reads it, from a checkpoint whose manifest states the right sum."""
-    content, path = (folder / CHECKPOINT / "state.safetensors").read_bytes(), folder / CHECKPOINT / "manifest.json"
+    path = folder / CHECKPOINT / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["files"]["state.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    for name, entry in manifest["files"].items():
+        content = (folder / CHECKPOINT / name).read_bytes()
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     path.write_text(json.dumps(manifest))
     arrays, _ = files.read_checkpoint(folder, STEP)
-    training.state_from_arrays(arrays, shapes, str(folder / CHECKPOINT / "state.safetensors"))
+    training.state_from_arrays(arrays, shapes, ", ".join(manifest["files"]))
 
 
 class Reader(NamedTuple):
@@ -101,6 +103,7 @@ READERS = [
     Reader(f"{CHECKPOINT}/manifest.json", lambda folder, _: files.read_checkpoint(folder, STEP), json_mutated),
     Reader(f"{CHECKPOINT}/state.safetensors", lambda folder, _: files.read_checkpoint(folder, STEP), mutated),
     Reader(f"{CHECKPOINT}/state.safetensors", read_state, mutated),
+    Reader(f"{CHECKPOINT}/slots-00000000.safetensors", read_state, mutated),
     Reader("last.safetensors", lambda folder, _: pretrained.load(folder / "last.safetensors"), mutated),
     Reader("last.safetensors", lambda folder, _: pretrained.load(folder / "last.safetensors"), metadata_mutated),
     Reader("theta.state", lambda folder, _: interop.import_learned_optimization(folder / "theta.state"), mutated),

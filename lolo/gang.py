@@ -1,0 +1,208 @@
+"""Several processes that run one program together: how they meet, how they agree, and how they notice a loss.
+
+They meet through `jax.distributed`. Numbers of the method travel between devices inside the compiled step
+(`parallel`); here only words travel, through the key-value store of JAX's coordinator: what must be equal at the
+start, what one process decides for all, sums of a checkpoint's parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import platform
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax._src import distributed  # its key-value store: nothing public lets processes compare versions before XLA runs
+
+SETTLE_SECONDS = 600  # how long the slowest process may take to reach a point that all must reach
+LOST = re.compile(r"gloo|nccl|connection (closed|reset)|unavailable|deadline_exceeded|aborted|heartbeat", re.IGNORECASE)
+
+
+class GangError(RuntimeError):
+    """The processes could not meet, or one of them was lost."""
+
+
+class DifferError(ValueError):
+    """The processes were not started alike, or one of them refused for all; says what differs, or why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gang:
+    """This process's place among all."""
+
+    processes: int = 1
+    index: int = 0
+    turns: Iterator[int] = dataclasses.field(default_factory=itertools.count, repr=False)  # numbers what is settled
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is process 0: the one that logs, prints and decides."""
+        return self.index == 0
+
+    def settle(self, mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
+        """Process 0's `decide` of what every process gave as `mine`; all get its answer, or its error.
+
+        Args:
+          mine: what this process says, as JSON data.
+          decide: called on process 0 alone, with a list in the order of processes; its answer must be JSON data.
+
+        Raises: what `decide` raises, on process 0; elsewhere DifferError or OSError with the same words. GangError
+          where a process does not come.
+        """
+        if self.processes == 1:
+            return decide([mine])
+        client: Any = distributed.global_state.client
+        turn, error = next(self.turns), None
+        said, answered = f"lolo/{turn}/said/", f"lolo/{turn}/answer"
+        with self.noticing_loss("waiting for the other processes"):
+            client.key_value_set(f"{said}{self.index:08d}", json.dumps(mine))
+            client.wait_at_barrier(f"lolo/{turn}", SETTLE_SECONDS * 1000)
+            if self.leads:
+                answer = {}
+                try:
+                    everyone = [json.loads(text) for _, text in sorted(client.key_value_dir_get(said))]
+                    answer = {"answer": decide(everyone)}
+                except (ValueError, OSError) as failure:
+                    error = failure
+                    answer = {"error": str(failure), "disk": isinstance(failure, OSError)}
+                client.key_value_set(answered, json.dumps(answer))
+                if turn > 0:  # everyone has read the answer before: all are here
+                    client.key_value_delete(f"lolo/{turn - 1}/")
+            else:
+                answer = json.loads(client.blocking_key_value_get(answered, SETTLE_SECONDS * 1000))
+        if "error" in answer:
+            self.dissolve()
+            if error is not None:
+                raise error
+            raise OSError(0, answer["error"], "the output") if answer["disk"] else DifferError(answer["error"])
+        return answer["answer"]
+
+    def require_equal(self, facts: dict[str, Any], cure: str) -> None:
+        """Raise DifferError, on every process, unless all state the same facts (JSON data by name)."""
+
+        def decide(said: list[dict[str, Any]]) -> None:
+            lead = said[0]
+            for index, other in enumerate(said):
+                for name in lead["facts"] | other["facts"]:
+                    ours, theirs = lead["facts"].get(name), other["facts"].get(name)
+                    if ours != theirs:
+                        raise DifferError(
+                            f"{name} is {theirs!r} in process {index} (on {other['host']}) and {ours!r} in process 0 "
+                            f"(on {lead['host']}). {cure}"
+                        )
+
+        self.settle({"host": platform.node(), "facts": facts}, decide)
+
+    @contextmanager
+    def noticing_loss(self, doing: str) -> Iterator[None]:
+        """Turn what JAX raises when a process of the gang is gone into a GangError. Does nothing when alone."""
+        try:
+            yield
+        except (ValueError, jax.errors.JaxRuntimeError) as error:  # Gloo's errors arrive as ValueError
+            words = " ".join(str(error).split())
+            ours = isinstance(error, ValueError) and type(error) is not ValueError
+            if self.processes == 1 or ours or not LOST.search(words):
+                raise
+            raise GangError(
+                f"process {self.index} of {self.processes} lost another process while {doing} ({words[:200]})."
+            ) from error
+
+    def dissolve(self) -> None:
+        """Part in peace: wait for the others to come here too, then leave. After it this process may end."""
+        if self.processes > 1:
+            jax.distributed.shutdown()
+
+
+ALONE = Gang()
+
+
+def address(coordinator: str) -> tuple[str, int]:
+    """Host and port of "HOST:PORT". Raises ValueError."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"--coordinator {coordinator!r} must be HOST:PORT, the address of process 0.")
+    return host.strip("[]"), int(port)
+
+
+def await_coordinator(coordinator: str, seconds: float) -> None:
+    """Wait until something listens at an address. Raises GangError: JAX would abort the process instead."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(address(coordinator), timeout=max(until - time.monotonic(), 0.1)).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= until:
+                raise GangError(
+                    f"nothing answers at {coordinator} ({error.strerror or error}), after {seconds:g} s. Is that the "
+                    "address of process 0, is it running, and does the network let this host through?"
+                ) from error
+        time.sleep(0.2)
+
+
+def require_free(coordinator: str, seconds: float) -> None:
+    """Raise GangError unless this host can listen at an address: JAX would abort or share the port silently.
+
+    A name that can't be resolved is tried again for so long: a pod's own name comes a moment after the pod.
+    """
+    host, port = address(coordinator)
+    until = time.monotonic() + seconds
+    try:
+        while True:
+            try:
+                family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+                break
+            except socket.gaierror:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.5)
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        raise GangError(
+            f"process 0 can't listen at {coordinator} ({error.strerror or error}). Give an address of this host and a "
+            "free port; no other process may have --process-id 0."
+        ) from error
+
+
+def join(
+    coordinator: str | None, process_id: int | None, processes: int | None, *, join_seconds: int, heartbeat_seconds: int
+) -> Gang:
+    """Meet the other processes. Call it after `parallel.use_cores` and before anything runs in JAX.
+
+    Args:
+      coordinator: HOST:PORT, where process 0 listens, there and on no other interface. With None for this and the
+        other two, JAX finds them: under SLURM, Open MPI, or in a Kubernetes Job.
+      join_seconds: all must have come after so long.
+      heartbeat_seconds: a process that was silent for so long is lost, and the others end.
+
+    Raises GangError, ValueError. Where JAX itself gives up, it aborts the process: see `launch`.
+    """
+    # It would catch SIGTERM before we do.
+    jax.config.update("jax_enable_preemption_service", False)
+    if coordinator is not None:
+        if process_id == 0:
+            require_free(coordinator, join_seconds)
+        else:
+            await_coordinator(coordinator, join_seconds)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process_id,
+            initialization_timeout=join_seconds,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+            coordinator_bind_address=coordinator,
+        )
+    except (ValueError, RuntimeError) as error:
+        where = f"at {coordinator}" if coordinator else "with --hosts auto"
+        raise GangError(f"the processes could not meet {where} ({' '.join(str(error).split())[:300]}).") from error
+    return Gang(distributed.global_state.num_processes, distributed.global_state.process_id)

@@ -1,0 +1,284 @@
+"""`lolo sweep FILE`: a grid of recipes as independent runs, and one table of what came out.
+
+The file is TOML: a recipe's name, a folder, fields that all runs share, and a grid, of which every combination is a
+run. The run folders are all the state there is: a sweep that was stopped, or had failures, goes on when started again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lolo import files, parallel, recipes, training
+from lolo.recipes import Recipe, RecipeError
+
+LAST_STEPS = 100  # outer steps that the reported loss is the mean of
+KEYS = ("recipe", "out", "fields", "grid")
+
+
+class SweepError(ValueError):
+    """A sweep file that can't be used; says which line of it, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One run of a sweep."""
+
+    number: int
+    name: str  # of its folder
+    varied: dict[str, Any]  # the grid's fields by dotted name
+    recipe: Recipe
+    out: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A grid of runs."""
+
+    base: str  # name of the recipe
+    out: Path
+    runs: list[Planned]
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted names: {"outer": {"steps": 5}} -> {"outer.steps": 5}."""
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        name = "tasks" if prefix + name == "task" else prefix + name
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def changed(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
+    """The recipe with these fields, each checked as one read from a file. Raises RecipeError."""
+    data = recipes.to_dict(recipe)
+    known = recipes.fields()
+    for name, value in fields.items():
+        if name not in known:
+            raise recipes.unknown("recipe field", name, known)
+        *section, last = name.split(".")
+        place = data
+        for part in section:
+            place = place[part]
+        place[last] = [value] if name == "tasks" and isinstance(value, str) else value
+    recipe = recipes.from_dict(data)
+    recipes.check(recipe)
+    return training.pinned(recipe)
+
+
+def read(path: Path) -> Sweep:
+    """The runs that a file describes. Raises SweepError, RecipeError, TaskError."""
+    try:
+        described = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SweepError(f"{path} can't be read as TOML: {error}.") from error
+    for name in described:
+        if name not in KEYS:
+            raise recipes.unknown("key of a sweep", name, KEYS)
+    base = described.get("recipe", "lolo")
+    recipe = recipes.pick(recipes.RECIPES, "recipe", base)
+    tables = [flatten(described.get(name, {})) for name in ("fields", "grid")]
+    common, grid = tables
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise SweepError(f"{path}: grid.{name} = {values!r} must be a list of at least one value.")
+        if name in common:
+            raise SweepError(f"{path}: {name} is both in [fields] and in [grid]; take it out of one.")
+    out = Path(described.get("out", Path("runs") / path.stem))
+    runs = []
+    for number, values in enumerate(itertools.product(*grid.values())):
+        varied = dict(zip(grid, values, strict=True))
+        words = "-".join(f"{name.rpartition('.')[2]}={value}" for name, value in varied.items())
+        name = f"{number:03d}-{re.sub('[^A-Za-z0-9=._-]+', '_', words)}"[:100].rstrip("-")
+        try:
+            runs.append(Planned(number, name, varied, changed(recipe, common | varied), out / name))
+        except RecipeError as error:
+            raise RecipeError(f"{path}, {words or 'the one run'}: {error}") from error
+    return Sweep(base, out, runs)
+
+
+# --- how far a run is ---------------------------------------------------------------------------------------------
+
+
+def state_of(run: Planned) -> str:
+    """done, begun or waiting. Raises SweepError: its folder holds another run."""
+    if not (run.out / "recipe.json").is_file():
+        return "waiting"
+    differs = recipes.diff(training.read_recipe(run.out), run.recipe)
+    if differs:
+        words = "; ".join(f"{name}: {a!r} there, {b!r} in the file" for name, (a, b) in differs.items())
+        raise SweepError(f"{run.out} holds another run ({words}). Give the sweep another `out`, or undo the change.")
+    last = run.out / "last.safetensors"
+    done = last.is_file() and files.read_weights(last).card.get("outer_step") == run.recipe.outer.steps
+    if done:
+        return "done"
+    return "begun" if files.checkpoints(run.out) else "waiting"
+
+
+def failure_file(run: Planned) -> Path:
+    """Where it stands why a run failed; beside its folder."""
+    return run.out.with_name(f"{run.name}.failed")
+
+
+def row(run: Planned) -> dict[str, Any]:
+    """What a run's folder tells: its fields, how far it is, and its losses."""
+    state, reason = state_of(run), None
+    if state != "done" and failure_file(run).is_file():
+        state, reason = "failed", failure_file(run).read_text().strip()
+    rows = training.log_rows(run.out)
+    losses = [float(np.mean(r["task_loss"])) for r in rows if "task_loss" in r]
+    held = [float(r["validation"]["held_loss"]) for r in rows if "validation" in r]
+    return {
+        "run": run.name,
+        **run.varied,
+        "state": state,
+        "outer_steps": len(losses),
+        "task_loss": float(np.mean(losses[-LAST_STEPS:])) if losses else None,
+        "best_validation_loss": min(held) if held else None,
+        "reason": reason,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; what failed is in it, and listed below with the reason."""
+
+    def cell(value: Any) -> str:
+        return "–" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+    names = [name for name in rows[0] if name != "reason"]
+    lines = [" | ".join(names), " | ".join("---" for _ in names)]
+    lines += [" | ".join(cell(r[name]) for name in names) for r in rows]
+    text = "\n".join(f"| {line} |" for line in lines) + "\n"
+    text += f"\ntask_loss: mean over the last {LAST_STEPS} outer steps. One run per row.\n"
+    failed = [r for r in rows if r["state"] == "failed"]
+    if failed:
+        text += f"\n{len(failed)} of {len(rows)} runs failed:\n\n"
+        text += "".join(f"- {r['run']}: {r['reason']}\n" for r in failed)
+    return text
+
+
+def gather(sweep: Sweep) -> str:
+    """Write `table.md` and `rows.jsonl` into the sweep's folder; returns the table."""
+    rows = [row(run) for run in sweep.runs]
+    text = table(rows)
+    files.write_bytes(sweep.out / "rows.jsonl", "".join(f"{files.json_line(r)}\n" for r in rows).encode())
+    files.write_bytes(sweep.out / "table.md", text.encode())
+    return text
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def command(run: Planned, base: str, devices: int) -> list[str]:
+    """What `lolo` is given to start a run, or to go on with it."""
+    if state_of(run) == "begun":
+        return ["resume", str(run.out), "--devices", str(devices)]
+    options = []
+    for name, (_, value) in recipes.diff(recipes.RECIPES[base], run.recipe).items():
+        options += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return ["train", base, *options, "--devices", str(devices), "--out", str(run.out)]
+
+
+class Pool:
+    """Runs in child processes, a few at a time."""
+
+    def __init__(self, stop: training.Stop, told: Callable[[str], None]) -> None:
+        self.stop, self.told = stop, told
+        self.children: set[subprocess.Popen] = set()
+
+    def one(self, run: Planned, argv: list[str]) -> None:
+        """A run to its end; why it failed is kept beside its folder."""
+        if self.stop.requested is not None:
+            return
+        run.out.parent.mkdir(parents=True, exist_ok=True)
+        failure_file(run).unlink(missing_ok=True)
+        log = run.out.with_name(f"{run.name}.log")
+        with open(log, "a") as output:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "lolo.cli", *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C comes to the sweep alone
+            )
+            self.children.add(child)
+            status = child.wait()
+            self.children.discard(child)
+        if status not in (0, 3):
+            words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            ended = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
+            reason = f"{ended}: {words[-1] if words else 'it said nothing'}"
+            files.write_bytes(failure_file(run), f"{reason}\n".encode())
+            self.told(f"{run.name} failed ({reason}). All it said: {log}")
+        else:
+            self.told(f"{run.name} {'is done' if status == 0 else 'stopped'}.")
+
+    def pass_on_stop(self, finished: threading.Event) -> None:
+        """Ask the children to stop once the sweep was asked."""
+        while not finished.wait(0.1):
+            if self.stop.requested is not None:
+                for child in list(self.children):
+                    child.terminate()
+                return
+
+
+def run_all(
+    sweep: Sweep,
+    workers: int | None,
+    only: int | None,
+    stop: training.Stop,
+    say: Callable[[str], None],
+) -> None:
+    """Run what is not done, `workers` at a time: by default one for each core, each with its share of the cores."""
+    if only is not None and not 0 <= only < len(sweep.runs):
+        raise SweepError(f"--only {only} must be the number of a run, from 0 to {len(sweep.runs) - 1}.")
+    if workers is not None and workers < 1:
+        raise SweepError(f"--workers {workers} must be at least 1.")
+    due = [run for run in sweep.runs if only in (None, run.number) and state_of(run) != "done"]
+    if not due:
+        return
+    at_once = min(workers or parallel.cores(), len(due))
+    devices = max(parallel.cores() // at_once, 1)
+    say(f"{len(due)} of {len(sweep.runs)} runs to do, {at_once} at a time; logs beside the run folders in {sweep.out}.")
+    pool, finished = Pool(stop, say), threading.Event()
+    watcher = threading.Thread(target=pool.pass_on_stop, args=(finished,))
+    watcher.start()
+    try:
+        with ThreadPoolExecutor(at_once) as threads:
+            list(threads.map(lambda run: pool.one(run, command(run, sweep.base, devices)), due))
+    finally:
+        finished.set()
+        watcher.join()
+
+
+def slurm_script(path: Path, sweep: Sweep) -> str:
+    """A SLURM array with one task for each run."""
+    here, name = shlex.quote(os.getcwd()), re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem)
+    lolo = f"lolo sweep {shlex.quote(str(path))}"
+    return f"""#!/bin/bash
+# Give this to sbatch. Each task goes on where it was stopped. Afterwards: {lolo} --table
+#SBATCH --job-name={name}
+#SBATCH --array=0-{len(sweep.runs) - 1}
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+#SBATCH --output={name}-%a.out
+cd {here}
+exec srun {lolo} --only "$SLURM_ARRAY_TASK_ID" --workers 1
+"""

@@ -1,0 +1,131 @@
+"""`lolo sweep`: the runs that a file describes, how far they are, and what failed."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from lolo import cli, files, recipes, sweep, training
+
+SMALL = """
+[fields]
+task = "quadratic"
+learner.name = "sgd"
+"unroll.length" = 20
+"unroll.truncation" = 5
+estimator.pairs = 2
+outer.steps = 4
+validation.every = 0
+"""
+
+
+def write(folder, text, name="try.toml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path):
+    text = f'recipe = "bc-only"\nout = "{tmp_path}/out"\n{SMALL}\n[grid]\nreplay.read = ["pop", "newest"]\n'
+    text += "seed = [0, 1, 2]"
+    plan = sweep.read(write(tmp_path, text))
+    assert [(run.varied["replay.read"], run.varied["seed"]) for run in plan.runs] == [
+        (read, seed) for read in ("pop", "newest") for seed in (0, 1, 2)
+    ]
+    run = plan.runs[4]
+    assert run.out == tmp_path / "out" / "004-read=newest-seed=1" and run.number == 4
+    assert recipes.diff(recipes.BC_ONLY, run.recipe) == {
+        "tasks": (("fashion-mlp",), ("quadratic",)),
+        "learner.name": ("small_fc", "sgd"),
+        "replay.read": ("oldest", "newest"),
+        "unroll.length": (1000, 20),
+        "unroll.truncation": (50, 5),
+        "estimator.pairs": (8, 2),
+        "outer.steps": (5000, 4),
+        "validation.every": (250, 0),
+        "seed": (0, 1),
+    }
+    assert len(sweep.read(write(tmp_path, SMALL)).runs) == 1  # no grid: one run
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("recipe = lolo", ["TOML"]),
+        ('recipes = "lolo"', ["'recipes'", "'recipe'"]),
+        ('recipe = "lol"', ["'lol'", "'lolo'"]),
+        ("[grid]\nreplay.treshold = [0.1]", ["'replay.treshold'", "'replay.threshold'"]),
+        ("[grid]\nseed = 3", ["grid.seed = 3", "list"]),
+        ("[grid]\nseed = []", ["grid.seed = []", "at least one"]),
+        ("[grid]\nseed = [0, 1.5]", ["seed=1.5", "'seed' can't be 1.5"]),
+        ("[grid]\nreplay.threshold = [0.1, 2.0]", ["threshold=2.0", "from 0 to 1"]),
+        ("[fields]\nseed = 1\n[grid]\nseed = [0]", ["seed is both"]),
+        ('[fields]\ntask = "fashion-mpl"', ["'fashion-mpl'"]),
+    ],
+)
+def test_a_bad_file_is_one_line_and_nothing_runs(tmp_path, monkeypatch, capsys, text, words):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, text)
+    assert cli.main(["sweep", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(word in said for word in words), said
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_slurm_script_has_a_task_for_each_run_and_is_valid_shell(tmp_path, capsys):
+    path = write(tmp_path, f"{SMALL}\n[grid]\nseed = [0, 1, 2]", "it's a try.toml")
+    assert cli.main(["sweep", str(path), "--slurm"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-2" in script and '--only "$SLURM_ARRAY_TASK_ID"' in script
+    example = pathlib.Path(__file__).parent.parent / "examples" / "scale" / "slurm.sh"
+    for text in (script, example.read_text()):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_the_table_tells_how_far_each_run_is(tmp_path, capsys):
+    path = write(tmp_path, f'out = "{tmp_path}/out"\n{SMALL}\n[grid]\nseed = [0, 1, 2, 3]')
+    done, begun, failed, waiting = sweep.read(path).runs
+    training.train(done.recipe, done.out)
+    stop = training.Stop()
+    stop.requested = "test"
+    training.train(begun.recipe, begun.out, stop=stop, say=lambda text: None)
+    sweep.failure_file(failed).write_text("killed by SIGKILL: it said nothing\n")
+    assert [sweep.state_of(run) for run in (done, begun, failed, waiting)] == ["done", "begun", "waiting", "waiting"]
+    assert sweep.command(begun, "lolo", 1) == ["resume", str(begun.out), "--devices", "1"]
+    assert sweep.command(waiting, "lolo", 1)[:2] == ["train", "lolo"]
+    assert cli.main(["sweep", str(path), "--table"]) == 4
+    table = capsys.readouterr().out
+    assert "1 of 4 runs failed" in table and f"- {failed.name}: killed by SIGKILL" in table
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [row["state"] for row in rows] == ["done", "begun", "failed", "waiting"]
+    assert [row["outer_steps"] for row in rows] == [4, 0, 0, 0] and rows[0]["task_loss"] > 0
+    write(tmp_path, path.read_text().replace("outer.steps = 4", "outer.steps = 5"))
+    with pytest.raises(sweep.SweepError, match="outer.steps: 4 there, 5 in the file"):
+        sweep.state_of(sweep.read(path).runs[0])
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_lists_what_failed_and_goes_on(tmp_path):
+    # with so large a rate the expert leaves float32 at once
+    text = f'out = "out"\n{SMALL}outer.max_bad_steps = 1\n[grid]\nimitation.lr = [0.01, 1e30]\nseed = [0, 1]'
+    path = write(tmp_path, text)
+
+    def lolo():
+        command = [sys.executable, "-m", "lolo.cli", "sweep", path.name, "--workers", "2"]
+        environment = os.environ | {"LOLO_CACHE": str(tmp_path / "cache")}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    first = lolo()
+    assert first.returncode == 4 and "2 of 4 runs failed" in first.stdout, first.stderr
+    assert first.stdout.count("exit status 4") == 2 and "went bad first" in first.stdout
+    good = tmp_path / "out" / "000-lr=0.01-seed=0"
+    before = (good / "last.safetensors").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "out" / "001-lr=0.01-seed=1")
+    second = lolo()  # runs what is missing, tries again what failed, leaves what is done
+    assert second.returncode == 4 and "3 of 4 runs to do" in second.stderr, second.stderr
+    assert (good / "last.safetensors").stat().st_mtime_ns == before
+    assert files.read_weights(tmp_path / "out" / "001-lr=0.01-seed=1" / "last.safetensors").card["outer_step"] == 4
