@@ -5,6 +5,7 @@ Every optimizer sees the same inits and the same batches: both derive from the e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,12 +21,12 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from lolo import inner, parallel
+from lolo.problem import Feed
 from lolo.tasks import Splits, Task
 from lolo.trees import PyTree
 
 WINDOW = 100  # steps that a reported loss is the mean of, and between two scores
-SUBSET = 10_000  # examples of the held-out split that are scored on the way
-SCORE_BATCH = 1_000
+EVAL_STREAM = 1  # streams of evaluations: their order is drawn from (this, evaluation seed, epoch)
 PICK_SEEDS = (1_000_001, 1_000_002)  # learning rates of baselines are picked on these, never reported
 
 Make = Callable[[Any], optax.GradientTransformation]
@@ -40,9 +41,9 @@ class Curves(NamedTuple):
 
 
 def score_split(task: Task, params: PyTree, statistics: PyTree, limit: int | None = None) -> dict[str, jax.Array]:
-    """Scores over the first `limit` examples of a split (all, if None), in batches of SCORE_BATCH."""
+    """Scores over the first `limit` examples of a split (all, if None), in batches of `task.score_batch`."""
     size = task.size if limit is None else min(limit, task.size)
-    batch = min(SCORE_BATCH, size)
+    batch = min(task.score_batch, size)
     whole = size // batch
 
     def scored(start: jax.Array, count: int) -> dict[str, jax.Array]:
@@ -83,7 +84,7 @@ def _programs(make: Make, devices: int) -> tuple[Callable, Callable, Callable, A
                 return state, record.task
 
             state, losses = jax.lax.scan(step, state, length=WINDOW)
-            score = score_split(held, state.params, state.stats, SUBSET)["loss"]
+            score = score_split(held, state.params, state.stats, held.score_examples)["loss"]
             return state, jnp.mean(losses), score
 
         return jax.lax.map(one, (settings, keys, states))
@@ -123,6 +124,8 @@ def run(
     """
     if steps < WINDOW or steps % WINDOW:
         raise ValueError(f"steps={steps} must be a multiple of {WINDOW}; try {max(round(steps / WINDOW), 1) * WINDOW}.")
+    if task.stream is not None and len(set(seeds)) > 1:
+        return _by_seed(task, held, make, settings, seeds, steps, advanced)
     count = len(settings)
     devices = max(min(len(jax.local_devices()), count), 1)
     begin, advance, finish, over = _programs(make, devices)
@@ -133,13 +136,34 @@ def run(
     task, held = parallel.place(task, over), parallel.place(held, over)
     states = begin(task, stacked, keys)
     train, scores = [], []
-    for _ in range(steps // WINDOW):
-        states, loss, score = advance(task, held, stacked, keys, states)
-        train.append(np.asarray(loss))
-        scores.append(np.asarray(score))
-        advanced(WINDOW * count)
+    with contextlib.closing(Feed(task, WINDOW, (EVAL_STREAM, seeds[0]))) as feed:
+        for _ in range(steps // WINDOW):
+            segment = feed.next(lambda data: parallel.place(data, over))
+            states, loss, score = advance(segment, held, stacked, keys, states)
+            train.append(np.asarray(loss))
+            scores.append(np.asarray(score))
+            advanced(WINDOW * count)
     final = {name: np.asarray(x)[:count] for name, x in finish(held, states).items()}
     return Curves(np.stack(train, 1)[:count], np.stack(scores, 1)[:count], final)
+
+
+def _by_seed(
+    task: Task,
+    held: Task,
+    make: Make,
+    settings: Sequence[Any],
+    seeds: Sequence[int],
+    steps: int,
+    advanced: Callable[[int], None],
+) -> Curves:
+    """`run` for one seed after the other: the runs of a call share the segments of one stream."""
+    groups = {seed: [k for k, other in enumerate(seeds) if other == seed] for seed in seeds}
+    parts = [
+        run(task, held, make, [settings[k] for k in group], [seed] * len(group), steps, advanced)
+        for seed, group in groups.items()
+    ]
+    places = np.argsort(np.concatenate(list(groups.values())))
+    return jax.tree.map(lambda *x: np.concatenate(x)[places], *parts)
 
 
 # --- what can be compared -----------------------------------------------------------------------------------------

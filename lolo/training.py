@@ -25,9 +25,11 @@ import numpy as np
 
 from lolo import evaluation, files, meta, parallel, pretrained, recipes
 from lolo import tasks as tasks_
+from lolo.problem import Feed
 from lolo.recipes import Recipe
 from lolo.trees import count_bytes
 
+META_STREAM = 0  # streams of meta-trainings: their order is drawn from (this, seed, task, epoch)
 VALIDATION_SEEDS = 900_000  # evaluation seeds of validation unrolls count from here
 BAD = ("nothing", "the loss", "the gradient", "the imitation distance")
 
@@ -197,6 +199,7 @@ class Run:
     state: meta.MetaState
     out: Path | None
     rows: list[dict[str, Any]]  # of the log
+    feeds: tuple[Feed, ...] = ()  # of the tasks' data, while the loop runs
     checkpoint_seconds: float = 20.0  # between two checkpoints, at least
     saved: int = -1  # outer step of the newest checkpoint
     saved_at: float = 0.0
@@ -207,6 +210,29 @@ class Run:
 
     def train_tasks(self) -> tuple[tasks_.Task, ...]:
         return tuple(splits.train for splits in self.tasks.values())
+
+    @contextmanager
+    def feeding(self) -> Iterator[None]:
+        """Data from here on. A stream's cursor needs no state: every outer step takes one segment."""
+        steps = self.recipe.unroll.truncation * self.recipe.unroll.truncations_per_update
+        self.feeds = tuple(
+            Feed(task, steps, (META_STREAM, self.recipe.seed, group), self.done)
+            for group, task in enumerate(self.train_tasks())
+        )
+        try:
+            yield
+        finally:
+            for feed in self.feeds:
+                feed.close()
+
+    def next_tasks(self) -> tuple[tasks_.Task, ...]:
+        """The tasks with the data of the next outer step."""
+        return tuple(feed.next(lambda data: parallel.place(data, self.over)) for feed in self.feeds)
+
+    def streams(self) -> dict[str, dict[str, int]]:
+        """Where the streams of tasks larger than memory are."""
+        places = {name: feed.place_in_stream() for name, feed in zip(self.tasks, self.feeds, strict=True)}
+        return {name: place for name, place in places.items() if place is not None}
 
 
 def prepare(
@@ -253,7 +279,7 @@ def save_checkpoint(run: Run) -> None:
     """Write the whole state, unless this outer step is saved already or its numbers are bad."""
     if run.out is None or run.saved == run.done or int(run.state.bad_steps):
         return
-    about = {"recipe": recipes.to_dict(run.recipe), "versions": versions()}
+    about = {"recipe": recipes.to_dict(run.recipe), "versions": versions(), "streams": run.streams()}
     files.write_checkpoint(run.out, run.done, state_arrays(jax.device_get(run.state)), about)
     run.saved, run.saved_at = run.done, time.monotonic()
 
@@ -314,11 +340,17 @@ def add_row(run: Run, row: dict[str, Any]) -> None:
 
 def loop(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
     """Outer steps until the recipe's last, a request to stop, or numbers gone bad for too long."""
+    with run.feeding():
+        return outer_steps(run, stop, told, say)
+
+
+def outer_steps(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
+    """The loop itself, while the tasks' data are fed."""
     recipe, total = run.recipe, run.recipe.outer.steps
     save_checkpoint(run)
     while run.done < total and stop.requested is None:
         began = time.perf_counter()
-        run.state, metrics = run.step(run.train_tasks(), run.state)
+        run.state, metrics = run.step(run.next_tasks(), run.state)
         jax.block_until_ready(run.state.meta_params)
         seconds = time.perf_counter() - began
         row = log_step(run, metrics, seconds)
@@ -446,12 +478,24 @@ def resume(
     like = jax.eval_shape(lambda: run.state)
     state = state_from_arrays(arrays, like, str(folder))
     run.state = parallel.place(state, run.over, parallel.state_specs(state))
+    check_streams(run, manifest.get("streams", {}))
     run.out, run.saved, run.saved_at = folder, run.done, time.monotonic()
     run.rows = [row for row in log_rows(folder) if row.get("step", -1) < run.done]
     text = "".join(f"{files.json_line(row)}\n" for row in run.rows)
     files.write_bytes(folder / "log.jsonl", text.encode())
     say(f"resumed {folder} at outer step {run.done} of {recipe.outer.steps}.")
     return loop(run, stop or Stop(), told, say)
+
+
+def check_streams(run: Run, saved: dict[str, dict[str, int]]) -> None:
+    """Raise RunError where a streamed data set is not the one that the checkpoint's cursor is a place in."""
+    with run.feeding():
+        for name, place in run.streams().items():
+            if saved.get(name) != place:
+                raise RunError(
+                    f"the data of {name} are at {place} after {run.done} outer steps, at {saved.get(name)} in the "
+                    "checkpoint: they are not the same data. Put back those that the run began with."
+                )
 
 
 def user_cache() -> Path:
