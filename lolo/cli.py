@@ -14,14 +14,15 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import files, health, recipes, studies, training
+from lolo import files, health, plan, recipes, studies, training
 from lolo import tasks as tasks_
 from lolo.recipes import Recipe
 
 HELP = """lolo: learned optimizers that keep working past the unroll they were meta-trained on
 
   lolo reproduce quick              meta-train three methods on real data and compare them, within ten minutes
-  lolo train RECIPE [--field VALUE] meta-train by a recipe; `lolo train lolo --help` lists every field
+  lolo train RECIPE [--field VALUE] meta-train by a recipe; `lolo train lolo --help` lists every field;
+                                    with --dry-run: what it would need
   lolo resume RUN                   go on with a stopped run
   lolo eval OPTIMIZER... --task T   long runs from the same inits and batches: table, rows, curves
   lolo doctor RUN                   whether a run is healthy, in plain words
@@ -86,7 +87,9 @@ class TrainArguments:
     out: Path | None = None  # folder of the run; default: runs/RECIPE-TASK-seedSEED
     init: str | None = None  # weights to go on from: a name or a file
     devices: int | None = None  # devices (on CPU: cores) to use at most; does not change the result
+    offload: bool = False  # keep replay buffers in the host's memory; does not change the result
     checkpoint_seconds: float = 20.0  # time between two checkpoints, at least
+    dry_run: bool = False  # only say what it would need: memory, arithmetic, time; needs no data
 
 
 def train_command(argv: list[str]) -> int:
@@ -101,7 +104,7 @@ def train_command(argv: list[str]) -> int:
     recipe = recipes.pick(recipes.RECIPES, "recipe", name)
     arguments = tyro.cli(
         TrainArguments,
-        args=known_options(options, ["out", "init", "devices", "checkpoint_seconds"]),
+        args=known_options(options, ["out", "init", "devices", "offload", "checkpoint_seconds", "dry_run"]),
         default=TrainArguments(recipe),
         prog=f"lolo train {name}",
         config=(tyro.conf.FlagConversionOff,),
@@ -111,6 +114,9 @@ def train_command(argv: list[str]) -> int:
     out = arguments.out or Path("runs") / f"{name}-{task}-seed{recipe.seed}"
     recipes.check(recipe)
     training.set_up()
+    if arguments.dry_run:
+        print(plan.report(plan.of_training(recipe, arguments.devices, arguments.offload)))
+        return 0
     return supervise(
         name,
         lambda **hooks: training.train(
@@ -118,6 +124,7 @@ def train_command(argv: list[str]) -> int:
             out,
             init=arguments.init,
             devices=arguments.devices,
+            offload=arguments.offload,
             checkpoint_seconds=arguments.checkpoint_seconds,
             **hooks,
         ),
@@ -134,6 +141,8 @@ def known_options(options: list[str], more: list[str]) -> list[str]:
             name = "tasks" if name == "task" else name.replace("-", "_")
             if name not in known:
                 raise recipes.unknown("option", f"--{name}", [f"--{field}" for field in known])
+            if option in ("--dry-run", "--offload"):
+                separator, value = "=", "True"
             option = f"--{name}{separator}{value}"
         spelled.append(option)
     return spelled
@@ -159,19 +168,27 @@ def supervise(what: str, run: Callable[..., training.Result]) -> int:
 def resume_command(argv: list[str]) -> int:
     """lolo resume RUN"""
 
-    def resume(run: tyro.conf.Positional[Path], devices: int | None = None, checkpoint_seconds: float = 20.0) -> int:
+    def resume(
+        run: tyro.conf.Positional[Path],
+        devices: int | None = None,
+        offload: bool = False,
+        checkpoint_seconds: float = 20.0,
+    ) -> int:
         """Go on with a stopped run from its newest whole checkpoint.
 
         Args:
           run: the run's folder.
           devices: devices (on CPU: cores) to use at most; does not change the result.
+          offload: keep replay buffers in the host's memory; does not change the result.
           checkpoint_seconds: time between two checkpoints, at least.
         """
         training.read_recipe(run)
         training.set_up()
         return supervise(
             str(run),
-            lambda **hooks: training.resume(run, devices=devices, checkpoint_seconds=checkpoint_seconds, **hooks),
+            lambda **hooks: training.resume(
+                run, devices=devices, offload=offload, checkpoint_seconds=checkpoint_seconds, **hooks
+            ),
         )
 
     return tyro.cli(resume, args=argv, prog="lolo resume")
@@ -186,6 +203,7 @@ def eval_command(argv: list[str]) -> int:
         steps: int = 10_000,
         seeds: int = 5,
         out: Path | None = None,
+        dry_run: bool = False,
     ) -> int:
         """Train a task with each optimizer, from the same inits and batches, and compare.
 
@@ -196,6 +214,7 @@ def eval_command(argv: list[str]) -> int:
           steps: inner steps of each run.
           seeds: runs per optimizer.
           out: folder for rows, table, curves and report; default: only the table is printed.
+          dry_run: only say what it would need: memory, arithmetic, time; needs no data.
         """
         from lolo import evaluation
 
@@ -205,6 +224,9 @@ def eval_command(argv: list[str]) -> int:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
         tasks_.pin(task)
         training.set_up()
+        if dry_run:
+            print(plan.report(plan.of_evaluation(task, recipes.Learner(), len(optimizers) * seeds, steps)))
+            return 0
         splits, total, done = tasks_.resolve(task), studies.eval_units(optimizers, seeds, steps), 0
         with telling() as teller:
 

@@ -104,6 +104,16 @@ def _programs(make: Make, devices: int) -> tuple[Callable, Callable, Callable, A
     )
 
 
+def compiled_window(task: Task, held: Task, make: Make, setting: Any, count: int) -> tuple[Any, inner.InnerState]:
+    """The program of one window of `count` runs on one device, compiled from shapes, and the shapes of its states."""
+    programs: Any = _programs(make, 1)
+    begin, advance, *_ = programs
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), setting)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+    states = jax.eval_shape(begin, task, stacked, keys)
+    return advance.lower(task, held, stacked, keys, states).compile(), states
+
+
 def run(
     task: Task,
     held: Task,

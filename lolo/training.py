@@ -25,6 +25,8 @@ import numpy as np
 
 from lolo import evaluation, files, meta, parallel, pretrained, recipes
 from lolo import tasks as tasks_
+from lolo.offload import Offloaded
+from lolo.offload import check as check_offload
 from lolo.problem import Feed
 from lolo.recipes import Recipe
 from lolo.trees import count_bytes
@@ -195,7 +197,7 @@ class Run:
     tasks: dict[str, tasks_.Splits]
     setup: meta.Setup
     over: Any  # the mesh
-    step: parallel.Step
+    step: parallel.Step | Offloaded
     state: meta.MetaState
     out: Path | None
     rows: list[dict[str, Any]]  # of the log
@@ -207,6 +209,17 @@ class Run:
     @property
     def done(self) -> int:
         return int(self.state.outer_step)
+
+    def whole_state(self) -> meta.MetaState:
+        """The state with all of its replay buffers, wherever they are: what a checkpoint holds."""
+        return self.step.whole(self.state) if isinstance(self.step, Offloaded) else self.state
+
+    def load(self, state: meta.MetaState) -> None:
+        """Go on from the state of `whole_state`."""
+        if isinstance(self.step, Offloaded):
+            self.state = self.step.place(state)
+        else:
+            self.state = parallel.place(state, self.over, parallel.state_specs(state))
 
     def train_tasks(self) -> tuple[tasks_.Task, ...]:
         return tuple(splits.train for splits in self.tasks.values())
@@ -236,10 +249,17 @@ class Run:
 
 
 def prepare(
-    recipe: Recipe, init: files.WeightsFile | None, tasks: dict[str, tasks_.Splits] | None, devices: int | None
+    recipe: Recipe,
+    init: files.WeightsFile | None,
+    tasks: dict[str, tasks_.Splits] | None,
+    devices: int | None,
+    offload: bool = False,
 ) -> Run:
     """Build, place and compile what a recipe names. Raises RecipeError, TaskError, FileError."""
     setup = recipes.build(recipe)
+    if offload:
+        check_offload(recipe)
+        setup = setup._replace(capacity=1)
     splits = tasks or {name: tasks_.resolve(name) for name in recipe.tasks}
     over = parallel.mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
     train_tasks = parallel.place(tuple(s.train for s in splits.values()), over)
@@ -252,14 +272,13 @@ def prepare(
             raise files.FileError(f"--init weights have tensors {found}; the recipe's learner has {expected}.")
     key = jax.random.key(recipe.seed)
     state = jax.jit(lambda key, phi: meta.meta_init(setup, train_tasks, key, phi))(key, meta_params)
-    step = parallel.compile_step(setup, state, over)
+    compiled = Offloaded(recipe, setup, state, over) if offload else parallel.compile_step(setup, state, over)
     placed = {
         name: tasks_.Splits(task, s.validation, s.test)
         for (name, s), task in zip(splits.items(), train_tasks, strict=True)
     }
-    run = Run(recipe, placed, setup, over, step, state, None, [])
-    run.state = parallel.place(state, over, parallel.state_specs(state))
-    return run
+    state = parallel.place(state, over, parallel.state_specs(state))
+    return Run(recipe, placed, setup, over, compiled, state, None, [])
 
 
 def weights_of(run: Run, card: dict[str, Any] | None = None) -> pretrained.Weights:
@@ -280,7 +299,7 @@ def save_checkpoint(run: Run) -> None:
     if run.out is None or run.saved == run.done or int(run.state.bad_steps):
         return
     about = {"recipe": recipes.to_dict(run.recipe), "versions": versions(), "streams": run.streams()}
-    files.write_checkpoint(run.out, run.done, state_arrays(jax.device_get(run.state)), about)
+    files.write_checkpoint(run.out, run.done, state_arrays(jax.device_get(run.whole_state())), about)
     run.saved, run.saved_at = run.done, time.monotonic()
 
 
@@ -408,6 +427,7 @@ def train(
     init: str | Path | None = None,
     tasks: dict[str, tasks_.Splits] | None = None,
     devices: int | None = None,
+    offload: bool = False,
     checkpoint_seconds: float = 20.0,
     stop: Stop | None = None,
     told: Callable[[Progress], None] = lambda progress: None,
@@ -421,6 +441,7 @@ def train(
       init: weights to go on from, a name or a path.
       tasks: your own splits by name, in place of the recipe's names (then only this call can resume the run).
       devices: how many of JAX's local devices to use at most; the result does not depend on it.
+      offload: keep the replay buffers in the host's memory; the result does not depend on it.
       checkpoint_seconds: time between two checkpoints, at least; one is also written at the start, at each
         validation, and at the end.
       stop: set its `requested` to end after the current outer step.
@@ -431,12 +452,12 @@ def train(
     if tasks is None:
         recipe = dataclasses.replace(recipe, tasks=tuple(tasks_.pin(name) for name in recipe.tasks))
     source = None if init is None else files.read_weights(init)
-    run = prepare(recipe, source, tasks, devices)
+    run = prepare(recipe, source, tasks, devices, offload)
     run.checkpoint_seconds = checkpoint_seconds
     if out is not None:
         run.out = Path(out)
         sizes = {
-            "buffer_bytes_per_slot": sum(count_bytes(s.replay.states) for s in run.state.slots)
+            "buffer_bytes_per_slot": sum(count_bytes(s.replay.states) for s in run.whole_state().slots)
             // recipe.estimator.pairs,
             "inner_state_bytes": sum(count_bytes(s.inner) for s in run.state.slots) // (2 * recipe.estimator.pairs),
             "expert_bytes": sum(count_bytes(s.inner.expert) for s in run.state.slots),
@@ -452,6 +473,7 @@ def resume(
     *,
     tasks: dict[str, tasks_.Splits] | None = None,
     devices: int | None = None,
+    offload: bool = False,
     checkpoint_seconds: float = 20.0,
     stop: Stop | None = None,
     told: Callable[[Progress], None] = lambda progress: None,
@@ -473,11 +495,10 @@ def resume(
         raise RunError(f"{folder}/recipe.json is not the recipe of the checkpoint ({differs}). Undo the change.")
     if manifest.get("versions") != versions():
         say(f"versions differ from the checkpoint's ({manifest.get('versions')}): the result may differ in last bits.")
-    run = prepare(recipe, None, tasks, devices)
+    run = prepare(recipe, None, tasks, devices, offload)
     run.checkpoint_seconds = checkpoint_seconds
-    like = jax.eval_shape(lambda: run.state)
-    state = state_from_arrays(arrays, like, str(folder))
-    run.state = parallel.place(state, run.over, parallel.state_specs(state))
+    like = jax.eval_shape(run.whole_state)
+    run.load(state_from_arrays(arrays, like, str(folder)))
     check_streams(run, manifest.get("streams", {}))
     run.out, run.saved, run.saved_at = folder, run.done, time.monotonic()
     run.rows = [row for row in log_rows(folder) if row.get("step", -1) < run.done]

@@ -131,7 +131,9 @@ def cursor_after(examples: int, size: int) -> Cursor:
 @functools.lru_cache(maxsize=4)
 def order(seed: tuple[int, ...], epoch: int, size: int) -> NDArray[np.int64]:
     """The order of one epoch: a permutation of 0 .. size - 1, the same wherever NumPy is the same version."""
-    shuffled = np.random.Generator(np.random.PCG64([*seed, epoch])).permutation(size)
+    # The epoch as a spawn key: as one more word of entropy, 0 would count as absent.
+    mixed = np.random.SeedSequence(seed, spawn_key=(epoch,))
+    shuffled = np.random.Generator(np.random.PCG64(mixed)).permutation(size)
     shuffled.setflags(write=False)
     return shuffled
 
