@@ -117,6 +117,11 @@ def train_command(argv: list[str]) -> int:
     if arguments.dry_run:
         print(plan.report(plan.of_training(recipe, arguments.devices, arguments.offload)))
         return 0
+    for task_name in recipe.tasks:  # so that what is wrong with it is said before anything else
+        tasks_.resolve(task_name)
+    if arguments.init is not None:
+        files.read_weights(arguments.init)
+    say(plan.outlook(recipe))
     return supervise(
         name,
         lambda **hooks: training.train(

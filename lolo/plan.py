@@ -7,6 +7,7 @@ Memory is what XLA says about the very program that would run, compiled from sha
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from lolo import cost, evaluation, inner, meta, parallel, pretrained, recipes
 from lolo import tasks as tasks_
 from lolo.offload import check as check_offload
 from lolo.recipes import Recipe
-from lolo.tasks import Task
+from lolo.tasks import Splits, Task
 from lolo.trees import PyTree, count_bytes
 
 GPU_BYTES = 80e9
@@ -132,6 +133,36 @@ def compiled_step(setup: meta.Setup, tasks: tuple[Task, ...], over: Any) -> tupl
     return step.lower(shapes(tasks), state).compile(), state
 
 
+def work_of(recipe: Recipe, setup: meta.Setup, splits: Sequence[Splits]) -> tuple[float, float]:
+    """FLOPs and H100 seconds of one outer step, with its share of the validations."""
+    own, block = recipe.validation, recipe.estimator.slots_per_block
+    steps = recipe.unroll.truncation * recipe.unroll.truncations_per_update * 2 * recipe.estimator.pairs
+    validations = recipe.outer.steps // own.every if own.every else 0
+    share = validations * own.seeds / recipe.outer.steps
+    flops = seconds = 0.0
+    for task, held, _ in splits:
+        step = inner_step_cost(setup, segment(task, recipe.unroll.truncation))
+        flops += step.flops * steps
+        seconds += h100_seconds(step, 1 if block == 1 else 2 * block) * steps
+        if share:
+            check = _long_run(step, held, own.steps or 10 * recipe.unroll.length)
+            flops, seconds = flops + share * check[0], seconds + share * check[1]
+    return flops, seconds
+
+
+def outlook(recipe: Recipe) -> str:
+    """One line before a run: sizes and arithmetic, without compiling anything."""
+    setup, splits = recipes.build(recipe), [tasks_.outline(name) for name in recipe.tasks]
+    group = tuple(s.train for s in splits)
+    state = jax.eval_shape(lambda: meta.meta_init(setup, group, jax.random.key(0)))
+    flops, _ = work_of(recipe, setup, splits)
+    data = count_bytes([task.data for task in group])
+    return (
+        f"state {_size(count_bytes(state))}, of which replay buffers {_size(count_bytes([s.replay for s in state.slots]))}; "
+        f"data in memory {_size(data)}; {_flops(flops * recipe.outer.steps)} in all. More: --dry-run."
+    )
+
+
 def of_training(recipe: Recipe, devices: int | None = 1, offload: bool = False) -> Plan:
     """The plan of `lolo train`. Raises RecipeError, TaskError."""
     setup = recipes.build(recipe)
@@ -151,17 +182,7 @@ def of_training(recipe: Recipe, devices: int | None = 1, offload: bool = False) 
         "replay buffers": count_bytes([s.replay for s in slots]) // count,
         "meta-parameters, noise and the rest": count_bytes([state._replace(slots=()), [s.estimator for s in slots]]),
     }
-    block = recipe.estimator.slots_per_block
-    flops = seconds = 0.0
-    validations = recipe.outer.steps // recipe.validation.every if recipe.validation.every else 0
-    length = recipe.validation.steps or 10 * recipe.unroll.length
-    for task, own in zip(tasks, splits, strict=True):
-        step, trajectories = inner_step_cost(setup, task), 2 * recipe.estimator.pairs
-        flops += step.flops * steps * trajectories
-        seconds += h100_seconds(step, 1 if block == 1 else 2 * block) * steps * trajectories
-        check = _long_run(step, own.validation, length) if validations else (0.0, 0.0)
-        share = validations * recipe.validation.seeds / recipe.outer.steps
-        flops, seconds = flops + share * check[0], seconds + share * check[1]
+    flops, seconds = work_of(recipe, setup, splits)
     return Plan(
         f"meta-training on {', '.join(recipe.tasks)}",
         parts,
