@@ -117,11 +117,10 @@ def train_command(argv: list[str]) -> int:
     if arguments.dry_run:
         print(plan.report(plan.of_training(recipe, arguments.devices, arguments.offload)))
         return 0
-    for task_name in recipe.tasks:  # so that what is wrong with it is said before anything else
-        tasks_.resolve(task_name)
+    splits = [tasks_.resolve(task) for task in recipe.tasks]  # what is wrong with them is said before anything else
     if arguments.init is not None:
         files.read_weights(arguments.init)
-    say(plan.outlook(recipe))
+    say(plan.outlook(recipe, splits))
     return supervise(
         name,
         lambda **hooks: training.train(

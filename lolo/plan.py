@@ -150,16 +150,16 @@ def work_of(recipe: Recipe, setup: meta.Setup, splits: Sequence[Splits]) -> tupl
     return flops, seconds
 
 
-def outlook(recipe: Recipe) -> str:
+def outlook(recipe: Recipe, splits: Sequence[Splits]) -> str:
     """One line before a run: sizes and arithmetic, without compiling anything."""
-    setup, splits = recipes.build(recipe), [tasks_.outline(name) for name in recipe.tasks]
-    group = tuple(s.train for s in splits)
+    setup, group = recipes.build(recipe), tuple(s.train for s in splits)
     state = jax.eval_shape(lambda: meta.meta_init(setup, group, jax.random.key(0)))
     flops, _ = work_of(recipe, setup, splits)
-    data = count_bytes([task.data for task in group])
+    buffers = _size(count_bytes([slots.replay for slots in state.slots]))
     return (
-        f"state {_size(count_bytes(state))}, of which replay buffers {_size(count_bytes([s.replay for s in state.slots]))}; "
-        f"data in memory {_size(data)}; {_flops(flops * recipe.outer.steps)} in all. More: --dry-run."
+        f"state {_size(count_bytes(state))}, replay buffers {buffers} of it; data "
+        f"{_size(count_bytes([task.data for task in group]))}; {_flops(flops * recipe.outer.steps)} in all. "
+        "More: --dry-run."
     )
 
 
