@@ -229,7 +229,7 @@ def eval_command(argv: list[str]) -> int:
         tasks_.pin(task)
         training.set_up()
         if dry_run:
-            print(plan.report(plan.of_evaluation(task, recipes.Learner(), len(optimizers) * seeds, steps)))
+            print(plan.report(plan.of_evaluation(task, recipes.Learner(), len(optimizers), seeds, steps)))
             return 0
         splits, total, done = tasks_.resolve(task), studies.eval_units(optimizers, seeds, steps), 0
         with telling() as teller:

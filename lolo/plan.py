@@ -177,10 +177,12 @@ def of_training(recipe: Recipe, devices: int | None = 1, offload: bool = False) 
     slots, count = state.slots, over.devices.size
     train = count_bytes([task.data for task in tasks])
     beside = count_bytes([(s.validation.data, s.test.data) for s in splits])
+    whole, inner_bytes = count_bytes(state), count_bytes([s.inner for s in slots])
+    buffers = count_bytes([s.replay for s in slots])
     parts = {
-        "inner states": count_bytes([s.inner for s in slots]) // count,
-        "replay buffers": count_bytes([s.replay for s in slots]) // count,
-        "meta-parameters, noise and the rest": count_bytes([state._replace(slots=()), [s.estimator for s in slots]]),
+        "inner states": inner_bytes // count,
+        "replay buffers": buffers // count,
+        "meta-parameters, noise and the rest": whole - inner_bytes - buffers,
     }
     flops, seconds = work_of(recipe, setup, splits)
     return Plan(
@@ -204,25 +206,28 @@ def _long_run(step: cost.Cost, held: Task, steps: int) -> tuple[float, float]:
     return flops, h100_seconds(step) * flops / step.flops
 
 
-def of_evaluation(name: str, learner: recipes.Learner, runs: int, steps: int) -> Plan:
-    """The plan of `lolo eval`: `runs` runs of a learned optimizer, one after the other on one device."""
+def of_evaluation(name: str, learner: recipes.Learner, optimizers: int, seeds: int, steps: int) -> Plan:
+    """The plan of `lolo eval`, as if every optimizer were a learned one: runs one after the other on one device.
+
+    The states of all seeds are held at once; those of a streamed task are run seed by seed.
+    """
     setup = recipes.build(dataclasses.replace(recipes.NAIVE, learner=learner, tasks=(name,)))
     splits = tasks_.outline(name)
     task = segment(splits.train, evaluation.WINDOW)
     make = pretrained.architecture(learner).optimizer
     phi = jax.eval_shape(setup.learned.init, jax.random.key(0))
-    compiled, state = evaluation.compiled_window(task, splits.test, make, phi, 1)
+    compiled, state = evaluation.compiled_window(task, splits.test, make, phi, 1 if task.stream else seeds)
     flops, seconds = _long_run(inner_step_cost(setup, task), splits.test, steps)
     held, beside = count_bytes(splits.test.data), count_bytes(splits.validation.data)
     return Plan(
         f"evaluating on {name}",
-        {"one inner state": count_bytes(state), "φ": count_bytes(phi)},
+        {"inner states": count_bytes(state)},
         memory_of(compiled, count_bytes(task.data), held, beside),
         1,
         f"run of {steps:,} steps",
         flops,
         seconds,
-        runs,
+        optimizers * seeds,
         (name,) if splits.train.stream else (),
     )
 

@@ -1,5 +1,6 @@
 """Tasks on prepared data: what they read, how they are sized, and options that must not change the result."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -9,9 +10,9 @@ import pytest
 from helpers import assert_close, make_task
 
 from lolo import inner, prepared_tasks, tasks
-from lolo.data import DataError, imagenet, prepare
+from lolo.data import DataError, imagenet, prepare, stream
 from lolo.data.plan import Part, Plan
-from lolo.problem import TaskError
+from lolo.problem import Feed, TaskError
 
 KEY = jax.random.key(0)
 COUNTS = {"train": 40, "validation": 6, "test": 10}
@@ -88,6 +89,24 @@ def test_windows_follow_each_other_and_labels_are_the_next_tokens(name):
         end = task.size * 16
         np.testing.assert_array_equal(np.ravel(inputs), row[:end])
         np.testing.assert_array_equal(np.ravel(labels), row[1 : end + 1])
+
+
+def test_a_set_beyond_its_budget_is_streamed_in_the_order_of_its_epoch():
+    arrays = images(0)["train"]
+    splits = tasks.resolve("textures-mlp:batch=8,width=4,depth=1,resident_gb=0")
+    with contextlib.closing(Feed(splits.train, 2, (7,))) as feed:
+        task = feed.next()
+        assert feed.place_in_stream() == {"epoch": 0, "position": 16, "size": 40}
+    order = stream.order((7,), 0, 40)[:16].reshape(2, 8)
+    for step in (0, 1, 5):
+        pixels, labels = task.sample(KEY, jnp.int32(step))
+        chosen = order[step % 2]
+        np.testing.assert_array_equal(labels, arrays["labels"][chosen])
+        np.testing.assert_array_equal(task.data[0][step % 2], arrays["images"][chosen])
+        assert pixels.shape == (8, 32, 32, 3)
+    resident = tasks.resolve("textures-mlp:batch=8,width=4,depth=1").train
+    assert resident.stream is None and Feed(resident, 2, (7,)).next() is resident
+    assert splits.validation.stream is None
 
 
 def test_held_out_tokens_are_capped(monkeypatch):

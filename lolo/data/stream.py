@@ -70,7 +70,7 @@ class Rows:
             DataError: the file is gone, or shorter than it was.
         """
         found = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        pieces: Any = found.view(np.uint8).reshape(len(indices), -1)
+        pieces: Any = found.view(np.uint8).reshape(len(indices), self.nbytes // len(self))
         try:
             file = os.open(self.path, os.O_RDONLY)
         except OSError as error:
