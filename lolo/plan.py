@@ -119,10 +119,11 @@ def h100_seconds(step: cost.Cost, together: int = 1) -> float:
     """Estimated time of a step by the assumptions in `ASSUMED`; `together`: trajectories in one kernel."""
 
     def seconds(p: cost.Product) -> float:
-        work = max(p.flops / PEAK[p.kind], p.nbytes / BANDWIDTH) / UTILISATION
+        work = p.times * max(p.flops / PEAK[p.kind], p.nbytes / BANDWIDTH) / UTILISATION
+        # Once, however often it turns: blocks that suit a CPU's cache are one product on a GPU.
         return max(work, LAUNCH_SECONDS / together)
 
-    return sum(seconds(p) * p.times for p in step.products)
+    return sum(map(seconds, step.products))
 
 
 def compiled_step(setup: meta.Setup, tasks: tuple[Task, ...], over: Any) -> tuple[Any, meta.MetaState]:
