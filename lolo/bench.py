@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec
 
 from lolo import files, learned, meta, models, parallel, plots, recipes, tasks, textbook, training
 from lolo.gang import ALONE
+from lolo.offload import Offloaded
 from lolo.trees import PyTree, count_bytes
 
 PAIRS, BATCH = 8, 128
@@ -169,6 +170,7 @@ class OuterStep(NamedTuple):
 def outer_step(recipe: recipes.Recipe, splits: dict[str, tasks.Splits] | None = None) -> OuterStep:
     """Build and compile what `lolo train` would run."""
     run = training.prepare(recipe, None, splits, None, ALONE)
+    assert not isinstance(run.step, Offloaded)
     compiled = run.step.lower(run.train_tasks(), run.state).compile()
     analysis: Any = compiled.memory_analysis()
     sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)

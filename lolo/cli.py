@@ -18,7 +18,7 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import files, health, launch, parallel, recipes, report, studies, training
+from lolo import files, health, launch, parallel, plan, recipes, report, studies, training
 from lolo import tasks as tasks_
 from lolo.gang import ALONE, Gang, GangError
 from lolo.launch import Processes
@@ -29,7 +29,8 @@ T = TypeVar("T")
 HELP = """lolo: learned optimizers that keep working past the unroll they were meta-trained on
 
   lolo reproduce quick              meta-train three methods on real data and compare them, within ten minutes
-  lolo train RECIPE [--field VALUE] meta-train by a recipe; `lolo train lolo --help` lists every field
+  lolo train RECIPE [--field VALUE] meta-train by a recipe; `lolo train lolo --help` lists every field;
+                                    with --dry-run: what it would need
   lolo resume RUN                   go on with a stopped run
   lolo sweep FILE                   a grid of recipes as independent runs, and one table
   lolo eval OPTIMIZER... --task T   long runs from the same inits and batches: table, rows, curves
@@ -101,8 +102,10 @@ class TrainArguments:
     out: Path | None = None  # folder of the run; default: runs/RECIPE-TASK-seedSEED
     init: str | None = None  # weights to go on from: a name or a file
     devices: int | None = None  # devices (on CPU: cores) to use at most; does not change the result
+    offload: bool = False  # keep replay buffers in the host's memory; does not change the result
     checkpoint_seconds: float = 20.0  # time between two checkpoints, at least
     log: tuple[str, ...] = ()  # tensorboard, wandb: beside log.jsonl, in the run's folder; both work offline
+    dry_run: bool = False  # only say what it would need: memory, arithmetic, time; needs no data
     several: Several = ONE
 
 
@@ -146,7 +149,9 @@ def train_command(argv: list[str]) -> int:
     arguments = one_line(
         lambda: tyro.cli(
             TrainArguments,
-            args=known_options(options, ["out", "init", "devices", "checkpoint_seconds", "log", *SEVERAL]),
+            args=known_options(
+                options, ["out", "init", "devices", "offload", "checkpoint_seconds", "log", "dry_run", *SEVERAL]
+            ),
             default=TrainArguments(recipe),
             prog=f"lolo train {name}",
             config=(tyro.conf.FlagConversionOff,),
@@ -156,14 +161,24 @@ def train_command(argv: list[str]) -> int:
     task = "-".join(Path(t.partition(":")[0]).stem for t in recipe.tasks)
     out = arguments.out or Path("runs") / f"{name}-{task}-seed{recipe.seed}"
     recipes.check(recipe)
+    if arguments.dry_run:
+        training.set_up()
+        print(plan.report(plan.of_training(recipe, arguments.devices, arguments.offload)))
+        return 0
+    splits = [tasks_.resolve(task) for task in recipe.tasks]  # what is wrong with them is said before anything else
+    if arguments.init is not None:
+        files.read_weights(arguments.init)
 
     def run(gang: Gang, **hooks: Any) -> training.Result:
         common: dict[str, Any] = {
             "devices": arguments.devices,
+            "offload": arguments.offload,
             "checkpoint_seconds": arguments.checkpoint_seconds,
             "log": arguments.log,
             "gang": gang,
         }
+        if gang.leads:
+            hooks["say"](plan.outlook(recipe, splits))
         # A scheduler that starts processes again gives the same command.
         if arguments.several.asked and training.go_on(out, recipe, gang):
             return training.resume(out, **common, **hooks)
@@ -205,6 +220,8 @@ def known_options(options: list[str], more: list[str]) -> list[str]:
             name = "tasks" if name == "task" else name.replace("-", "_")
             if name not in known:
                 raise recipes.unknown("option", f"--{name}", [f"--{field}" for field in known])
+            if option in ("--dry-run", "--offload"):
+                separator, value = "=", "True"
             option = f"--{name}{separator}{value}"
         spelled.append(option)
     return spelled
@@ -236,6 +253,7 @@ def resume_command(argv: list[str]) -> int:
     def resume(
         run: tyro.conf.Positional[Path],
         devices: int | None = None,
+        offload: bool = False,
         checkpoint_seconds: float = 20.0,
         log: tuple[str, ...] | None = None,
         several: Several = ONE,
@@ -245,6 +263,7 @@ def resume_command(argv: list[str]) -> int:
         Args:
           run: the run's folder.
           devices: devices (on CPU: cores) to use at most; does not change the result.
+          offload: keep replay buffers in the host's memory; does not change the result.
           checkpoint_seconds: time between two checkpoints, at least.
           log: tensorboard, wandb; default: where the run logged before; `--log` alone: nowhere else.
           several: go on in several processes, any number.
@@ -257,7 +276,13 @@ def resume_command(argv: list[str]) -> int:
             several,
             devices,
             lambda gang, **hooks: training.resume(
-                run, devices=devices, checkpoint_seconds=checkpoint_seconds, log=log, gang=gang, **hooks
+                run,
+                devices=devices,
+                offload=offload,
+                checkpoint_seconds=checkpoint_seconds,
+                log=log,
+                gang=gang,
+                **hooks,
             ),
         )
 
@@ -313,6 +338,7 @@ def eval_command(argv: list[str]) -> int:
         steps: int = 10_000,
         seeds: int = 5,
         out: Path | None = None,
+        dry_run: bool = False,
     ) -> int:
         """Train a task with each optimizer, from the same inits and batches, and compare.
 
@@ -323,6 +349,7 @@ def eval_command(argv: list[str]) -> int:
           steps: inner steps of each run.
           seeds: runs per optimizer.
           out: folder for rows, table, curves and report; default: only the table is printed.
+          dry_run: only say what it would need: memory, arithmetic, time; needs no data.
         """
         if not optimizers:
             raise ValueError("name at least one optimizer, for instance: lolo eval adamw:1e-3 --task fashion-mlp")
@@ -332,6 +359,9 @@ def eval_command(argv: list[str]) -> int:
         if out is not None:
             studies.check_free(out, task)
         training.set_up()
+        if dry_run:
+            print(plan.report(plan.of_evaluation(task, recipes.Learner(), len(optimizers), seeds, steps)))
+            return 0
         with telling() as teller:
             rows, weights = studies.evaluate(optimizers, task, steps, seeds, teller)
         if out is None:

@@ -5,6 +5,7 @@ Every optimizer sees the same inits and the same batches: both derive from the e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,12 +21,12 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from lolo import inner, parallel
+from lolo.problem import Feed
 from lolo.tasks import Splits, Task
 from lolo.trees import PyTree
 
 WINDOW = 100  # steps that a reported loss is the mean of, and between two scores
-SUBSET = 10_000  # examples of the held-out split that are scored on the way
-SCORE_BATCH = 1_000
+EVAL_STREAM = 1  # streams of evaluations: their order is drawn from (this, evaluation seed, epoch)
 PICK_SEEDS = (1_000_001, 1_000_002)  # learning rates of baselines are picked on these, never reported
 
 Make = Callable[[Any], optax.GradientTransformation]
@@ -40,9 +41,9 @@ class Curves(NamedTuple):
 
 
 def score_split(task: Task, params: PyTree, statistics: PyTree, limit: int | None = None) -> dict[str, jax.Array]:
-    """Scores over the first `limit` examples of a split (all, if None), in batches of SCORE_BATCH."""
+    """Scores over the first `limit` examples of a split (all, if None), in batches of `task.score_batch`."""
     size = task.size if limit is None else min(limit, task.size)
-    batch = min(SCORE_BATCH, size)
+    batch = min(task.score_batch, size)
     whole = size // batch
 
     def scored(start: jax.Array, count: int) -> dict[str, jax.Array]:
@@ -62,8 +63,8 @@ def seed_key(seed: int) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _programs(make: Make, devices: int) -> tuple[Callable, Callable, Callable, Any]:
-    """Jitted: begin, `chunks` windows of steps, final scores; each over K runs spread over devices."""
+def _programs(make: Make, devices: int, window: int = WINDOW) -> tuple[Callable, Callable, Callable, Any]:
+    """Jitted: begin, one window of steps, final scores; each over K runs spread over devices."""
     over = parallel.mesh(devices, devices)
     spread, everywhere = PartitionSpec(parallel.AXIS), PartitionSpec()
 
@@ -82,8 +83,8 @@ def _programs(make: Make, devices: int) -> tuple[Callable, Callable, Callable, A
                 state, record = inner.inner_step(task, optimizer, None, jnp.ones(()), state, step_key)
                 return state, record.task
 
-            state, losses = jax.lax.scan(step, state, length=WINDOW)
-            score = score_split(held, state.params, state.stats, SUBSET)["loss"]
+            state, losses = jax.lax.scan(step, state, length=window)
+            score = score_split(held, state.params, state.stats, held.score_examples)["loss"]
             return state, jnp.mean(losses), score
 
         return jax.lax.map(one, (settings, keys, states))
@@ -103,6 +104,16 @@ def _programs(make: Make, devices: int) -> tuple[Callable, Callable, Callable, A
     )
 
 
+def compiled_window(task: Task, held: Task, make: Make, setting: Any, count: int) -> tuple[Any, inner.InnerState]:
+    """The program of one window of `count` runs on one device, compiled from shapes, and the shapes of its states."""
+    programs: Any = _programs(make, 1)
+    begin, advance, *_ = programs
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), setting)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+    states = jax.eval_shape(begin, task, stacked, keys)
+    return advance.lower(task, held, stacked, keys, states).compile(), states
+
+
 def run(
     task: Task,
     held: Task,
@@ -111,6 +122,7 @@ def run(
     seeds: Sequence[int],
     steps: int,
     advanced: Callable[[int], None] = lambda steps: None,
+    window: int = WINDOW,
 ) -> Curves:
     """K = len(settings) runs: run k trains with `make(settings[k])` from the init and batches of `seeds[k]`.
 
@@ -118,14 +130,17 @@ def run(
       task: the split to train on; held: the split to score on.
       make: settings -> optimizer, one function for all runs; keep it the same object to compile once.
       settings: trees of numbers or arrays, equal shapes.
-      steps: a multiple of WINDOW.
+      steps: a multiple of `window`.
       advanced: told the number of steps done by each window, all runs together (for progress bars).
+      window: steps between two scores, and that a point of the train curve is the mean of.
     """
-    if steps < WINDOW or steps % WINDOW:
-        raise ValueError(f"steps={steps} must be a multiple of {WINDOW}; try {max(round(steps / WINDOW), 1) * WINDOW}.")
+    if steps < window or steps % window:
+        raise ValueError(f"steps={steps} must be a multiple of {window}; try {max(round(steps / window), 1) * window}.")
+    if task.stream is not None and len(set(seeds)) > 1:
+        return _by_seed(task, held, make, settings, seeds, steps, advanced, window)
     count = len(settings)
     devices = max(min(len(jax.local_devices()), count), 1)
-    begin, advance, finish, over = _programs(make, devices)
+    begin, advance, finish, over = _programs(make, devices, window)
     padded = -(-count // devices) * devices
     pad = [min(i, count - 1) for i in range(padded)]
     stacked = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(x[i]) for i in pad]), *settings)
@@ -133,13 +148,35 @@ def run(
     task, held = parallel.place(task, over), parallel.place(held, over)
     states = begin(task, stacked, keys)
     train, scores = [], []
-    for _ in range(steps // WINDOW):
-        states, loss, score = advance(task, held, stacked, keys, states)
-        train.append(np.asarray(loss))
-        scores.append(np.asarray(score))
-        advanced(WINDOW * count)
+    with contextlib.closing(Feed(task, window, (EVAL_STREAM, seeds[0]))) as feed:
+        for _ in range(steps // window):
+            segment = feed.next(lambda data: parallel.place(data, over))
+            states, loss, score = advance(segment, held, stacked, keys, states)
+            train.append(np.asarray(loss))
+            scores.append(np.asarray(score))
+            advanced(window * count)
     final = {name: np.asarray(x)[:count] for name, x in finish(held, states).items()}
     return Curves(np.stack(train, 1)[:count], np.stack(scores, 1)[:count], final)
+
+
+def _by_seed(
+    task: Task,
+    held: Task,
+    make: Make,
+    settings: Sequence[Any],
+    seeds: Sequence[int],
+    steps: int,
+    advanced: Callable[[int], None],
+    window: int,
+) -> Curves:
+    """`run` for one seed after the other: the runs of a call share the segments of one stream."""
+    groups = {seed: [k for k, other in enumerate(seeds) if other == seed] for seed in seeds}
+    parts = [
+        run(task, held, make, [settings[k] for k in group], [seed] * len(group), steps, advanced, window)
+        for seed, group in groups.items()
+    ]
+    places = np.argsort(np.concatenate(list(groups.values())))
+    return jax.tree.map(lambda *x: np.concatenate(x)[places], *parts)
 
 
 # --- what can be compared -----------------------------------------------------------------------------------------
@@ -234,6 +271,7 @@ def compare(
     steps: int,
     held: str = "test",
     advanced: Callable[[int], None] = lambda steps: None,
+    window: int = WINDOW,
 ) -> list[Row]:
     """Every contestant on every seed, from the same inits and batches. `held`: which split is scored."""
     rows: list[Row] = []
@@ -250,6 +288,7 @@ def compare(
             [seed for _, seed in pairs],
             steps,
             advanced,
+            window,
         )
         for k, (contestant, seed) in enumerate(pairs):
             rows.append(_row(name, splits.train, contestant, seed, steps, curves, k))

@@ -45,6 +45,32 @@ def squared_norm(tree: PyTree) -> jax.Array:
     return sum((jnp.vdot(leaf, leaf) for leaf in leaves), jnp.zeros(()))
 
 
+def loss_and_gradient(
+    task: Task, params: PyTree, stats: PyTree, batch: PyTree, key: jax.Array
+) -> tuple[jax.Array, PyTree, PyTree]:
+    """Mean loss [] over a batch, new statistics, and the gradient, in `task.micro_batches` equal parts of the batch.
+
+    More parts need less memory and give the same sums in another order. A model with BatchNorm sees each part as a
+    batch of its own, so there the parts are another problem.
+    """
+    of_part = jax.value_and_grad(task.loss, has_aux=True)
+    parts = task.micro_batches
+    if parts == 1:
+        (loss, stats), grads = of_part(params, stats, batch, key)
+        return loss, stats, grads
+
+    def add(carry: tuple, part: tuple[jax.Array, PyTree]) -> tuple[tuple, None]:
+        stats, *sums = carry
+        i, batch = part
+        (loss, stats), grads = of_part(params, stats, batch, jax.random.fold_in(key, i))
+        return (stats, *jax.tree.map(lambda total, x: total + x / parts, sums, [loss, grads])), None
+
+    batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    start = (stats, jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    (stats, loss, grads), _ = jax.lax.scan(add, start, (jnp.arange(parts), batch))
+    return loss, stats, grads
+
+
 def inner_step(
     task: Task,
     learner: optax.GradientTransformation,
@@ -61,7 +87,7 @@ def inner_step(
     """
     key_batch, key_loss = jax.random.split(key)
     batch = task.sample(key_batch, state.step)
-    (loss, stats), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, state.stats, batch, key_loss)
+    loss, stats, grads = loss_and_gradient(task, state.params, state.stats, batch, key_loss)
     updates, learner_state = learner.update(grads, state.learner, state.params)
     expert_state, bc = state.expert, jnp.zeros(())
     if expert is not None:

@@ -38,11 +38,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 # Multilayer perceptrons
 
 
-def mlp(widths: Sequence[int]) -> Model:
+def mlp(widths: Sequence[int], dtype: jax.typing.DTypeLike = jnp.float32) -> Model:
     """Dense layers with ReLU between them: inputs [B, ...] are flattened to [B, widths[0]] → [B, widths[-1]].
 
     Weights are normal, cut at ±2σ with σ = 1/√fan_in and no correction of the variance; biases are 0.
     `mlp((3072, 128, 128, 128, 1000))` is the paper's network for 32×32 ImageNet: 555,368 parameters.
+    `dtype` is that of activations and matrix products; parameters and outputs stay float32.
     """
     widths = tuple(widths)
     if len(widths) < 2 or min(widths) < 1:
@@ -52,7 +53,8 @@ def mlp(widths: Sequence[int]) -> Model:
         return _init_dense_layers(key, widths), {}
 
     def apply(params: Params, stats: Stats, inputs: jax.Array, training: bool = False) -> tuple[jax.Array, Stats]:
-        return _dense_layers(params, inputs.reshape(inputs.shape[0], -1), len(widths) - 1), stats
+        flat = inputs.reshape(inputs.shape[0], -1).astype(dtype)
+        return _dense_layers(params, flat, len(widths) - 1).astype(jnp.float32), stats
 
     return Model(init, apply)
 
@@ -88,7 +90,7 @@ def _init_dense_layers(key: jax.Array, widths: Sequence[int]) -> Params:
 
 def _dense_layers(params: Params, x: jax.Array, layers: int) -> jax.Array:
     for i in range(layers):
-        x = x @ params[f"layers.{i}.weight"] + params[f"layers.{i}.bias"]
+        x = _dense(params, x, f"layers.{i}")
         x = jax.nn.relu(x) if i < layers - 1 else x
     return x
 

@@ -126,7 +126,16 @@ NAIVE = dataclasses.replace(
 )
 """Naive-LO: persistent evolution strategies on the task loss alone."""
 
-RECIPES: dict[str, Recipe] = {"lolo": LOLO, "bc-only": BC_ONLY, "naive": NAIVE}
+LOLO_PAPER = dataclasses.replace(LOLO, tasks=("imagenet32-mlp-w128-d3",))
+"""The paper's meta-training: ImageNet-32 MLP at batch 4,096, T = 5,000, N = 1,000, L = 50, σ = 0.01, M = 4.
+
+    lolo train lolo-paper --dry-run                                   # what it needs
+    lolo train lolo-paper --estimator.slots-per-block 8 --out runs/paper   # on a GPU
+
+The paper's three evaluations of its weights, and the hardware, are in docs/paper_tasks.md. Not run yet.
+"""
+
+RECIPES: dict[str, Recipe] = {"lolo": LOLO, "bc-only": BC_ONLY, "naive": NAIVE, "lolo-paper": LOLO_PAPER}
 
 
 def method_of(recipe: Recipe) -> str | None:

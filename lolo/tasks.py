@@ -2,19 +2,20 @@
 
 A `Task` is a model, a loss and a data set in one. `TASKS` names those that come with the package; your own is a
 function that returns `Splits`, named on the command line as `path.py:function`.
+
+A name may go on with settings, which are the keyword arguments of the task's function: `fineweb-gpt2-mini:batch=8`,
+`quadratic:dimensions=3`, `path.py:function:depth=2,width=64`. Recipes hold them as part of the name.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import hashlib
 import importlib.util
-import math
+import inspect
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,87 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lolo import models
+from lolo import augment, models, prepared_tasks
 from lolo.data import embedded
+from lolo.problem import Splits, Task, TaskError, classification
 from lolo.trees import PyTree
-
-
-def _static() -> Any:
-    return dataclasses.field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One inner problem on one split of its data. The arrays in `data` are leaves; all else is static.
-
-    Another split, or the next segment of a stream, is the same Task with other leaves.
-    """
-
-    data: PyTree  # arrays; leaves [examples, ...] unless the task says otherwise
-    init: Callable[[jax.Array], tuple[PyTree, PyTree]] = _static()  # key -> params, stats
-    examples: Callable[[PyTree, jax.Array], PyTree] = _static()  # data, indices [B] -> batch
-    loss: Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]] = _static()
-    # params, stats, batch, key -> loss [], stats; the mean over the batch
-    score: Callable[[PyTree, PyTree, PyTree], dict[str, jax.Array]] = _static()
-    # params, stats, batch -> means over the batch by name; "loss" is always there
-    size: int = _static()  # number of examples
-    batch: int = _static()  # examples per inner step
-    loss_limit: float | None = _static()  # losses enter the meta-gradient clipped to this; None: as they are
-
-    def sample(self, key: jax.Array, step: jax.Array) -> PyTree:
-        """A batch drawn with replacement. `step` is the inner step: streams use it, resident data do not."""
-        del step
-        return self.examples(self.data, jax.random.randint(key, (self.batch,), 0, self.size))
-
-
-class Splits(NamedTuple):
-    """The same problem on data that never mix: meta-training, choices, and the one final report."""
-
-    train: Task
-    validation: Task
-    test: Task
-
-
-def classification(
-    splits: dict[str, PyTree],
-    model: models.Model,
-    examples: Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]],
-    *,
-    classes: int,
-    batch: int,
-    sizes: dict[str, int],
-) -> Splits:
-    """Splits of a classifier from arrays, a model and the way to pick examples.
-
-    Args:
-      splits: "train", "validation", "test" -> arrays.
-      model: maps inputs [B, ...] to logits [B, classes].
-      examples: data, indices [B] -> (inputs [B, ...], labels [B]).
-      classes: C; the loss limit is 1.5·ln C.
-      batch: examples per inner step.
-      sizes: number of examples in each split.
-    """
-
-    def loss(params: PyTree, stats: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
-        inputs, labels = batch
-        logits, stats = model.apply(params, stats, inputs, training=True)
-        return models.cross_entropy(logits, labels), stats
-
-    def score(params: PyTree, stats: PyTree, batch: PyTree) -> dict[str, jax.Array]:
-        inputs, labels = batch
-        logits, _ = model.apply(params, stats, inputs, training=False)
-        return {
-            "loss": models.cross_entropy(logits, labels),
-            "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels),
-        }
-
-    def task(split: str) -> Task:
-        data = jax.tree.map(jnp.asarray, splits[split])
-        limit = 1.5 * math.log(classes)
-        return Task(data, model.init, examples, loss, score, size=sizes[split], batch=batch, loss_limit=limit)
-
-    return Splits(*(task(split) for split in Splits._fields))
 
 
 def _pick_image(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -170,34 +94,98 @@ def quadratic(dimensions: int = 8) -> Splits:
     return Splits(task(0), task(1), task(2))
 
 
-TASKS: dict[str, Callable[[], Splits]] = {
+TASKS: dict[str, prepared_tasks.Make] = {
     "fashion-mlp": fashion_mlp,
     "books-mlp": books_mlp,
     "quadratic": quadratic,
+    "imagenet32-mlp-w128-d3": prepared_tasks.imagenet32_mlp,
+    "imagenet32-resnet18": prepared_tasks.imagenet32_resnet18,
+    "fineweb-gpt2-mini": prepared_tasks.fineweb_gpt2_mini,
+    "textures-mlp": prepared_tasks.textures_mlp,
+    "textures-resnet18": prepared_tasks.textures_resnet18,
+    "books-gpt2-mini": prepared_tasks.books_gpt2_mini,
 }
 
 
-class TaskError(ValueError):
-    """A task that can't be found or used; says which, and what to do."""
+ANY_TASK = {"reparametrize": 1.0}
+"""Settings of every task; the first is the bound of `augment.reparametrized`."""
+
+
+def parse_settings(words: str, make: prepared_tasks.Make, task: str) -> dict[str, Any]:
+    """`batch=8,dtype=bfloat16` as keyword arguments of `make`, typed like its defaults. Raises TaskError."""
+    known, found = {**ANY_TASK, **prepared_tasks.settings_of(make)}, {}
+    for word in words.split(",") if words else ():
+        name, separator, value = word.partition("=")
+        if name not in known or not separator:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            hint = f"did you mean {near[0]!r}? Known: {', '.join(known)}." if near else "it has none."
+            raise TaskError(f"{word!r} is no setting of {task!r}, which takes NAME=VALUE,NAME=VALUE; {hint}")
+        found[name] = _typed(value, known[name], f"{task}: setting {name}")
+    return found
+
+
+def _typed(value: str, like: Any, what: str) -> Any:
+    if isinstance(like, str):
+        return value
+    if isinstance(like, bool):
+        if value.lower() not in ("true", "false"):
+            raise TaskError(f"{what}={value!r} must be true or false.")
+        return value.lower() == "true"
+    try:
+        return type(like)(value)
+    except ValueError:
+        raise TaskError(f"{what}={value!r} must be a number, such as {like}.") from None
 
 
 def pin(name: str) -> str:
     """The name that a recipe stores: `path.py:function` gets the file's sha256, named tasks stay as they are."""
-    path, function, stated = _parts(name)
-    if path is None:
+    parts = _parts(name)
+    if parts.path is None:
         return name
-    found = _sha256(path)
-    if stated is not None and stated != found:
-        raise TaskError(f"{path} has changed since the recipe was made: its sha256 is {found}, not {stated}.")
-    return f"{path}:{function}@{found}"
+    found = _sha256(parts.path)
+    if parts.sha256 is not None and parts.sha256 != found:
+        raise TaskError(
+            f"{parts.path} has changed since the recipe was made: its sha256 is {found}, not {parts.sha256}."
+        )
+    return name if parts.sha256 else f"{name}@{found}"
 
 
 def resolve(name: str) -> Splits:
-    """The splits of a named task, or of `path.py:function[@sha256]`. Runs the code of that file. Raises TaskError."""
-    path, function, _ = _parts(name)
-    if path is None:
-        return TASKS[name]()
+    """The splits of a task's name. Runs the code of `path.py:function`. Raises TaskError, DataError."""
     pin(name)
+    return _made(name, outline=False)
+
+
+def outline(name: str) -> Splits:
+    """The same with shapes in the place of arrays; tasks on prepared data need no data for it.
+
+    Leaves are `jax.ShapeDtypeStruct`.
+    """
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _made(name, outline=True))
+
+
+def _made(name: str, outline: bool) -> Splits:
+    parts = _parts(name)
+    make = TASKS[parts.function] if parts.path is None else _function_of(parts.path, parts.function)
+    settings = parse_settings(parts.settings, make, parts.function)
+    bound = settings.pop("reparametrize", 1.0)
+    if outline and "where" in inspect.signature(make).parameters:
+        settings["outline"] = True
+    try:
+        splits = make(**settings)
+    except ValueError:  # TaskError, DataError: they say what is wrong
+        raise
+    except Exception as error:
+        raise TaskError(f"{name} failed with {type(error).__name__}: {error}.") from error
+    if not isinstance(splits, Splits):
+        raise TaskError(f"{parts.path}:{parts.function} returned {type(splits).__name__}; expected lolo.Splits.")
+    for split, task in zip(Splits._fields, splits, strict=True):
+        if not isinstance(task, Task) or task.size < 1 or task.batch < 1:
+            raise TaskError(f"{name}: its {split} split is no lolo.Task with size and batch of 1 or more.")
+    return splits if bound == 1.0 else augment.reparametrized(splits, bound)
+
+
+def _function_of(path: Path, function: str) -> prepared_tasks.Make:
     spec = importlib.util.spec_from_file_location(f"lolo_task_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} can't be imported; a task file is Python source, named path.py:function.")
@@ -210,33 +198,35 @@ def resolve(name: str) -> Splits:
     make = getattr(module, function, None)
     if not callable(make):
         raise TaskError(f"{path} has no function {function!r}; define one that returns lolo.Splits.")
-    try:
-        splits = make()
-    except Exception as error:
-        raise TaskError(f"{path}:{function} failed with {type(error).__name__}: {error}.") from error
-    if not isinstance(splits, Splits):
-        raise TaskError(f"{path}:{function} returned {type(splits).__name__}; expected lolo.Splits.")
-    for split, task in zip(Splits._fields, splits, strict=True):
-        if not isinstance(task, Task) or task.size < 1 or task.batch < 1:
-            raise TaskError(f"{path}:{function}: its {split} split is no lolo.Task with size and batch of 1 or more.")
-    return splits
+    return make
 
 
-USER_TASK = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)(?:@(?P<sha256>[0-9a-f]{64}))?")
+NAME = re.compile(r"(?:(?P<path>.+?\.py):)?(?P<function>[\w-]+)(?::(?P<settings>[^@]*))?(?:@(?P<sha256>[0-9a-f]{64}))?")
 
 
-def _parts(name: str) -> tuple[Path | None, str, str | None]:
-    """Path, function and stated sha256 of a task's name; path is None for named tasks."""
-    user = USER_TASK.fullmatch(name)
-    if user:
-        if not Path(user["path"]).is_file():
-            where = "" if Path(user["path"]).is_absolute() else f" in {Path.cwd()}, from where it is looked for"
-            raise TaskError(f"task file {user['path']} does not exist{where}; give it as path.py:function.")
-        return Path(user["path"]), user["function"], user["sha256"]
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+class Parts(NamedTuple):
+    """A task's name, taken apart."""
+
+    path: Path | None  # None for named tasks
+    function: str
+    settings: str  # "batch=8,width=64", or ""
+    sha256: str | None
+
+
+def _parts(name: str) -> Parts:
+    """Raises TaskError for files that are not there, and for unknown names and settings of named tasks."""
+    match = NAME.fullmatch(name)
+    if match and match["path"]:
+        if not Path(match["path"]).is_file():
+            where = "" if Path(match["path"]).is_absolute() else f" in {Path.cwd()}, from where it is looked for"
+            raise TaskError(f"task file {match['path']} does not exist{where}; give it as path.py:function.")
+        return Parts(Path(match["path"]), match["function"], match["settings"] or "", match["sha256"])
+    known, _, settings = name.partition(":")
+    if known not in TASKS:
+        near = difflib.get_close_matches(known, TASKS, n=1, cutoff=0.0)[0]
         raise TaskError(f"unknown task {name!r}; did you mean {near!r}? Your own: path.py:function.")
-    return None, name, None
+    parse_settings(settings, TASKS[known], known)
+    return Parts(None, known, settings, None)
 
 
 def _sha256(path: Path) -> str:

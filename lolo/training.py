@@ -29,9 +29,13 @@ import numpy as np
 from lolo import evaluation, files, meta, parallel, pretrained, recipes, sinks
 from lolo import tasks as tasks_
 from lolo.gang import ALONE, Gang
+from lolo.offload import Offloaded
+from lolo.offload import check as check_offload
+from lolo.problem import Feed
 from lolo.recipes import Recipe
 from lolo.trees import count_bytes
 
+META_STREAM = 0  # streams of meta-trainings: their order is drawn from (this, seed, task, epoch)
 VALIDATION_SEEDS = 900_000  # evaluation seeds of validation unrolls count from here
 LARGE_CHECKPOINT = 32 << 20  # bytes from which on a thread writes it
 BAD = ("nothing", "the loss", "the gradient", "the imitation distance")
@@ -294,11 +298,12 @@ class Run:
     tasks: dict[str, tasks_.Splits]
     setup: meta.Setup
     over: Any  # the mesh
-    step: parallel.Step
+    step: parallel.Step | Offloaded
     state: meta.MetaState
     out: Path | None
     rows: list[dict[str, Any]]  # of the log
     gang: Gang = ALONE  # the processes that run it together
+    feeds: tuple[Feed, ...] = ()  # of the tasks' data, while the loop runs
     checkpoint_seconds: float = 20.0  # between two checkpoints, at least
     saved: int = -1  # outer step of the newest checkpoint
     saved_at: float = 0.0
@@ -310,8 +315,42 @@ class Run:
     def done(self) -> int:
         return int(self.state.outer_step)
 
+    def whole_state(self) -> meta.MetaState:
+        """The state with all of its replay buffers, wherever they are: what a checkpoint holds."""
+        return self.step.whole(self.state) if isinstance(self.step, Offloaded) else self.state
+
+    def load(self, state: meta.MetaState) -> None:
+        """Go on from the state of `whole_state`."""
+        if isinstance(self.step, Offloaded):
+            self.state = self.step.place(state)
+        else:
+            self.state = parallel.place(state, self.over, parallel.state_specs(state))
+
     def train_tasks(self) -> tuple[tasks_.Task, ...]:
         return tuple(splits.train for splits in self.tasks.values())
+
+    @contextmanager
+    def feeding(self) -> Iterator[None]:
+        """Data from here on. A stream's cursor needs no state: every outer step takes one segment."""
+        steps = self.recipe.unroll.truncation * self.recipe.unroll.truncations_per_update
+        self.feeds = tuple(
+            Feed(task, steps, (META_STREAM, self.recipe.seed, group), self.done)
+            for group, task in enumerate(self.train_tasks())
+        )
+        try:
+            yield
+        finally:
+            for feed in self.feeds:
+                feed.close()
+
+    def next_tasks(self) -> tuple[tasks_.Task, ...]:
+        """The tasks with the data of the next outer step."""
+        return tuple(feed.next(lambda data: parallel.place(data, self.over)) for feed in self.feeds)
+
+    def streams(self) -> dict[str, dict[str, int]]:
+        """Where the streams of tasks larger than memory are."""
+        places = {name: feed.place_in_stream() for name, feed in zip(self.tasks, self.feeds, strict=True)}
+        return {name: place for name, place in places.items() if place is not None}
 
 
 def check_init(init: files.WeightsFile, learner: recipes.Learner) -> None:
@@ -332,10 +371,16 @@ def prepare(
     init: files.WeightsFile | None,
     tasks: dict[str, tasks_.Splits] | None,
     devices: int | None,
-    gang: Gang,
+    gang: Gang = ALONE,
+    offload: bool = False,
 ) -> Run:
     """Build, place and compile what a recipe names. Raises RecipeError, TaskError, FileError."""
     setup = recipes.build(recipe)
+    if offload:
+        if gang.processes > 1:
+            raise RunError("offload=True keeps replay buffers with one process; leave it out with several.")
+        check_offload(recipe)
+        setup = setup._replace(capacity=1)
     splits = {name: tasks_.resolve(name) for name in recipe.tasks} if tasks is None else tasks
     over = parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
     own_tasks = tuple(s.train for s in splits.values())
@@ -346,13 +391,13 @@ def prepare(
     state = parallel.init_state(
         lambda: meta.meta_init(setup, own_tasks, jax.random.key(recipe.seed), meta_params), over
     )
-    step = parallel.compile_step(setup, state, over)
+    compiled = Offloaded(recipe, setup, state, over) if offload else parallel.compile_step(setup, state, over)
     train_tasks = parallel.place(own_tasks, over)
     placed = {
         name: tasks_.Splits(task, s.validation, s.test)
         for (name, s), task in zip(splits.items(), train_tasks, strict=True)
     }
-    return Run(recipe, placed, setup, over, step, state, None, [], gang)
+    return Run(recipe, placed, setup, over, compiled, state, None, [], gang)
 
 
 def weights_of(run: Run) -> pretrained.Weights:
@@ -378,8 +423,8 @@ def save_checkpoint(run: Run) -> None:
     if run.out is None or run.saved == run.done or int(run.state.bad_steps):
         return
     finish_checkpoint(run)
-    arrays, own = state_arrays(run.state)
-    about = {"recipe": recipes.to_dict(run.recipe), "versions": versions()}
+    arrays, own = state_arrays(run.whole_state())
+    about = {"recipe": recipes.to_dict(run.recipe), "versions": versions(), "streams": run.streams()}
     rows = parallel.own_rows(run.over, run.recipe.estimator.pairs)
     write = partial(
         files.write_checkpoint, run.out, run.done, arrays, about, own=own, rows=rows, settle=run.gang.settle
@@ -492,13 +537,14 @@ def logging_to(run: Run, openers: dict[str, sinks.Open], say: Callable[[str], No
 def loop(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
     """Outer steps until the recipe's last, a request to stop, or numbers gone bad for too long."""
     try:
-        return outer_steps(run, stop, told, say)
+        with run.feeding():
+            return outer_steps(run, stop, told, say)
     finally:
         finish_checkpoint(run)
 
 
 def outer_steps(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
-    """`loop`, but for a checkpoint that may still be being written."""
+    """The loop itself, while the tasks' data are fed, but for a checkpoint that may still be being written."""
     recipe, total = run.recipe, run.recipe.outer.steps
     any_process = parallel.any_process(run.over)
     stopping = False
@@ -513,7 +559,7 @@ def outer_steps(run: Run, stop: Stop, told: Callable[[Progress], None], say: Cal
         if due:
             save_checkpoint(run)
         began = time.perf_counter()
-        run.state, metrics = run.step(run.train_tasks(), run.state)
+        run.state, metrics = run.step(run.next_tasks(), run.state)
         jax.block_until_ready(run.state.meta_params)
         seconds = time.perf_counter() - began
         row = log_step(run, metrics, seconds)
@@ -582,6 +628,7 @@ def train(
     tasks: dict[str, tasks_.Splits] | None = None,
     devices: int | None = None,
     gang: Gang = ALONE,
+    offload: bool = False,
     checkpoint_seconds: float = 20.0,
     log: Sequence[str] = (),
     stop: Stop | None = None,
@@ -598,6 +645,7 @@ def train(
       devices: how many of JAX's local devices to use at most; the result does not depend on it.
       gang: the processes that run it together, from `gang.join`; `out` is then a folder that all see. The result does
         not depend on their number. Process 0 logs, tells and says.
+      offload: keep the replay buffers in the host's memory, in one process; the result does not depend on it.
       checkpoint_seconds: time between two checkpoints, at least; one is also written at the start, at each
         validation, and at the end.
       log: names of `sinks.SINKS` that take the log's rows too; needs `out`.
@@ -613,12 +661,12 @@ def train(
     recipe = pinned(recipe) if tasks is None else dataclasses.replace(recipe, tasks=tuple(tasks))
     source = None if init is None else files.read_weights(init)
     require_alike(gang, recipe, {"--init": source and source.sha256})
-    run = prepare(recipe, source, tasks, devices, gang)
+    run = prepare(recipe, source, tasks, devices, gang, offload)
     run.checkpoint_seconds = checkpoint_seconds
     if out is not None:
         run.out = Path(out)
         sizes = {
-            "buffer_bytes_per_slot": sum(count_bytes(s.replay.states) for s in run.state.slots)
+            "buffer_bytes_per_slot": sum(count_bytes(s.replay.states) for s in run.whole_state().slots)
             // recipe.estimator.pairs,
             "inner_state_bytes": sum(count_bytes(s.inner) for s in run.state.slots) // (2 * recipe.estimator.pairs),
             "expert_bytes": sum(count_bytes(s.inner.expert) for s in run.state.slots),
@@ -650,6 +698,7 @@ def resume(
     tasks: dict[str, tasks_.Splits] | None = None,
     devices: int | None = None,
     gang: Gang = ALONE,
+    offload: bool = False,
     checkpoint_seconds: float = 20.0,
     log: Sequence[str] | None = None,
     stop: Stop | None = None,
@@ -678,11 +727,12 @@ def resume(
         raise RunError(f"{folder} has no whole checkpoint; start again with `lolo train` and another --out.")
     if newest is not None:
         check_manifest(newest[1], folder, recipe, say)
-    run = prepare(recipe, None, tasks, devices, gang)
+    run = prepare(recipe, None, tasks, devices, gang, offload)
     run.out, run.checkpoint_seconds = folder, checkpoint_seconds
     if newest is not None:
-        state = state_from_arrays(newest[0], state_shapes(run.state, rows), str(folder))
-        run.state = parallel.place(state, run.over, parallel.state_specs(state))
+        arrays, manifest = newest
+        run.load(state_from_arrays(arrays, state_shapes(jax.eval_shape(run.whole_state), rows), str(folder)))
+        check_streams(run, manifest.get("streams", {}))
         run.saved, run.saved_at = run.done, time.monotonic()
         run.rows = [row for row in log_rows(folder) if row["step"] < run.done]
     if gang.leads and newest is not None:
@@ -711,6 +761,17 @@ def check_manifest(manifest: dict[str, Any], run: Path, recipe: Recipe, say: Cal
         raise RunError(f"{run}/recipe.json is not the recipe of the checkpoint ({differs}). Undo the change.")
     if manifest.get("versions") != versions():
         say(f"versions differ from the checkpoint's ({manifest.get('versions')}): the result may differ in last bits.")
+
+
+def check_streams(run: Run, saved: dict[str, dict[str, int]]) -> None:
+    """Raise RunError where a streamed data set is not the one that the checkpoint's cursor is a place in."""
+    with run.feeding():
+        for name, place in run.streams().items():
+            if saved.get(name) != place:
+                raise RunError(
+                    f"the data of {name} are at {place} after {run.done} outer steps, at {saved.get(name)} in the "
+                    "checkpoint: they are not the same data. Put back those that the run began with."
+                )
 
 
 def user_cache() -> Path:

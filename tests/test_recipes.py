@@ -63,7 +63,8 @@ def test_a_recipe_differs_from_itself_in_nothing_and_diff_finds_each_field():
 
 def test_methods_are_recognised_by_imitation_and_replay_alone():
     for name, recipe in recipes.RECIPES.items():
-        assert recipes.method_of(changed({"seed": 3, "outer.steps": 7}, recipe)) == name
+        method = "lolo" if name == "lolo-paper" else name  # the same method, on the paper's task
+        assert recipes.method_of(changed({"seed": 3, "outer.steps": 7}, recipe)) == method
     assert recipes.method_of(with_field(LOLO, "replay.capacity", 5)) is None
 
 

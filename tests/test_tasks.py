@@ -12,13 +12,15 @@ import pytest
 from lolo import tasks
 from lolo.tasks import TASKS, Splits, TaskError
 
+# Tasks whose data come with the package; those on prepared data are in test_prepared_tasks.py.
+EMBEDDED = ("fashion-mlp", "books-mlp", "quadratic")
 CLASSES = {"fashion-mlp": 10, "books-mlp": 48}
 SIZES = {"fashion-mlp": (57_000, 3_000, 10_000)}
 PARAMETERS = {"fashion-mlp": 3_466, "books-mlp": 48 * 8 + 64 * 32 + 32 + 32 * 32 + 32 + 32 * 48 + 48, "quadratic": 8}
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(params=TASKS)
+@pytest.fixture(params=EMBEDDED)
 def name(request):
     return request.param
 
@@ -129,6 +131,9 @@ def make():
 def wrong():
     return 7
 
+def sized(dimensions: int = 4, scale: float = 1.0):
+    return quadratic(dimensions)
+
 number = 3
 """
 
@@ -172,6 +177,37 @@ def test_a_users_task_is_resolved_and_pinned_by_its_hash(source):
 def test_named_tasks_are_pinned_as_they_are():
     for known in TASKS:
         assert tasks.pin(known) == known
+
+
+def test_settings_are_arguments_of_the_tasks_function(source):
+    for name in ("quadratic:dimensions=3", f"{source}:sized:dimensions=3,scale=2.5"):
+        pinned = tasks.pin(name)
+        assert pinned.startswith(name) and tasks.pin(pinned) == pinned
+        assert tasks.resolve(pinned).train.data.shape == (1000, 3)
+    assert tasks.resolve(f"{source}:sized").train.data.shape == (1000, 4)
+
+
+@pytest.mark.parametrize(
+    "name,words",
+    [
+        ("quadratic:dimension=3", ["'dimension=3'", "did you mean 'dimensions'?"]),
+        ("quadratic:dimensions=three", ["dimensions='three'", "a number, such as 8"]),
+        ("quadratic:dimensions", ["'dimensions'", "NAME=VALUE"]),
+        ("books-gpt2-mini:remat=yes", ["remat='yes'", "true or false"]),
+        ("quadratic:reparametrize=0.5", ["reparametrize=0.5", "at least 1"]),
+    ],
+)
+def test_settings_that_can_not_be_are_named_with_a_cure(name, words):
+    text = error(tasks.resolve, name)
+    for word in words:
+        assert word in text
+
+
+def test_an_outline_has_the_shapes_of_the_splits():
+    for name in EMBEDDED:
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), [split.data for split in tasks.outline(name)])
+        assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), [split.data for split in tasks.resolve(name)])
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tasks.outline(name)))
 
 
 def test_a_file_that_changed_is_refused(source):

@@ -1,0 +1,76 @@
+"""Replay buffers in the host's memory: the same bytes as on the device, before and after a stop."""
+
+import jax
+import numpy as np
+import pytest
+from helpers import small
+
+from lolo import files, offload, recipes, training
+
+CHANGES = {
+    "unroll.length": 6,
+    "estimator.pairs": 2,
+    "replay.capacity": 2,
+    "replay.threshold": 0.3,
+    "outer.steps": 12,
+    "validation.every": 0,
+}
+
+
+def digest(run):
+    """φ, and everything of the last checkpoint."""
+    arrays, _ = files.newest_checkpoint(run, print)
+    return {name: x.tobytes() for name, x in arrays.items()}
+
+
+class StopAfter(training.Stop):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def told(self, progress):
+        if progress.step >= self.steps:
+            self.requested = "test"
+
+
+@pytest.mark.parametrize("read", ["oldest", "newest"])
+def test_buffers_on_the_host_change_no_byte(tmp_path, read):
+    recipe = small(recipes.LOLO, CHANGES | {"replay.read": read})
+    training.train(recipe, tmp_path / "device")
+    training.train(recipe, tmp_path / "host", offload=True)
+    expected = digest(tmp_path / "device")
+    sizes = [np.frombuffer(x, np.int32) for name, x in expected.items() if name.endswith(".replay.size")]
+    assert sizes and all((size == 2).all() for size in sizes)  # full: the oldest were dropped
+    assert digest(tmp_path / "host") == expected
+    assert (
+        files.read_json(tmp_path / "host" / "run.json")["buffer_bytes_per_slot"]
+        == (files.read_json(tmp_path / "device" / "run.json")["buffer_bytes_per_slot"])
+    )
+
+
+def test_a_run_may_go_on_with_its_buffers_on_the_other_side(tmp_path):
+    recipe = small(recipes.LOLO, CHANGES)
+    training.train(recipe, tmp_path / "whole")
+    for first in (True, False):
+        stop, out = StopAfter(7), tmp_path / f"offload-{first}"
+        training.train(recipe, out, offload=first, stop=stop, told=stop.told, say=lambda text: None)
+        assert training.resume(out, offload=not first, say=lambda text: None).finished
+        assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_the_device_holds_one_state_for_each_slot():
+    run = training.prepare(small(recipes.LOLO, CHANGES), None, None, None, offload=True)
+    ours, whole = run.state.slots[0].replay.states, run.whole_state().slots[0].replay.states
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
+        assert a.shape == (2, 1, *b.shape[2:]) and b.shape[1] == 2 and isinstance(b, np.ndarray)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [({"replay.read": "uniform"}, "replay.read"), ({"unroll.truncations_per_update": 2}, "truncations_per_update=1")],
+)
+def test_rules_that_read_within_a_step_are_refused(change, words):
+    recipe = small(recipes.LOLO, CHANGES | change)
+    with pytest.raises(recipes.RecipeError, match=words):
+        offload.check(recipe)
+    with pytest.raises(recipes.RecipeError, match="--offload needs"):
+        training.train(recipe, None, offload=True)
