@@ -165,9 +165,6 @@ def train_command(argv: list[str]) -> int:
         training.set_up()
         print(plan.report(plan.of_training(recipe, arguments.devices, arguments.offload)))
         return 0
-    splits = [tasks_.resolve(task) for task in recipe.tasks]  # what is wrong with them is said before anything else
-    if arguments.init is not None:
-        files.read_weights(arguments.init)
 
     def run(gang: Gang, **hooks: Any) -> training.Result:
         common: dict[str, Any] = {
@@ -177,6 +174,12 @@ def train_command(argv: list[str]) -> int:
             "log": arguments.log,
             "gang": gang,
         }
+        # What is wrong with these is said before anything else.
+        splits = [tasks_.resolve(task) for task in recipe.tasks]
+        if arguments.init is not None:
+            files.read_weights(arguments.init)
+        training.sink_openers(arguments.log)
+        parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, arguments.devices)
         if gang.leads:
             hooks["say"](plan.outlook(recipe, splits))
         # A scheduler that starts processes again gives the same command.

@@ -176,7 +176,7 @@ def listed(item: Callable[[Any], Any], least: int = 0) -> Callable[[Any], list[A
 
     def read(value: Any) -> list[Any]:
         if not isinstance(value, list) or len(value) < least:
-            raise ValueError(f"{str(value)[:40]!r} is not a list of at least {least} elements")
+            raise ValueError(f"{str(value)[:40]!r} is not a list{f' of at least {least}' if least else ''}")
         return [item(element) for element in value]
 
     return read

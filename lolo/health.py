@@ -25,11 +25,11 @@ class Log(NamedTuple):
     validations: list[dict[str, Any]]  # step, and what was measured after it
 
 
-def read_log(run: Path, tasks: int) -> Log:
+def read_log(path: Path, tasks: int) -> Log:
     """The log of a run on so many tasks. Raises FileError for rows that no run writes."""
     log = Log([], [])
-    for count, row in enumerate(training.log_rows(run), 1):
-        at, step = f"{run / 'log.jsonl'}, row {count}: ", row["step"]
+    for count, row in enumerate(files.read_json_lines(path, training.log_row), 1):
+        at, step = f"{path}, row {count}: ", row["step"]
         if "validation" in row:
             log.validations.append({"step": step, **row["validation"]})
             continue
@@ -46,7 +46,8 @@ def examine(run: Path) -> list[Finding]:
     """Findings about a run, in the order in which to read them. Raises RunError, FileError."""
     recipe = training.read_recipe(run)
     recipes.check(recipe)
-    steps, validations = read_log(run, len(recipe.tasks))
+    path = run / "log.jsonl"
+    steps, validations = read_log(path, len(recipe.tasks)) if path.is_file() else Log([], [])
     if not steps:
         return [Finding(False, f"{run} has a recipe, but no outer step was done.", (f"lolo resume {run}",))]
     pairs = recipe.estimator.pairs

@@ -70,7 +70,12 @@ def check_processes(blocks: int, processes: int) -> None:
 
 
 def global_mesh(blocks: int, devices: int | None = None) -> Mesh:
-    """As many devices of each process, the same number of all, as divide the number of blocks, at most `devices`."""
+    """As many devices of each process, the same number of all, as divide the number of blocks, at most `devices`.
+
+    Raises ValueError for less than one device.
+    """
+    if devices is not None and devices < 1:
+        raise ValueError(f"devices={devices} must be at least 1; leave it out to use all.")
     own: list[list[jax.Device]] = [[] for _ in range(jax.process_count())]
     for device in jax.devices():
         own[device.process_index].append(device)
@@ -174,9 +179,9 @@ def own_rows(over: Mesh, pairs: int) -> tuple[int, int]:
     return mine[0] * share, (mine[-1] + 1) * share
 
 
-def own_part(x: jax.Array) -> NDArray[Any]:
+def own_part(x: jax.Array | NDArray[Any]) -> NDArray[Any]:
     """What `place` was given: this process's rows of an array that is spread, or all of one that lies everywhere."""
-    if x.is_fully_addressable or x.is_fully_replicated:
+    if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.array(x)  # a copy: on the CPU a view would show what the next outer step, given the state, writes
     parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])

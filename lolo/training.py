@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lolo import evaluation, files, meta, parallel, pretrained, recipes, sinks
@@ -217,7 +218,8 @@ _FIRST_BAD = files.listed(
 )
 
 
-def _log_row(row: Any) -> dict[str, Any]:
+def log_row(row: Any) -> dict[str, Any]:
+    """A row of `log_step` or of a validation, checked. Raises ValueError."""
     if isinstance(row, dict) and "validation" in row:
         return _VALIDATION_ROW(row)
     row = _STEP_ROW(row)
@@ -270,7 +272,7 @@ def pinned(recipe: Recipe) -> Recipe:
 
 def log_rows(run: Path) -> list[dict[str, Any]]:
     """Rows of the log, [] before the first. Raises FileError for a row that is not `log_step`'s or a validation's."""
-    return list(files.read_json_lines(run / "log.jsonl", _log_row)) if (run / "log.jsonl").is_file() else []
+    return list(files.read_json_lines(run / "log.jsonl", log_row)) if (run / "log.jsonl").is_file() else []
 
 
 def realised(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -387,7 +389,7 @@ def prepare(
     meta_params = None
     if init is not None:
         check_init(init, recipe.learner)
-        meta_params = init.meta_params
+        meta_params = jax.tree.map(jnp.asarray, init.meta_params)
     state = parallel.init_state(
         lambda: meta.meta_init(setup, own_tasks, jax.random.key(recipe.seed), meta_params), over
     )
@@ -655,9 +657,9 @@ def train(
     Raises: RecipeError, TaskError, FileError, RunError, SinkError for bad input; DivergedError. With a gang,
     DifferError and GangError too.
     """
-    openers = sink_openers(log)
-    if openers and out is None:
+    if log and out is None:
         raise RunError(f"log={tuple(log)} needs a run folder; give `out`.")
+    openers = sink_openers(log)
     recipe = pinned(recipe) if tasks is None else dataclasses.replace(recipe, tasks=tuple(tasks))
     source = None if init is None else files.read_weights(init)
     require_alike(gang, recipe, {"--init": source and source.sha256})
