@@ -297,7 +297,7 @@ def comparison(folder: Path, path: Path) -> list[Html]:
     return [
         tag("h3", f"{rows[0].task}, {rows[0].steps:,} inner steps"),
         tag("p", str(about.get("note") or "")),
-        summary_table(path, rows),
+        summary_table(rows),
         tag("p", EXPLANATION),
         tag("div", join([*comparison_curves(rows, labels, mark), *histogram]), class_="charts"),
         details(f"Every run: {len(rows)}", run_table(rows)),
@@ -311,13 +311,10 @@ EXPLANATION = (
 )
 
 
-def summary_table(path: Path, rows: Sequence[Row]) -> Html:
-    """The study's table. Raises FileError if optimizers have no seed in common."""
-    try:
-        with np.errstate(all="ignore"):  # losses of diverged runs may be infinite
-            header, *lines = studies.cells(rows, studies.reference_of(rows))
-    except ValueError as error:
-        raise FileError(f"{path}: {error}") from error
+def summary_table(rows: Sequence[Row]) -> Html:
+    """The study's table."""
+    with np.errstate(all="ignore"):  # losses of diverged runs may be infinite
+        header, *lines = studies.cells(rows, studies.reference_of(rows))
     # "0.3261 ± 0.0112" and "(n=5 seeds)" stay on one line each.
     unbroken = [[line[0], *(re.sub(r" (?!\()", "\u00a0", cell) for cell in line[1:])] for line in lines]
     return table("Means, and differences paired by seed; negative: better than that optimizer", header, unbroken)
