@@ -543,7 +543,7 @@ def read_checkpoint(run: Path, step: int, rows: tuple[int, int] | None = None) -
         if part.start < end and part.stop > first:
             content, _ = unpack(_read_verified(folder / part.name, manifest), str(folder / part.name))
             if any(x.ndim == 0 or len(x) != part.stop - part.start for x in content.values()):
-                raise FileError(f"{folder / part.name}: does not have the rows that the manifest states.")
+                raise FileError(f"{folder / part.name}: does not have the rows that manifest.json states.")
             cut = slice(max(first - part.start, 0), end - part.start)
             pieces.append({name: x[cut] for name, x in content.items()})
     kinds = [{name: (x.dtype, x.shape[1:]) for name, x in piece.items()} for piece in pieces]
