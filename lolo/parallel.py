@@ -51,12 +51,16 @@ def mesh(blocks: int, devices: int | None = None) -> Mesh:
     Blocks are whole, whatever the number of devices: what vmap advances together never depends on it.
     Raises ValueError for less than one device.
     """
+    available = jax.local_devices()
+    return Mesh(np.array(available[: even_share(blocks, len(available), devices)]), (AXIS,))
+
+
+def even_share(blocks: int, available: int, devices: int | None) -> int:
+    """The largest number of devices, at most `devices`, that divides the blocks. Raises ValueError below one."""
     if devices is not None and devices < 1:
         raise ValueError(f"devices={devices} must be at least 1; leave it out to use all.")
-    available = jax.local_devices()
-    most = min(len(available), devices or len(available), blocks)
-    count = max(n for n in range(1, most + 1) if blocks % n == 0)
-    return Mesh(np.array(available[:count]), (AXIS,))
+    most = min(available, blocks, devices or blocks)
+    return max(n for n in range(1, most + 1) if blocks % n == 0)
 
 
 def check_processes(blocks: int, processes: int) -> None:
@@ -74,15 +78,11 @@ def global_mesh(blocks: int, devices: int | None = None) -> Mesh:
 
     Raises ValueError for less than one device.
     """
-    if devices is not None and devices < 1:
-        raise ValueError(f"devices={devices} must be at least 1; leave it out to use all.")
     own: list[list[jax.Device]] = [[] for _ in range(jax.process_count())]
     for device in jax.devices():
         own[device.process_index].append(device)
     check_processes(blocks, len(own))
-    share = blocks // len(own)
-    most = min(*map(len, own), share, devices or share)
-    count = max(n for n in range(1, most + 1) if share % n == 0)
+    count = even_share(blocks // len(own), min(map(len, own)), devices)
     return Mesh(np.array([device for some in own for device in some[:count]]), (AXIS,))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lolo import meta, recipes, tasks
+from lolo import meta, recipes, tasks, training
 from lolo.learned import LearnedOptimizer
 
 # N = 12, L = 3: four truncations in an unroll, and nothing that takes long to compile.
@@ -116,3 +116,14 @@ def same(a, b):
 
 def all_finite(tree):
     return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
+
+
+class StopAfter(training.Stop):
+    """Asks to stop once `steps` outer steps were told."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def told(self, progress):
+        if progress.step >= self.steps:
+            self.requested = "test"

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import small
+from helpers import StopAfter, small
 
 from lolo import files, offload, recipes, training
 
@@ -21,15 +21,6 @@ def digest(run):
     """φ, and everything of the last checkpoint."""
     arrays, _ = files.newest_checkpoint(run, print)
     return {name: x.tobytes() for name, x in arrays.items()}
-
-
-class StopAfter(training.Stop):
-    def __init__(self, steps):
-        self.steps = steps
-
-    def told(self, progress):
-        if progress.step >= self.steps:
-            self.requested = "test"
 
 
 @pytest.mark.parametrize("read", ["oldest", "newest"])

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_training import StopAfter, small
+from helpers import StopAfter
+from test_training import small
 
 from lolo import cli, sinks, training
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_task, small
+from helpers import StopAfter, make_task, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -155,15 +155,6 @@ def test_a_segments_batches_are_taken_in_order_and_step_counts_modulo_its_length
     task = dataclasses.replace(streamed(tasks.quadratic()).train, data=(jnp.arange(12.0).reshape(4, 3),))
     for step in (0, 3, 4, 9):
         np.testing.assert_array_equal(task.sample(jax.random.key(step), jnp.int32(step)), task.data[0][step % 4])
-
-
-class StopAfter(training.Stop):
-    def __init__(self, steps):
-        self.steps = steps
-
-    def told(self, progress):
-        if progress.step >= self.steps:
-            self.requested = "test"
 
 
 def test_a_streamed_run_resumes_in_the_middle_of_an_epoch_with_the_same_bytes(tmp_path):

@@ -10,6 +10,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from helpers import StopAfter
 
 from lolo import files, health, pretrained, recipes, tasks, training
 
@@ -33,17 +34,6 @@ def small(name="lolo", **changes):
 
 def phi(result):
     return files.digest({name: np.asarray(x) for name, x in result.weights.meta_params.items()})
-
-
-class StopAfter(training.Stop):
-    """Asks to stop once `steps` outer steps were told."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def told(self, progress):
-        if progress.step >= self.steps:
-            self.requested = "test"
 
 
 @pytest.mark.parametrize("name", ["lolo", "bc-only", "naive"])
