@@ -346,8 +346,10 @@ def eval_command(argv: list[str]) -> int:
         """Train a task with each optimizer, from the same inits and batches, and compare.
 
         Args:
-          optimizers: weights (a name of `lolo weights`, or files), adamw:1e-3, adam:1e-3, sgdm:0.1, or
-            adamw:grid (its best learning rate, picked on other seeds).
+          optimizers: weights (a name of `lolo weights`, or files; in use with other settings:
+            FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine), adamw:1e-3, adamw-cosine:1e-3, adam:1e-3,
+            sgdm:0.1, or adamw:grid (its best learning rate, picked on other seeds; adamw:wide-grid tries weight decay
+            0.1 too).
           task: a name of `lolo tasks`, or path.py:function.
           steps: inner steps of each run.
           seeds: runs per optimizer.
@@ -379,19 +381,25 @@ def eval_command(argv: list[str]) -> int:
 def reproduce_command(argv: list[str]) -> int:
     """lolo reproduce STUDY"""
 
-    def reproduce(study: tyro.conf.Positional[str], out: Path | None = None, smoke: bool = False) -> int:
+    def reproduce(
+        study: tyro.conf.Positional[str],
+        out: Path | None = None,
+        only: tuple[str, ...] = (),
+        smoke: bool = False,
+    ) -> int:
         """Meta-train, evaluate and report a study; goes on where it was stopped.
 
         Args:
-          study: quick (minutes), books or mini (hours).
+          study: quick (minutes), books or mini (hours), or study: all parts of the study in docs/results.md (a day).
           out: folder of the study; default: runs/STUDY.
+          only: these parts of study alone: figure2, figure2-books, long, long-books, settings, transfer.
           smoke: the smallest form, to see that everything runs.
         """
-        recipes.pick(studies.STUDIES, "study", study)
+        recipes.pick({**studies.STUDIES, "study": None}, "study", study)
         training.set_up()
         stop, folder = training.Stop(), out or Path("runs") / study
         with telling() as teller, training.stop_on_signals(stop):
-            tables = studies.reproduce(study, folder, smoke=smoke, stop=stop, told=teller, say=say)
+            tables = studies.reproduce(study, folder, only=only, smoke=smoke, stop=stop, told=teller, say=say)
         for task, text in tables.items():
             print(f"\n{task}:\n\n{text}")
         print(f"\nReport, rows and pictures: {folder}")

@@ -217,6 +217,21 @@ def adamw_cosine(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
 
 BASELINES: dict[str, Make] = {"adamw": adamw, "adam": adam, "sgdm": sgdm, "adamw-cosine": adamw_cosine}
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+SGD_GRID = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+GRIDS = {"grid": (1e-4,), "wide-grid": (1e-4, 0.1)}
+"""Weight decays of the grids by name; learning rates are those of GRID, for SGD of SGD_GRID."""
+
+
+def grid(kind: str, name: str, steps: int) -> list[Contestant]:
+    """The candidates of a baseline's grid. Adam and SGD have no weight decay."""
+    decays = GRIDS[name] if kind.startswith("adamw") else (1e-4,)
+    return [baseline(kind, lr, steps, decay) for decay in decays for lr in (SGD_GRID if kind == "sgdm" else GRID)]
+
+
+def grid_size(name: str) -> int:
+    """Runs that picking from "adamw:grid" takes; 0 for the name of anything else."""
+    kind, _, setting = name.partition(":")
+    return len(grid(kind, setting, 1)) * len(PICK_SEEDS) if kind in BASELINES and setting in GRIDS else 0
 
 
 def baseline(name: str, lr: float, steps: int, weight_decay: float = 1e-4) -> Contestant:
@@ -230,12 +245,14 @@ def best_of_grid(
     splits: Splits,
     name: str,
     steps: int,
-    grid: Sequence[float] = GRID,
-    decays: Sequence[float] = (1e-4,),
+    of: str = "grid",
     advanced: Callable[[int], None] = lambda steps: None,
 ) -> Contestant:
-    """The baseline with the lowest final train loss on separate seeds; its label says that it was picked."""
-    candidates = [baseline(name, lr, steps, decay) for decay in decays for lr in grid]
+    """The baseline with the lowest final train loss on separate seeds; its label says that it was picked.
+
+    `of`: a name in GRIDS.
+    """
+    candidates = grid(name, of, steps)
     settings = [c.setting for c in candidates for _ in PICK_SEEDS]
     curves = run(
         splits.train, splits.validation, BASELINES[name], settings, PICK_SEEDS * len(candidates), steps, advanced

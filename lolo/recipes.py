@@ -126,6 +126,9 @@ NAIVE = dataclasses.replace(
 )
 """Naive-LO: persistent evolution strategies on the task loss alone."""
 
+REPLAY_ONLY = dataclasses.replace(NAIVE, replay=LOLO.replay)
+"""Naive-LO that restarts from the buffer, without imitation: the paper's ablation."""
+
 LOLO_PAPER = dataclasses.replace(LOLO, tasks=("imagenet32-mlp-w128-d3",))
 """The paper's meta-training: ImageNet-32 MLP at batch 4,096, T = 5,000, N = 1,000, L = 50, σ = 0.01, M = 4.
 
@@ -135,7 +138,13 @@ LOLO_PAPER = dataclasses.replace(LOLO, tasks=("imagenet32-mlp-w128-d3",))
 The paper's three evaluations of its weights, and the hardware, are in docs/paper_tasks.md. Not run yet.
 """
 
-RECIPES: dict[str, Recipe] = {"lolo": LOLO, "bc-only": BC_ONLY, "naive": NAIVE, "lolo-paper": LOLO_PAPER}
+RECIPES: dict[str, Recipe] = {
+    "lolo": LOLO,
+    "bc-only": BC_ONLY,
+    "naive": NAIVE,
+    "replay-only": REPLAY_ONLY,
+    "lolo-paper": LOLO_PAPER,
+}
 
 
 def method_of(recipe: Recipe) -> str | None:
@@ -144,6 +153,29 @@ def method_of(recipe: Recipe) -> str | None:
         if recipe.imitation == method.imitation and recipe.replay == method.replay:
             return name
     return None
+
+
+def variant(text: str) -> Recipe:
+    """A named recipe with changes: "lolo replay.threshold=0.2 replay.read=newest". Raises RecipeError."""
+    name, *changes = text.split()
+    recipe: Recipe = pick(RECIPES, "recipe", name)
+    for change in changes:
+        field, _, value = change.partition("=")
+        if field not in fields(recipe):
+            raise unknown("recipe field", field, fields(recipe))
+        kind = type(fields(recipe)[field])
+        if kind not in (bool, int, float, str, type(None)):
+            raise RecipeError(f"{field} can't be set in {text!r}.")
+        parsed: Any = value
+        try:
+            if kind is bool:
+                parsed = {"True": True, "False": False}[value]
+            elif kind is not str:
+                parsed = int(value) if kind is int else float(value)
+        except (KeyError, ValueError):
+            raise RecipeError(f"{field} can't be {value!r}: expected {kind.__name__}.") from None
+        recipe = with_field(recipe, field, parsed)
+    return recipe
 
 
 class RecipeError(ValueError):

@@ -1,28 +1,35 @@
 """The comparisons behind `lolo reproduce`: what is meta-trained, what it is compared with, and the report.
 
 A study's folder holds `runs/` (one folder per meta-training) and, for each task, rows (`rows-TASK.jsonl`), what is
-known about them (`about-TASK.json`), table, report and pictures, named alike.
+known about them (`about-TASK.json`), table, report and pictures, named alike; `parts/` keeps the rows of each optimizer
+as they come, `spent.jsonl` the time that each piece of work took.
 Every study goes on where it was stopped when it is started again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import itertools
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import optax
 
-from lolo import evaluation, files, plots, pretrained, recipes, training
+from lolo import evaluation, files, parallel, plots, pretrained, recipes, training
 from lolo import tasks as tasks_
 from lolo.evaluation import Contestant, Row
-from lolo.recipes import Recipe
+from lolo.recipes import Learner, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +37,14 @@ class Study:
     """Methods meta-trained on tasks with several seeds, and evaluated past their unroll."""
 
     about: str
-    tasks: tuple[str, ...]
-    methods: tuple[str, ...] = ("naive", "bc-only", "lolo")
+    tasks: tuple[str, ...]  # meta-trained one by one; "a+b" is one meta-training on both
+    methods: tuple[str, ...] = ("naive", "bc-only", "lolo")  # as `recipes.variant` reads them
     meta_seeds: int = 1
+    eval_tasks: tuple[str, ...] = ()  # where the weights are evaluated; the meta-training's own task, if none is named
     eval_steps: int = 10_000
     eval_seeds: int = 5
     baselines: tuple[str, ...] = ("adamw:1e-3", "adamw:grid")
+    uses: tuple[tuple[str, str], ...] = ()  # (method, settings of weights in use): further rows
     changes: tuple[tuple[str, Any], ...] = ()  # recipe fields, for every method
 
 
@@ -66,6 +75,77 @@ STUDIES: dict[str, Study] = {
     ),
 }
 
+BASELINES = ("adamw:1e-3", "adamw:wide-grid", "adamw-cosine:wide-grid", "adam:1e-3", "sgdm:grid")
+FIGURE2 = ("naive", "replay-only", "bc-only", "lolo")
+MENDS = "clock_limit=10000,weight_decay=0.1"
+SHORT = (("outer.steps", 1000), ("validation.every", 0))
+LONG = Study(
+    about="ten times past the evaluation: 100 times the unroll, with and without mends",
+    tasks=(),
+    methods=("naive", "bc-only", "lolo"),
+    meta_seeds=3,
+    eval_steps=100_000,
+    eval_seeds=2,
+    baselines=("adamw:1e-3", "adamw:3e-3", "adamw-cosine:3e-3", "adamw-cosine:1e-2"),
+    uses=tuple((method, use) for method in ("naive", "lolo") for use in (MENDS, f"{MENDS},schedule=cosine")),
+    changes=(("outer.steps", 2000),),
+)
+
+STUDY: dict[str, Study] = {
+    "figure2": Study(
+        about="the paper's ablation on Fashion-MNIST 8×8: imitation and replay, each alone and together",
+        tasks=("fashion-mlp",),
+        methods=FIGURE2,
+        meta_seeds=5,
+        baselines=BASELINES,
+        changes=(("outer.steps", 2000),),
+    ),
+    "figure2-books": Study(
+        about="the paper's ablation on the next character of English books",
+        tasks=("books-mlp",),
+        methods=FIGURE2,
+        meta_seeds=3,
+        baselines=BASELINES,
+        changes=(("outer.steps", 2000),),
+    ),
+    "long": dataclasses.replace(LONG, tasks=("fashion-mlp",)),
+    "long-books": dataclasses.replace(LONG, tasks=("books-mlp",)),
+    "settings": Study(
+        about="what matters: one setting of LoLO changed at a time, short meta-trainings, one meta-seed",
+        tasks=("fashion-mlp",),
+        methods=(
+            "lolo",
+            *(f"lolo replay.threshold={share}" for share in (0.05, 0.2, 0.5)),
+            "bc-only",
+            *(f"lolo replay.capacity={states}" for states in (1, 2, 8)),
+            *(f"lolo replay.read={rule}" for rule in ("uniform", "newest", "pop")),
+            *(f"lolo imitation.normalize={scope}" for scope in ("joint", "none")),
+            "lolo imitation.alpha_loss=zero",
+            "lolo imitation.alpha_loss=one",
+            "lolo imitation.alpha_mix=one",
+            "lolo imitation.alpha_mix=one imitation.alpha_loss=zero",
+            *(f"lolo imitation.lr={lr}" for lr in (0.0003, 0.003)),
+            "lolo unroll.stagger=True",
+            *(f"lolo unroll.schedule={schedule}" for schedule in ("log-uniform", "uniform", "curriculum")),
+            "naive",
+            *(f"naive outer.lr={lr}" for lr in (0.001, 0.01)),
+            "naive unroll.schedule=log-uniform",
+        ),
+        baselines=("adamw:1e-3", "adamw:grid"),
+        changes=SHORT,
+    ),
+    "transfer": Study(
+        about="meta-trained on two small tasks at once, used unchanged on models that were never seen",
+        tasks=("fashion-mlp+books-mlp",),
+        eval_tasks=("fashion-mlp:widths=128-128-128", "textures-mlp:score_examples=4096"),
+        eval_seeds=3,
+        baselines=("adamw:3e-4", "adamw:1e-3", "adamw:3e-3"),
+        uses=(("lolo", MENDS),),
+        changes=(("outer.steps", 2000),),
+    ),
+}
+"""The parts of `lolo reproduce study`. They share the meta-trainings that they have in common."""
+
 Told = Callable[[str, int, int, str], None]
 """Progress: what is under way, units done, units in all, and a word on how it goes."""
 
@@ -76,26 +156,46 @@ def silent(what: str, done: int, total: int, word: str) -> None:
 
 def recipe_of(study: Study, method: str, task: str, seed: int) -> Recipe:
     """The recipe of one meta-training of a study."""
-    recipe = dataclasses.replace(recipes.RECIPES[method], tasks=(task,), seed=seed)
+    recipe = dataclasses.replace(recipes.variant(method), tasks=tuple(task.split("+")), seed=seed)
     for name, value in study.changes:
         recipe = recipes.with_field(recipe, name, value)
     return recipe
 
 
+def slug(text: str) -> str:
+    """A text as part of a file's name: "lolo replay.read=pop" -> "lolo-replay.read-pop"."""
+    return re.sub(r"[^\w.+]+", "-", text).strip("-")
+
+
+@contextlib.contextmanager
+def timed(out: Path, what: str) -> Iterator[None]:
+    """Adds the time that a piece of work took, finished or not, to `spent.jsonl`."""
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        row = {"what": what, "seconds": round(time.monotonic() - began, 1), "cores": parallel.cores()}
+        files.append_json_line(out / "spent.jsonl", row)
+
+
+def described(recipe: Recipe, method: str) -> str:
+    """One meta-training in words."""
+    return f"{method} on {'+'.join(recipe.tasks)}, T = {recipe.outer.steps}, meta-seed {recipe.seed}"
+
+
 def meta_train(
-    study: Study,
+    recipe: Recipe,
     method: str,
-    task: str,
-    seed: int,
-    out: Path,
+    runs: Path,
     stop: training.Stop,
     told: Told,
     say: Callable[[str], None],
 ) -> Path:
     """Weights of one meta-training: found, resumed or made."""
-    recipe = recipe_of(study, method, task, seed)
-    run = out / "runs" / f"{task}-{method}-seed{seed}"
-    what = f"{method} on {task}, meta-seed {seed}"
+    task, seed, total = "+".join(recipe.tasks), recipe.seed, recipe.outer.steps
+    run = runs / f"{slug(task)}-{slug(method)}-T{total}-seed{seed}"
+    what = described(recipe, method)
 
     def progress(p: training.Progress) -> None:
         told(what, p.step, p.total, f"loss {p.task_loss:.3f} α {p.alpha:.2f} K {p.start_step:.0f}")
@@ -106,11 +206,13 @@ def meta_train(
             raise training.RunError(f"{run} holds another recipe ({', '.join(changed)} differ); give another --out.")
         if finished(run, recipe):
             return run / "last.safetensors"
-        result = training.resume(run, stop=stop, told=progress, say=say)
-    else:
-        result = training.train(recipe, run, stop=stop, told=progress, say=say)
+    with timed(runs.parent, what):
+        if (run / "recipe.json").is_file():
+            result = training.resume(run, stop=stop, told=progress, say=say)
+        else:
+            result = training.train(recipe, run, stop=stop, told=progress, say=say)
     if not result.finished:
-        raise Interrupted(f"stopped. Go on with the same command: what is done in {out} is kept.")
+        raise Interrupted(f"stopped. Go on with the same command: what is done in {runs.parent} is kept.")
     return run / "last.safetensors"
 
 
@@ -126,52 +228,100 @@ class Interrupted(RuntimeError):
 
 # --- evaluation of named optimizers -------------------------------------------------------------------------------
 
+SCHEDULES = ("constant", "cosine")
 
-def contestants(
-    names: Sequence[str | Path], splits: tasks_.Splits, steps: int, advanced: Callable[[int], None] = lambda n: None
-) -> tuple[list[Contestant], dict[str, pretrained.Weights]]:
-    """Optimizers by name: weights (a shipped name or a file), `adamw:1e-3`, `adam:…`, `sgdm:…`, `adamw:grid`.
 
-    Returns: the contestants, and the weights among them by label and meta-seed. Raises ValueError, FileError.
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """How weights are used: what stands after their name, `WEIGHTS:clock_limit=10000,schedule=cosine`."""
+
+    weight_decay: float | None = None  # None: as they came
+    clock_limit: float | None = None
+    schedule: str = "constant"  # what updates are multiplied by: 1, or half a cosine from 1 to 0
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(Use(), name)}
+
+
+def parse_use(words: str, name: str) -> Use:
+    """Raises ValueError, which names the weights, the word and what could stand there."""
+    known, found = [field.name for field in dataclasses.fields(Use)], dict[str, Any]()
+    for word in words.split(",") if words else ():
+        field, _, value = word.partition("=")
+        if field not in known:
+            raise recipes.unknown(f"setting of {name}", field, known)
+        if field == "schedule":
+            recipes.pick(dict.fromkeys(SCHEDULES), f"{name}: schedule", value)
+            found[field] = value
+            continue
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not number >= 0:
+            raise ValueError(f"{name}: {field}={value!r} must be 0 or a positive number.")
+        found[field] = number
+    return Use(**found)
+
+
+class Named(NamedTuple):
+    """Weights in use, and what their rows are called."""
+
+    label: str
+    meta_seed: int | None
+    weights: pretrained.Weights
+    use: Use
+
+
+def is_baseline(name: str) -> bool:
+    """Whether this names an optimizer made by hand, such as adamw:1e-3. Raises RecipeError for an unknown one."""
+    kind, separator, setting = name.partition(":")
+    if separator and kind in evaluation.BASELINES:
+        return True
+    if separator and "=" not in setting and not Path(name).exists():
+        raise recipes.unknown("optimizer", kind, evaluation.BASELINES)
+    return False
+
+
+def named_weights(
+    names: Sequence[str | Path], methods: Mapping[str, str] = types.MappingProxyType({})
+) -> dict[str, Named]:
+    """Weights by the names that are no baselines'. Raises ValueError, FileError.
+
+    `methods`: what rows of these weights files are called, where their recipe's imitation and replay do not tell.
     """
+    found: dict[str, Named] = {}
     kinds: dict[str, Any] = {}
-    found, weights = [], {}
     for name in map(str, names):
-        kind, separator, setting = name.partition(":")
-        if separator and kind in evaluation.BASELINES:
-            found.append(_baseline(kind, setting, splits, steps, advanced))
-        elif separator and not Path(name).exists():
-            raise recipes.unknown("optimizer", kind, evaluation.BASELINES)
-        else:
-            loaded = pretrained.load(name)
-            label, seed = _label(loaded, name, kinds, {(c.label, c.meta_seed) for c in found})
-            found.append(Contestant(label, seed, pretrained.architecture(loaded.learner).optimizer, loaded.meta_params))
-            weights[f"{label}, meta-seed {seed}"] = loaded
-    return found, weights
-
-
-def _baseline(
-    kind: str, setting: str, splits: tasks_.Splits, steps: int, advanced: Callable[[int], None]
-) -> Contestant:
-    if setting == "grid":
-        return evaluation.best_of_grid(splits, kind, steps, advanced=advanced)
-    try:
-        lr = float(setting)
-    except ValueError:
-        raise ValueError(f"{kind}:{setting}: give a learning rate ({kind}:1e-3) or {kind}:grid.") from None
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"{kind}:{setting}: the learning rate must be a positive number.")
-    return evaluation.baseline(kind, lr, steps)
+        if is_baseline(name):
+            continue
+        path, separator, words = name.rpartition(":")
+        if not separator or Path(name).exists():
+            path, words = name, ""
+        use, loaded = parse_use(words, path), pretrained.load(path)
+        changes = {field: value for field, value in use.changes.items() if field != "schedule"}
+        if changes and loaded.learner.name != "small_fc":
+            raise ValueError(f"{name}: learner {loaded.learner.name!r} has no {next(iter(changes))}; leave it out.")
+        taken = {(other.label, other.meta_seed) for other in found.values()}
+        label, seed = _label(loaded, use, path, methods.get(path), kinds, taken)
+        loaded = loaded._replace(learner=dataclasses.replace(loaded.learner, **changes))
+        found[name] = Named(label, seed, loaded, use)
+    return found
 
 
 def _label(
-    weights: pretrained.Weights, name: str, kinds: dict[str, Any], taken: set[tuple[str, int | None]]
+    weights: pretrained.Weights,
+    use: Use,
+    name: str,
+    method: str | None,
+    kinds: dict[str, Any],
+    taken: set[tuple[str, int | None]],
 ) -> tuple[str, int | None]:
-    """Method and meta-seed of weights: from their recipe if it is a known method, else the file's name.
+    """Method and meta-seed of weights, from their recipe, else the file's name; and how they are used.
 
     `kinds` holds what each label stands for. Rows of one label are meta-seeds of one recipe: weights that differ from
-    those before them in more than the seed, or are in use with other settings than in meta-training, get a row of
-    their own.
+    those before them in more than the seed, or came with other settings than in meta-training, get a row of their own.
     """
     kind: Any = (None, weights.learner)
     label, seed = Path(name).stem, None
@@ -182,26 +332,121 @@ def _label(
             raise recipes.RecipeError(f"{name}: the recipe in its metadata can't be read: {error}") from error
         seed, kind = recipe.seed, (dataclasses.replace(recipe, seed=0), weights.learner)
         if weights.learner == recipe.learner:
-            label = recipes.method_of(recipe) or label
-    another = kinds.setdefault(label, kind) != kind or (label, seed) in taken
-    return (name, seed) if another else (label, seed)
+            label = method or recipes.method_of(recipe) or label
+    words = "".join(f" {field}={value}" for field, value in use.changes.items())
+    another = kinds.setdefault(label + words, kind) != kind or (label + words, seed) in taken
+    return ((name if another else label) + words, seed)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_of(learner: Learner, cosine_steps: int | None) -> evaluation.Make:
+    """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
+    optimizer = pretrained.architecture(learner).optimizer
+    if cosine_steps is None:
+        return optimizer
+    schedule = optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, cosine_steps))
+    return lambda meta_params: optax.chain(optimizer(meta_params), schedule)
+
+
+def contestant(
+    name: str,
+    named: dict[str, Named],
+    splits: tasks_.Splits,
+    steps: int,
+    advanced: Callable[[int], None] = lambda count: None,
+) -> Contestant:
+    """What `compare` takes, by name: one of `named_weights`, `adamw:1e-3`, `adam:…`, `sgdm:…`, `adamw:grid`."""
+    if name in named:
+        label, seed, weights, use = named[name]
+        make = _make_of(weights.learner, steps if use.schedule == "cosine" else None)
+        return Contestant(label, seed, make, weights.meta_params)
+    kind, lr = name.partition(":")[0], learning_rate(name)
+    if isinstance(lr, str):
+        return evaluation.best_of_grid(splits, kind, steps, lr, advanced=advanced)
+    return evaluation.baseline(kind, lr, steps)
+
+
+def learning_rate(name: str) -> float | str:
+    """Of a baseline's name: "adamw:1e-3" -> 1e-3, "adamw:grid" -> "grid". Raises ValueError."""
+    kind, _, setting = name.partition(":")
+    if setting in evaluation.GRIDS:
+        return setting
+    try:
+        lr = float(setting)
+    except ValueError:
+        grids = " or ".join(f"{kind}:{grid}" for grid in evaluation.GRIDS)
+        raise ValueError(f"{name}: give a learning rate ({kind}:1e-3), or {grids}.") from None
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"{name}: the learning rate must be a positive number.")
+    return lr
 
 
 def evaluate(
-    names: Sequence[str | Path], task: str, steps: int, seeds: int, told: Told = silent
+    names: Sequence[str | Path],
+    task: str,
+    steps: int,
+    seeds: int,
+    told: Told = silent,
+    parts: Path | None = None,
+    methods: Mapping[str, str] = types.MappingProxyType({}),
 ) -> tuple[list[Row], dict[str, pretrained.Weights]]:
-    """Every named optimizer on a task, from the same inits and batches; see `contestants`."""
-    picks = sum(str(name).endswith(":grid") for name in names) * len(evaluation.GRID) * len(evaluation.PICK_SEEDS)
-    total, done = (len(names) * seeds + picks) * steps, 0
+    """Every named optimizer on a task, from the same inits and batches.
+
+    Args:
+      names: weights (a shipped name or a file, `:clock_limit=10000,weight_decay=0.1,schedule=cosine` after it for other
+        use than they came with), `adamw:1e-3`, `adam:…`, `sgdm:…`, `adamw:grid`.
+      parts: a folder that keeps the rows of each method as they come; those found there are not made again.
+      methods: as `named_weights` takes them.
+
+    Returns: the rows, and the weights by label and meta-seed. Raises ValueError, FileError.
+    """
+    splits, named = tasks_.resolve(task), named_weights(names, methods)
+    for name in map(str, names):
+        if name not in named:
+            learning_rate(name)  # refused now rather than after hours
+    groups: dict[str, list[str]] = {}
+    for name in map(str, names):
+        groups.setdefault(named[name].label if name in named else name, []).append(name)
+
+    def size(name: str) -> int:
+        return (seeds + evaluation.grid_size(name)) * steps
+
+    total, done, rows = sum(size(str(name)) for name in names), 0, list[Row]()
 
     def advanced(count: int) -> None:
         nonlocal done
         done += count
         told(f"evaluating on {task}", done, total, "")
 
-    splits = tasks_.resolve(task)
-    entries, weights = contestants(names, splits, steps, advanced)
-    return evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced), weights
+    for group, members in groups.items():
+        file = None if parts is None else parts / file_name(task) / _part_name(group, members, named)
+        kept = None if file is None else _kept(file, steps, seeds)
+        if kept is not None:
+            done += sum(map(size, members))
+        else:
+            with timed(parts.parent, f"evaluating {file_name(task)}") if parts else contextlib.nullcontext():
+                entries = [contestant(name, named, splits, steps, advanced) for name in members]
+                kept = evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
+            if file is not None:
+                save_rows(file, kept)
+        rows += kept
+    return rows, {f"{label}, meta-seed {seed}": weights for label, seed, weights, _ in named.values()}
+
+
+def _part_name(group: str, members: Sequence[str], named: dict[str, Named]) -> str:
+    """A file's name for the rows of these weights (by what is in them) or this baseline."""
+    phis = [named[member].weights.meta_params for member in members if member in named]
+    digests = [files.digest({name: np.asarray(x) for name, x in phi.items()}) for phi in phis]
+    mark = f"-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}" if digests else ""
+    return f"{slug(group)}{mark}.jsonl"
+
+
+def _kept(file: Path, steps: int, seeds: int) -> list[Row] | None:
+    """Rows of a part, if it is there and was made with so many steps and seeds."""
+    if not file.is_file():
+        return None
+    rows = load_rows(file)
+    return rows if {(row.steps, row.seed) for row in rows} == {(steps, seed) for seed in range(seeds)} else None
 
 
 # --- reports ------------------------------------------------------------------------------------------------------
@@ -388,31 +633,80 @@ def reproduce(
     name: str,
     out: Path,
     *,
+    only: Sequence[str] = (),
     smoke: bool = False,
     stop: training.Stop | None = None,
     told: Told = silent,
     say: Callable[[str], None] = print,
 ) -> dict[str, str]:
-    """Run a study, or what is left of it. Returns the table of each task. Raises Interrupted."""
-    study, stop = STUDIES[name], stop or training.Stop()
+    """Run a study, or what is left of it: one of `STUDIES`, or "study" for all parts of `STUDY`, or `only` some.
+
+    Returns the table of each task. Raises Interrupted, RecipeError for a part that is none.
+    """
+    if name in STUDIES:
+        if only:
+            raise recipes.RecipeError(f"--only {only[0]!r}: {name} is one study; parts are of `lolo reproduce study`.")
+        return run_study(STUDIES[name], f"lolo reproduce {name}", out, out / "runs", smoke, stop, told, say)
+    tables: dict[str, str] = {}
+    for part in only:
+        recipes.pick(STUDY, "--only", part)
+    for part in only or STUDY:
+        command = f"lolo reproduce study --only {part}"
+        found = run_study(STUDY[part], command, out / part, out / "runs", smoke, stop, told, say)
+        tables |= {f"{part}, {task}": table for task, table in found.items()}
+    return tables
+
+
+def run_study(
+    study: Study,
+    command: str,
+    out: Path,
+    runs: Path,
+    smoke: bool,
+    stop: training.Stop | None,
+    told: Told,
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """One study, or what is left of it: meta-trainings in `runs`, everything else in `out`."""
+    stop = stop or training.Stop()
     if smoke:
         study = dataclasses.replace(study, meta_seeds=1, eval_steps=200, eval_seeds=2, changes=(*study.changes, *SMOKE))
-    began, tables = time.monotonic(), {}
+    tables: dict[str, str] = {}
 
     def heard(what: str, done: int, total: int, word: str) -> None:
         told(what, done, total, word)
         if stop.requested is not None:
-            raise Interrupted(f"stopped. Go on with the same command: what is meta-trained in {out} is kept.")
+            raise Interrupted(f"stopped. Go on with the same command: what is done in {out} is kept.")
 
     for task in study.tasks:
-        weights: list[str | Path] = [
-            meta_train(study, method, task, seed, out, stop, told, say)
+        wanted = {
+            (method, seed): recipe_of(study, method, task, seed)
             for seed in range(study.meta_seeds)
             for method in study.methods
-        ]
-        names = [*weights, *study.baselines]
-        rows, loaded = evaluate(names, task, study.eval_steps, study.eval_seeds, heard)
-        minutes = (time.monotonic() - began) / 60
-        note = f"Study `{name}`: {study.about}. This call took {minutes:.1f} minutes so far."
-        tables[task] = write_report(out, task, rows, loaded, f"lolo reproduce {name}", note)
+        }
+        made = {key: meta_train(recipe, key[0], runs, stop, told, say) for key, recipe in wanted.items()}
+        trained = [described(recipe, method) for (method, _), recipe in wanted.items()]
+        methods = {str(path): method for (method, _), path in made.items()}
+        used = [f"{made[method, seed]}:{use}" for method, use in study.uses for seed in range(study.meta_seeds)]
+        for where in study.eval_tasks or (task,):
+            names = [*map(str, made.values()), *used, *study.baselines]
+            rows, loaded = evaluate(names, where, study.eval_steps, study.eval_seeds, heard, out / "parts", methods)
+            took = [
+                f"Meta-training took {hours(runs.parent, trained)}",
+                f"evaluation {hours(out, [f'evaluating {file_name(where)}'])}.",
+            ]
+            note = f"{study.about[0].upper()}{study.about[1:]}. {', '.join(took)}"
+            tables[where] = write_report(out, where, rows, loaded, command, note)
     return tables
+
+
+def hours(folder: Path, what: Sequence[str]) -> str:
+    """The time that this work took by `spent.jsonl`, in words. What was made elsewhere is not there."""
+    file, by_cores = folder / "spent.jsonl", dict[int, float]()
+    for row in files.read_json_lines(file, _SPENT_ROW) if file.is_file() else ():
+        if row["what"] in what:
+            by_cores[row["cores"]] = by_cores.get(row["cores"], 0.0) + row["seconds"] / 3600
+    return " and ".join(f"{time:.2f} h on {n} core{'s' * (n > 1)}" for n, time in by_cores.items()) or "no time here"
+
+
+_SPENT_ROW = files.fields(what=files.text, seconds=files.number, cores=files.whole)

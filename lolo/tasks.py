@@ -34,13 +34,24 @@ def _pick_image(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]
     return (images[indices].astype(jnp.float32) - 73.0) / 85.0, labels[indices]
 
 
+def _widths(words: str) -> tuple[int, ...]:
+    """Widths of hidden layers: "128-64" -> (128, 64). Raises TaskError."""
+    try:
+        widths = tuple(map(int, words.split("-")))
+    except ValueError:
+        widths = ()
+    if not widths or min(widths) < 1:
+        raise TaskError(f"widths={words!r} must be whole numbers with - between them, such as 128-128-128.")
+    return widths
+
+
 @functools.cache
-def fashion_mlp() -> Splits:
+def fashion_mlp(widths: str = "32-32") -> Splits:
     """Fashion-MNIST at 8×8 → 32 → 32 → 10, batch 128; 3,466 parameters."""
     data = embedded.fashion_mnist()
     return classification(
         data,
-        models.mlp((64, 32, 32, 10)),
+        models.mlp((64, *_widths(widths), 10)),
         _pick_image,
         classes=10,
         batch=128,
@@ -57,12 +68,12 @@ def _pick_characters(symbols: jax.Array, indices: jax.Array) -> tuple[jax.Array,
 
 
 @functools.cache
-def books_mlp() -> Splits:
+def books_mlp(widths: str = "32-32") -> Splits:
     """The next character of English books from the 8 before it: embeddings of 8, → 32 → 32 → 48, batch 128."""
     data = embedded.books_symbols()
     return classification(
         data,
-        models.char_mlp(symbols=embedded.SYMBOLS, context=CONTEXT, embedding=8, widths=(32, 32)),
+        models.char_mlp(symbols=embedded.SYMBOLS, context=CONTEXT, embedding=8, widths=_widths(widths)),
         _pick_characters,
         classes=embedded.SYMBOLS,
         batch=128,

@@ -111,9 +111,16 @@ def test_a_run_is_plain_optax_on_the_seed_s_init_and_batches():
 
 
 def test_the_grid_s_best_is_picked_by_train_loss_on_seeds_that_are_not_reported():
-    best = evaluation.best_of_grid(QUADRATIC, "sgdm", 100, grid=(1e-5, 0.1, 1e9))
-    assert best.label == "best sgdm 0.1"
+    best = evaluation.best_of_grid(QUADRATIC, "sgdm", 100)
+    assert best.label == "best sgdm 0.3"
     assert not set(evaluation.PICK_SEEDS) & set(range(100_000))
+
+
+def test_the_wide_grid_tries_a_second_weight_decay_and_its_label_says_which():
+    labels = [c.label for c in evaluation.grid("adamw-cosine", "wide-grid", 100)]
+    assert len(labels) == len(set(labels)) == 10 and "adamw-cosine 0.003 wd 0.1" in labels
+    assert len(evaluation.grid("adam", "wide-grid", 100)) == 5  # has none
+    assert evaluation.grid_size("adamw:wide-grid") == 20 and evaluation.grid_size("adamw:1e-3") == 0
 
 
 def test_a_run_that_diverged_counts_with_the_loss_limit():

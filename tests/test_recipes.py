@@ -68,10 +68,46 @@ def test_methods_are_recognised_by_imitation_and_replay_alone():
     assert recipes.method_of(with_field(LOLO, "replay.capacity", 5)) is None
 
 
+def test_a_variant_is_a_named_recipe_with_typed_changes():
+    assert recipes.variant("naive") == recipes.NAIVE
+    found = recipes.variant(
+        "lolo replay.capacity=2 replay.read=pop unroll.stagger=True learner.clock_limit=9 outer.lr=1"
+    )
+    assert {name: new for name, (_, new) in diff(LOLO, found).items()} == {
+        "replay.capacity": 2,
+        "replay.read": "pop",
+        "unroll.stagger": True,
+        "learner.clock_limit": 9.0,
+        "outer.lr": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lol", "did you mean 'lolo'"),
+        ("lolo replay.capacty=2", "did you mean 'replay.capacity'"),
+        ("lolo replay.capacity=two", "replay.capacity can't be 'two': expected int"),
+        ("lolo unroll.stagger=yes", "expected bool"),
+        ("lolo tasks=quadratic", "tasks can't be set"),
+    ],
+)
+def test_a_variant_that_is_none_is_refused(text, message):
+    with pytest.raises(recipes.RecipeError, match=message):
+        recipes.variant(text)
+
+
+def test_replay_without_imitation_is_naive_with_lolo_s_buffer():
+    assert set(diff(recipes.NAIVE, recipes.REPLAY_ONLY)) == {"replay.threshold"}
+    assert set(diff(LOLO, recipes.REPLAY_ONLY)) == {
+        f"imitation.{name}" for name in ("alpha_mix", "alpha_loss", "normalize")
+    }
+
+
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_recipes_build_as_they_are(name):
     setup = recipes.build(recipes.RECIPES[name])
-    assert (setup.expert is None) == (name == "naive")
+    assert (setup.expert is None) == (name in ("naive", "replay-only"))
     assert (setup.truncation, setup.capacity, setup.estimator.pairs) == (50, 4, 8)
     assert setup.first_lengths == (20,) * 8
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_training import SMALL, small
@@ -22,8 +23,9 @@ def write(path, recipe, learner=None):
 
 
 def labels(*names):
-    entries, weights = studies.contestants(names, QUADRATIC, 100)
-    assert len(weights) == sum(entry.setting is not None and "w0" in entry.setting for entry in entries)
+    named = studies.named_weights(names)
+    entries = [studies.contestant(name, named, QUADRATIC, 100) for name in names]
+    assert len(named) == sum("w0" in entry.setting for entry in entries)
     return [(entry.label, entry.meta_seed) for entry in entries]
 
 
@@ -52,6 +54,104 @@ def test_weights_with_one_name_and_seed_are_told_apart(tmp_path):
         (tmp_path / folder).mkdir()
     a, b = (write(tmp_path / folder / "last.safetensors", small("lolo")) for folder in "ab")
     assert labels(a, b) == [("lolo", 0), (b, 0)]
+
+
+# --- weights in use with other settings -------------------------------------------------------------------------------
+
+
+def test_weights_in_use_with_other_settings_are_rows_of_their_own(tmp_path):
+    a, b = (write(tmp_path / f"{seed}.safetensors", small("lolo", seed=seed)) for seed in (0, 1))
+    mends = "clock_limit=10,weight_decay=0.1"
+    expected = "lolo weight_decay=0.1 clock_limit=10.0"
+    assert labels(a, f"{a}:{mends}", b, f"{b}:{mends}", f"{a}:schedule=cosine") == [
+        ("lolo", 0),
+        (expected, 0),
+        ("lolo", 1),
+        (expected, 1),
+        ("lolo schedule=cosine", 0),
+    ]
+
+
+def first_updates(path, steps):
+    """The updates of the first `steps` steps on a constant gradient, as `compare` would make them."""
+    entry = studies.contestant(path, studies.named_weights([path]), QUADRATIC, steps)
+    optimizer, params = entry.make(entry.setting), {"x": jnp.full(8, 0.5)}
+    state, updates = optimizer.init(params), []
+    for _ in range(steps):
+        update, state = optimizer.update({"x": jnp.ones(8)}, state, params)
+        updates.append(np.asarray(update["x"]))
+    return np.stack(updates)
+
+
+def test_settings_in_use_do_what_they_say(tmp_path):
+    path = write(tmp_path / "a.safetensors", small("lolo"))
+    plain = first_updates(path, 8)
+    cosine = first_updates(f"{path}:schedule=cosine", 8)
+    np.testing.assert_allclose(cosine, plain * 0.5 * (1 + np.cos(np.pi * np.arange(8) / 8))[:, None], rtol=1e-5)
+    decayed = first_updates(f"{path}:weight_decay=2", 8)
+    np.testing.assert_allclose(decayed, plain - 1e-3 * 2 * 0.5, atol=1e-7)
+    frozen = first_updates(f"{path}:clock_limit=3", 8)
+    np.testing.assert_array_equal(frozen[:4], plain[:4])
+    assert not np.array_equal(frozen[4:], plain[4:])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("clock=3", "did you mean 'clock_limit'"),
+        ("weight_decay=-1", "weight_decay='-1' must be 0 or a positive number"),
+        ("weight_decay=nan", "must be 0 or a positive number"),
+        ("schedule=linear", "unknown .*schedule 'linear'"),
+        ("weight_decay=", "weight_decay='' must be"),
+    ],
+)
+def test_unknown_settings_in_use_are_refused(tmp_path, words, message):
+    path = write(tmp_path / "a.safetensors", small("lolo"))
+    with pytest.raises(ValueError, match=message):
+        studies.named_weights([f"{path}:{words}"])
+
+
+def test_a_learner_without_a_clock_refuses_a_limit(tmp_path):
+    path = write(tmp_path / "a.safetensors", small("lolo", **{"learner.name": "sgd"}))
+    with pytest.raises(ValueError, match="'sgd' has no clock_limit"):
+        studies.named_weights([f"{path}:clock_limit=3"])
+
+
+@pytest.mark.parametrize("name", ["adamw:fast", "adamw:0", "adamw:inf", "sgdm:-1", "lion:1e-3"])
+def test_a_bad_baseline_is_refused_before_the_first_run(name, monkeypatch):
+    monkeypatch.setattr(evaluation, "compare", lambda *args, **kwargs: pytest.fail("ran"))
+    with pytest.raises(ValueError, match=name.partition(":")[0]):
+        studies.evaluate(["adamw:1e-3", name], "quadratic", 100, 1)
+
+
+def test_rows_kept_from_before_are_not_made_again_unless_something_changed(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.safetensors", small("lolo"))
+    made, compare = [], evaluation.compare
+
+    def counting(task, splits, entries, *args, **kwargs):
+        made.extend(entry.label for entry in entries)
+        return compare(task, splits, entries, *args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "compare", counting)
+    told = []
+
+    def evaluate(*names, steps=100):
+        made.clear()
+        told.clear()
+        rows, _ = studies.evaluate(
+            names, "quadratic", steps, 2, lambda what, done, total, word: told.append((done, total)), tmp_path / "parts"
+        )
+        return rows
+
+    first = evaluate(path, "sgdm:grid")
+    assert made == ["lolo", "best sgdm 0.3"] and told[-1][0] == told[-1][1] == (2 + 2 + 10) * 100
+    assert evaluate(path, "sgdm:grid") == first and made == []
+    assert evaluate(path, "adam:1e-3", "sgdm:grid")[:2] == first[:2] and made == ["adam 0.001"]
+    evaluate(path, steps=200)
+    assert made == ["lolo"]
+    write(tmp_path / "a.safetensors", small("lolo", seed=1))
+    evaluate(path)
+    assert made == ["lolo"]
 
 
 # --- tables and reports ---------------------------------------------------------------------------------------------
@@ -126,7 +226,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, mo
 
         return told
 
-    for word in ("lolo on quadratic, meta-seed 1", "evaluating"):
+    for word in ("lolo on quadratic, T = 3, meta-seed 1", "evaluating"):
         stop.requested = None
         with pytest.raises(studies.Interrupted, match="same command"):
             studies.reproduce("tiny", tmp_path, stop=stop, told=stop_in(word), say=lambda text: None)
@@ -137,11 +237,11 @@ def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, mo
     found = studies.load_rows(tmp_path / "rows-quadratic.jsonl")
     assert len(found) == 2 * 2 + 2 and "(n=2 meta-seeds)" in tables["quadratic"]
     report = (tmp_path / "report-quadratic.md").read_text()
-    assert tables["quadratic"] in report and "Study `tiny`" in report
+    assert tables["quadratic"] in report and "The smallest study. Meta-training took 0.0" in report
     for picture in ("curves", "start-steps"):
         assert (tmp_path / f"{picture}-quadratic.png").stat().st_size > 5000 and f"{picture}-quadratic.png" in report
     again, _ = studies.evaluate(
-        [str(tmp_path / "runs/quadratic-lolo-seed1/last.safetensors"), "adamw:1e-2"], "quadratic", 100, 2
+        [str(tmp_path / "runs/quadratic-lolo-T3-seed1/last.safetensors"), "adamw:1e-2"], "quadratic", 100, 2
     )
     expected = [r for r in found if (r.optimizer, r.meta_seed) in (("lolo", 1), ("adamw 0.01", None))]
     assert again == expected
@@ -151,6 +251,52 @@ def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, mo
 def test_a_study_refuses_runs_of_another_recipe(tmp_path, monkeypatch):
     monkeypatch.setitem(studies.STUDIES, "tiny", TINY)
     other = dataclasses.replace(studies.recipe_of(TINY, "lolo", "quadratic", 0), seed=7)
-    training.create_run(tmp_path / "runs" / "quadratic-lolo-seed0", other, {})
+    training.create_run(tmp_path / "runs" / "quadratic-lolo-T3-seed0", other, {})
     with pytest.raises(training.RunError, match=r"another recipe \(seed differ\)"):
         studies.reproduce("tiny", tmp_path)
+
+
+def test_parts_of_a_study_share_their_meta_trainings(tmp_path, monkeypatch):
+    second = dataclasses.replace(TINY, methods=("lolo", "lolo replay.read=pop"), uses=(("lolo", "schedule=cosine"),))
+    second = dataclasses.replace(second, changes=(*TINY.changes, ("learner.name", "small_fc")), baselines=())
+    first = dataclasses.replace(second, methods=("lolo",), uses=(), eval_tasks=("quadratic:dimensions=3",))
+    monkeypatch.setattr(studies, "STUDY", {"a": first, "b": second})
+    heard = []
+
+    def told(what, done, total, word):
+        if what not in heard:
+            heard.append(what)
+
+    tables = studies.reproduce("study", tmp_path, told=told, only=["a"])
+    assert list(tables) == ["a, quadratic:dimensions=3"] and not (tmp_path / "b").exists()
+    tables |= studies.reproduce("study", tmp_path, told=told)
+    pop = [f"lolo replay.read=pop on quadratic, T = 3, meta-seed {seed}" for seed in (0, 1)]
+    plain = [f"lolo on quadratic, T = 3, meta-seed {seed}" for seed in (0, 1)]
+    assert heard == [*plain, "evaluating on quadratic:dimensions=3", *pop, "evaluating on quadratic"]
+    assert {line.split(" | ")[0] for line in tables["b, quadratic"].splitlines()[2:]} == {
+        "| lolo",
+        "| lolo schedule=cosine",
+        "| lolo replay.read=pop",
+    }
+    assert "Meta-training took 0.0" in (tmp_path / "b" / "report-quadratic.md").read_text()
+
+
+def test_an_unknown_part_of_a_study_is_refused(tmp_path):
+    with pytest.raises(recipes.RecipeError, match="did you mean 'figure2'"):
+        studies.reproduce("study", tmp_path, only=["figure3"])
+    with pytest.raises(recipes.RecipeError, match="quick is one study"):
+        studies.reproduce("quick", tmp_path, only=["figure2"])
+
+
+@pytest.mark.parametrize("part", studies.STUDY)
+def test_every_recipe_of_the_study_can_be_built(part):
+    study = studies.STUDY[part]
+    for task in study.tasks:
+        for method in study.methods:
+            recipes.build(studies.recipe_of(study, method, task, 0))
+    assert all(method in study.methods for method, _ in study.uses)
+    for name in study.baselines:
+        studies.learning_rate(name)
+        assert studies.is_baseline(name)
+    for _, use in study.uses:
+        studies.parse_use(use, "weights")

@@ -58,7 +58,7 @@ def run_one(name: str, optimizer: str, smoke: bool) -> dict:
     splits = tasks.resolve(job.task)
     if smoke:  # the whole split takes longer than five steps
         splits = splits._replace(test=dataclasses.replace(splits.test, size=splits.test.score_batch))
-    entries, _ = studies.contestants([optimizer], splits, steps)
+    entries = [studies.contestant(optimizer, studies.named_weights([optimizer]), splits, steps)]
     began, ticks = time.perf_counter(), []
     rows = evaluation.compare(
         name,
