@@ -98,7 +98,7 @@ STUDY: dict[str, Study] = {
         methods=FIGURE2,
         meta_seeds=5,
         baselines=BASELINES,
-        changes=(("outer.steps", 2000),),
+        changes=(("outer.steps", 2000), ("validation.every", 0)),
     ),
     "figure2-books": Study(
         about="the paper's ablation on the next character of English books",
@@ -108,7 +108,7 @@ STUDY: dict[str, Study] = {
         baselines=BASELINES,
         changes=(("outer.steps", 2000),),
     ),
-    "long": dataclasses.replace(LONG, tasks=("fashion-mlp",)),
+    "long": dataclasses.replace(LONG, tasks=("fashion-mlp",), changes=(*LONG.changes, ("validation.every", 0))),
     "long-books": dataclasses.replace(LONG, tasks=("books-mlp",)),
     "settings": Study(
         about="what matters: one setting of LoLO changed at a time, short meta-trainings, one meta-seed",
