@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from lolo import inner, parallel
 from lolo.problem import Feed
@@ -356,7 +356,7 @@ def interval(values: Sequence[float], unit: str) -> Interval:
     array, n = np.asarray(values, np.float64), len(values)
     half = math.nan
     if n > 1 and np.isfinite(array).all():
-        half = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / math.sqrt(n))
+        half = float(special.stdtrit(n - 1, 0.975) * array.std(ddof=1) / math.sqrt(n))
     with np.errstate(invalid="ignore"):  # ∞ − ∞, of runs that diverged on a task without a loss limit
         return Interval(float(array.mean()), half, n, unit)
 
