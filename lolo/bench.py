@@ -167,17 +167,21 @@ class OuterStep(NamedTuple):
     memory: int  # bytes that the program needs: arguments, results and what lies between
 
 
-def outer_step(recipe: recipes.Recipe, splits: dict[str, tasks.Splits] | None = None) -> OuterStep:
-    """Build and compile what `lolo train` would run."""
-    run = training.prepare(recipe, None, splits, None, ALONE)
+def outer_step(
+    recipe: recipes.Recipe, splits: dict[str, tasks.Splits] | None = None, devices: int | None = None
+) -> OuterStep:
+    """Build and compile what `lolo train` would run. Every call sees the same segment of streamed data."""
+    run = training.prepare(recipe, None, splits, devices, ALONE)
     assert not isinstance(run.step, Offloaded)
-    compiled = run.step.lower(run.train_tasks(), run.state).compile()
+    with run.feeding():
+        data = run.next_tasks()
+    compiled = run.step.lower(data, run.state).compile()
     analysis: Any = compiled.memory_analysis()
     sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
     shapes = jax.eval_shape(lambda: run.state)
 
     def call() -> Any:
-        run.state, _ = compiled(run.train_tasks(), run.state)
+        run.state, _ = compiled(data, run.state)
         return run.state.meta_params
 
     return OuterStep(call, shapes, sum(sizes) - analysis.alias_size_in_bytes)
@@ -235,15 +239,28 @@ def bench_growth(rounds: int = 10) -> Iterator[Line]:
             yield Line(f"growth with {what}: {value}", 1000 * seconds, "ms", f"n={rounds}")
 
 
+def block_times(
+    recipe: recipes.Recipe,
+    splits: dict[str, tasks.Splits] | None = None,
+    devices: int | None = None,
+    rounds: int = 5,
+) -> dict[int, float]:
+    """Median seconds of an outer step for each `slots_per_block` that is a power of two and leaves no device idle."""
+    pairs = recipe.estimator.pairs
+    workers = len(parallel.mesh(pairs, devices).devices)
+    sizes = [size for size in (1 << i for i in range(pairs.bit_length())) if pairs % (size * workers) == 0]
+    calls = {
+        str(size): outer_step(recipes.with_field(recipe, "estimator.slots_per_block", size), splits, devices).call
+        for size in sizes or [1]
+    }
+    return {int(size): seconds for size, seconds in in_turns(calls, rounds).items()}
+
+
 def bench_blocks(rounds: int = 20) -> list[Line]:
     """Slots that vmap advances together: what `slots_per_block` costs on this kind of device."""
-    calls = {}
-    for block in (1, 2, 4):
-        recipe = recipes.with_field(on("fashion-mlp"), "estimator.slots_per_block", block)
-        calls[str(block)] = outer_step(recipe).call
     return [
-        Line(f"outer step with slots_per_block {block}", 1000 * t, "ms", f"n={rounds}")
-        for block, t in in_turns(calls, rounds).items()
+        Line(f"outer step with slots_per_block {size}", 1000 * seconds, "ms", f"n={rounds}")
+        for size, seconds in block_times(on("fashion-mlp"), rounds=rounds).items()
     ]
 
 

@@ -103,10 +103,14 @@ class TrainArguments:
     init: str | None = None  # weights to go on from: a name or a file
     devices: int | None = None  # devices (on CPU: cores) to use at most; does not change the result
     offload: bool = False  # keep replay buffers in the host's memory; does not change the result
+    measure_blocks: bool = False  # time every estimator.slots-per-block here, and store the fastest in the recipe
     checkpoint_seconds: float = 20.0  # time between two checkpoints, at least
     log: tuple[str, ...] = ()  # tensorboard, wandb: beside log.jsonl, in the run's folder; both work offline
     dry_run: bool = False  # only say what it would need: memory, arithmetic, time; needs no data
     several: Several = ONE
+
+
+OF_TRAIN = [field.name for field in dataclasses.fields(TrainArguments) if field.name not in ("recipe", "several")]
 
 
 def one_line(read: Callable[[], T]) -> T:
@@ -149,9 +153,7 @@ def train_command(argv: list[str]) -> int:
     arguments = one_line(
         lambda: tyro.cli(
             TrainArguments,
-            args=known_options(
-                options, ["out", "init", "devices", "offload", "checkpoint_seconds", "log", "dry_run", *SEVERAL]
-            ),
+            args=known_options(options, [*OF_TRAIN, *SEVERAL]),
             default=TrainArguments(recipe),
             prog=f"lolo train {name}",
             config=(tyro.conf.FlagConversionOff,),
@@ -165,6 +167,12 @@ def train_command(argv: list[str]) -> int:
         training.set_up()
         print(plan.report(plan.of_training(recipe, arguments.devices, arguments.offload)))
         return 0
+
+    if arguments.measure_blocks and (arguments.several.asked or arguments.offload):
+        raise ValueError(
+            "--measure-blocks times one process with its buffers on the device; give --estimator.slots-per-block N in "
+            "its place, with the N that a run in one process has stored."
+        )
 
     def run(gang: Gang, **hooks: Any) -> training.Result:
         common: dict[str, Any] = {
@@ -185,9 +193,23 @@ def train_command(argv: list[str]) -> int:
         # A scheduler that starts processes again gives the same command.
         if arguments.several.asked and training.go_on(out, recipe, gang):
             return training.resume(out, **common, **hooks)
-        return training.train(recipe, out, init=arguments.init, **common, **hooks)
+        chosen = recipe
+        if arguments.measure_blocks:
+            chosen = with_fastest_block(recipe, dict(zip(recipe.tasks, splits, strict=True)), arguments.devices)
+        return training.train(chosen, out, init=arguments.init, **common, **hooks)
 
     return in_processes(["train", *argv], name, recipe, arguments.several, arguments.devices, run)
+
+
+def with_fastest_block(recipe: Recipe, splits: dict[str, tasks_.Splits], devices: int | None) -> Recipe:
+    """The recipe with the `slots_per_block` whose outer step is the fastest here; says all times."""
+    from lolo import bench
+
+    times = bench.block_times(recipe, splits, devices)
+    fastest = min(times, key=lambda size: times[size])
+    words = ", ".join(f"{size}: {1000 * seconds:.1f} ms" for size, seconds in times.items())
+    say(f"an outer step by slots-per-block: {words}. Storing {fastest} in the recipe.")
+    return recipes.with_field(recipe, "estimator.slots_per_block", fastest)
 
 
 def in_processes(
@@ -223,7 +245,7 @@ def known_options(options: list[str], more: list[str]) -> list[str]:
             name = "tasks" if name == "task" else name.replace("-", "_")
             if name not in known:
                 raise recipes.unknown("option", f"--{name}", [f"--{field}" for field in known])
-            if option in ("--dry-run", "--offload"):
+            if option in ("--dry-run", "--offload", "--measure-blocks"):
                 separator, value = "=", "True"
             option = f"--{name}{separator}{value}"
         spelled.append(option)

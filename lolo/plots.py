@@ -103,9 +103,12 @@ def growth(curves: dict[str, list[tuple[float, float]]]) -> Any:
     for axis, (what, points) in zip(axes[0], curves.items(), strict=True):
         x, y = np.array(points).T
         axis.plot(x, y, marker="o", color=COLOURS[0])
-        axis.plot(x, y[-1] * x / x[-1], color="black", linestyle=":", linewidth=1)
+        axis.plot(x, y[-1] * x / x[-1], color="black", linestyle=":", linewidth=1, label="proportional")
         axis.set(xscale="log", yscale="log", xlabel=what, ylabel="outer step (ms)")
         axis.set_xticks(x, [f"{value:,.0f}" for value in x], rotation=30)
+        apart = [value for i, value in enumerate(y) if i == 0 or abs(value / y[i - 1] - 1) > 0.1]
+        axis.set_yticks(apart, [f"{value:,.0f}" for value in apart])
         axis.minorticks_off()
         axis.grid(True, alpha=0.2)
+    axes[0, 0].legend(fontsize=8, frameon=False)
     return figure

@@ -4,8 +4,9 @@ import json
 import time
 
 import pytest
+from test_training import SMALL, small
 
-from lolo import bench, parallel, recipes
+from lolo import bench, cli, parallel, recipes, training
 
 
 def test_calls_take_turns_and_medians_are_theirs():
@@ -45,3 +46,20 @@ def test_numbers_are_written_with_their_machine_and_unknown_parts_refused(tmp_pa
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(recipes.RecipeError, match="growth"):
         bench.run(["growht"], None)
+
+
+def test_blocks_that_are_timed_divide_the_pairs_and_leave_no_device_idle(monkeypatch):
+    recipe = small("lolo", **{"estimator.pairs": 12, "outer.steps": 9})
+    monkeypatch.setattr(bench, "in_turns", lambda calls, rounds: {name: float(name) for name in calls})
+    monkeypatch.setattr(bench, "outer_step", lambda recipe, splits, devices: bench.OuterStep(lambda: 0, None, 0))
+    assert list(bench.block_times(recipe, devices=1)) == [1, 2, 4]
+    assert list(bench.block_times(small("lolo", **{"estimator.pairs": 3}), devices=1)) == [1]
+
+
+def test_the_fastest_block_is_stored_in_the_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "in_turns", lambda calls, rounds: {name: {"1": 0.2, "2": 0.1}[name] for name in calls})
+    options = [f"--{name}={value}" for name, value in SMALL.items() if name != "tasks"]
+    words = ["train", "lolo", "--task", "quadratic", *options, "--devices", "1", "--measure-blocks"]
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert training.read_recipe(tmp_path / "run").estimator.slots_per_block == 2
+    assert "1: 200.0 ms, 2: 100.0 ms. Storing 2" in capsys.readouterr().err

@@ -29,6 +29,7 @@ BAD = [
     (["train", "lolo", "--unroll.stagger", "yes"], ["yes", "--unroll.stagger", "True"]),
     (["train", "lolo", "fashion-mlp"], ["fashion-mlp", "--help"]),
     (["train", "lolo", "--task", "quadratic", "--devices", "0"], ["devices=0", "at least 1"]),
+    (["train", "lolo", "--task", "quadratic", "--measure-blocks", "--offload"], ["--estimator.slots-per-block"]),
     (["resume"], ["required", "lolo resume"]),
     (["tasks", "fashion-mlp"], ["fashion-mlp", "lolo tasks"]),
     (["eval", "adamw:1e-3", "--step", "100"], ["--step", "--steps"]),
@@ -41,7 +42,9 @@ BAD = [
     (["eval", "adamw:1e-3", "--task", "book-mlp"], ["'book-mlp'", "'books-mlp'"]),
     (["eval", "adamw:1e-3", "--seeds", "0"], ["--seeds 0", "at least 1"]),
     (["eval", "adamw:1e-3", "--steps", "150"], ["steps=150", "multiple of 100"]),
+    (["eval", "lolo-small:clock=5"], ["lolo-small", "'clock_limit'"]),
     (["reproduce", "quik"], ["'quik'", "'quick'"]),
+    (["reproduce", "study", "--only", "figure3"], ["'figure3'", "'figure2'"]),
 ]
 
 
