@@ -94,6 +94,24 @@ def start_steps(cards: dict[str, dict[str, Any]]) -> Any:
     return figure
 
 
+def meta_losses(runs: dict[str, list[tuple[np.ndarray, np.ndarray]]], title: str) -> Any:
+    """Task loss in meta-training against wall-clock time: method -> (hours, loss) of each meta-seed."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for (method, seeds), colour in zip(runs.items(), COLOURS * (len(runs) // len(COLOURS) + 1), strict=False):
+        for i, (hours, losses) in enumerate(seeds):
+            axis.plot(60 * hours, losses, color=colour, linewidth=1, alpha=0.8, label=method if i == 0 else None)
+    axis.set(
+        xlabel="minutes of meta-training (outer steps × median time)",
+        ylabel="task loss (nats), mean of 50 outer steps",
+        title=title,
+    )
+    axis.set_ylim(*_range(np.concatenate([losses[1:] for seeds in runs.values() for _, losses in seeds])))
+    axis.grid(True, alpha=0.2)
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
 def growth(curves: dict[str, list[tuple[float, float]]]) -> Any:
     """Time of an outer step (ms) against each thing that it grows with; the dotted line is proportional growth."""
     plt = _pyplot()

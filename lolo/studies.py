@@ -687,6 +687,7 @@ def run_study(
         made = {key: meta_train(recipe, key[0], runs, stop, told, say) for key, recipe in wanted.items()}
         trained = [described(recipe, method) for (method, _), recipe in wanted.items()]
         methods = {str(path): method for (method, _), path in made.items()}
+        picture_meta_losses(out / f"meta-loss-{slug(task)}.png", task, {key: path.parent for key, path in made.items()})
         used = [f"{made[method, seed]}:{use}" for method, use in study.uses for seed in range(study.meta_seeds)]
         for where in study.eval_tasks or (task,):
             names = [*map(str, made.values()), *used, *study.baselines]
@@ -698,6 +699,30 @@ def run_study(
             note = f"{study.about[0].upper()}{study.about[1:]}. {', '.join(took)}"
             tables[where] = write_report(out, where, rows, loaded, command, note)
     return tables
+
+
+def picture_meta_losses(file: Path, task: str, runs: dict[tuple[str, int], Path]) -> None:
+    """Loss in meta-training against wall-clock time, of those runs (method, meta-seed) whose logs are here.
+
+    The time of an outer step is the run's median: one that was stopped, or shared the machine for a while, looks alike.
+    """
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for (method, _), run in runs.items():
+        recipe, rows = training.read_recipe(run), [row for row in training.log_rows(run) if "task_loss" in row]
+        per_update = recipe.unroll.truncation * recipe.unroll.truncations_per_update
+        inner_steps = 2 * recipe.estimator.pairs * len(recipe.tasks) * per_update
+        whole = len(rows) // META_LOSS_WINDOW * META_LOSS_WINDOW
+        if not whole:
+            continue
+        seconds = inner_steps / float(np.median([row["inner_steps_per_second"] for row in rows]))
+        losses = [float(np.mean(row["task_loss"])) for row in rows[:whole]]
+        hours = seconds / 3600 * np.arange(META_LOSS_WINDOW, whole + 1, META_LOSS_WINDOW)
+        found.setdefault(method, []).append((hours, np.reshape(losses, (-1, META_LOSS_WINDOW)).mean(axis=1)))
+    if found:
+        plots.save_figure(plots.meta_losses(found, f"meta-training on {task}"), file)
+
+
+META_LOSS_WINDOW = 50  # outer steps that a point of the picture is the mean of
 
 
 def hours(folder: Path, what: Sequence[str]) -> str:

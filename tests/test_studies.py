@@ -281,6 +281,24 @@ def test_parts_of_a_study_share_their_meta_trainings(tmp_path, monkeypatch):
     assert "Meta-training took 0.0" in (tmp_path / "b" / "report-quadratic.md").read_text()
 
 
+def test_meta_losses_are_pictured_against_the_median_time_of_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "META_LOSS_WINDOW", 2)
+    seen = {}
+    draw = plots.meta_losses
+    monkeypatch.setattr(plots, "meta_losses", lambda runs, title: seen.update(runs) or draw(runs, title))
+    training.train(small("lolo"), tmp_path / "run")
+    rows = training.log_rows(tmp_path / "run")
+    studies.picture_meta_losses(tmp_path / "a.png", "quadratic", {("lolo", 0): tmp_path / "run"})
+    [(hours, losses)] = seen["lolo"]
+    pace = np.median([row["inner_steps_per_second"] for row in rows])
+    np.testing.assert_allclose(hours, np.array([2, 4, 6, 8]) * 2 * 2 * 10 / pace / 3600)
+    np.testing.assert_allclose(losses, np.mean([row["task_loss"] for row in rows], axis=1).reshape(4, 2).mean(axis=1))
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    (tmp_path / "run" / "log.jsonl").unlink()  # logs of finished runs need not be kept
+    studies.picture_meta_losses(tmp_path / "b.png", "quadratic", {("lolo", 0): tmp_path / "run"})
+    assert not (tmp_path / "b.png").exists()
+
+
 def test_an_unknown_part_of_a_study_is_refused(tmp_path):
     with pytest.raises(recipes.RecipeError, match="did you mean 'figure2'"):
         studies.reproduce("study", tmp_path, only=["figure3"])
