@@ -59,14 +59,19 @@ def run_one(name: str, optimizer: str, smoke: bool) -> dict:
     if smoke:  # the whole split takes longer than five steps
         splits = splits._replace(test=dataclasses.replace(splits.test, size=splits.test.score_batch))
     entries = [studies.contestant(optimizer, studies.named_weights([optimizer]), splits, steps)]
-    began, ticks = time.perf_counter(), []
+    began, ticks = time.perf_counter(), list[float]()
+
+    def advanced(count: int) -> None:
+        ticks.append(time.perf_counter())
+        print(f"{name}, {optimizer}: step {count * len(ticks)} of {steps}, {ticks[-1] - began:.0f} s", file=sys.stderr)
+
     rows = evaluation.compare(
         name,
         splits,
         entries,
         [SEED],
         steps,
-        advanced=lambda count: ticks.append(time.perf_counter()),
+        advanced=advanced,
         window=window,
     )
     whole = time.perf_counter() - began
@@ -144,7 +149,6 @@ def main() -> None:
             part = part_file(asked.out, name, optimizer)
             if part.is_file():
                 continue
-            print(f"{name}, {optimizer}", file=sys.stderr, flush=True)
             child = [sys.executable, __file__, optimizer, "--out", str(asked.out), "--only", name, "--child", optimizer]
             child += ["--smoke"] * asked.smoke
             done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
