@@ -27,7 +27,7 @@ from lolo import files, parallel, recipes, training
 from lolo.recipes import Recipe, RecipeError
 
 LAST_STEPS = 100  # outer steps that the reported loss is the mean of
-KEYS = ("recipe", "out", "fields", "grid")
+KEYS = {"recipe": str, "out": str, "fields": dict, "grid": dict}
 
 
 class SweepError(ValueError):
@@ -59,7 +59,10 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in table.items():
         name = "tasks" if prefix + name == "task" else prefix + name
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        more = flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        if twice := flat.keys() & more.keys():
+            raise SweepError(f"a table of the sweep has {min(twice)} twice; take one out.")
+        flat |= more
     return flat
 
 
@@ -76,7 +79,7 @@ def changed(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
             place = place[part]
         place[last] = [value] if name == "tasks" and isinstance(value, str) else value
     recipe = recipes.from_dict(data)
-    recipes.check(recipe)
+    recipes.build(recipe)  # looks every name up too: a wrong one must not wait for its turn
     return training.pinned(recipe)
 
 
@@ -89,6 +92,9 @@ def read(path: Path) -> Sweep:
     for name in described:
         if name not in KEYS:
             raise recipes.unknown("key of a sweep", name, KEYS)
+        if not isinstance(described[name], KEYS[name]):
+            kind = "a string" if KEYS[name] is str else f"a table: [{name}], then lines of field = value"
+            raise SweepError(f"{path}: {name} = {described[name]!r} must be {kind}.")
     base = described.get("recipe", "lolo")
     recipe = recipes.pick(recipes.RECIPES, "recipe", base)
     tables = [flatten(described.get(name, {})) for name in ("fields", "grid")]
@@ -99,7 +105,7 @@ def read(path: Path) -> Sweep:
         if name in common:
             raise SweepError(f"{path}: {name} is both in [fields] and in [grid]; take it out of one.")
     out = Path(described.get("out", Path("runs") / path.stem))
-    runs = []
+    runs: list[Planned] = []
     for number, values in enumerate(itertools.product(*grid.values())):
         varied = dict(zip(grid, values, strict=True))
         words = "-".join(f"{name.rpartition('.')[2]}={value}" for name, value in varied.items())
@@ -108,6 +114,11 @@ def read(path: Path) -> Sweep:
             runs.append(Planned(number, name, varied, changed(recipe, common | varied), out / name))
         except RecipeError as error:
             raise RecipeError(f"{path}, {words or 'the one run'}: {error}") from error
+    names: dict[Recipe, str] = {}
+    for run in runs:
+        if run.recipe in names:
+            raise SweepError(f"{path}: {names[run.recipe]} and {run.name} are the same run; take one value out.")
+        names[run.recipe] = run.name
     return Sweep(base, out, runs)
 
 

@@ -65,6 +65,15 @@ def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path):
         ("[grid]\nreplay.threshold = [0.1, 2.0]", ["threshold=2.0", "from 0 to 1"]),
         ("[fields]\nseed = 1\n[grid]\nseed = [0]", ["seed is both"]),
         ('[fields]\ntask = "fashion-mpl"', ["'fashion-mpl'"]),
+        ("recipe = 3", ["recipe = 3", "a string"]),
+        ("out = 3", ["out = 3", "a string"]),
+        ("fields = 3", ["fields = 3", "[fields]"]),
+        ("[[grid]]\nseed = [1]", ["grid = [{'seed': [1]}]", "[grid]"]),
+        ("[fields]\nouter.steps = 2024-01-01", ["'outer.steps'", "expected int"]),
+        ('[fields]\ntask = "quadratic"\ntasks = ["fashion-mlp"]', ["tasks twice"]),
+        ('[fields]\n"unroll.length" = 50\nunroll.length = 100', ["unroll.length twice"]),
+        ('[grid]\nreplay.read = ["pop", "nwest"]', ["read=nwest", "'newest'"]),
+        ("[grid]\nseed = [0, 1, 0]", ["000-seed=0 and 002-seed=0 are the same run"]),
     ],
 )
 def test_a_bad_file_is_one_line_and_nothing_runs(tmp_path, monkeypatch, capsys, text, words):
