@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lolo import files, parallel, recipes, training
+from lolo import files, launch, parallel, recipes, training
 from lolo.recipes import Recipe, RecipeError
 
 LAST_STEPS = 100  # outer steps that the reported loss is the mean of
@@ -218,19 +218,24 @@ class Pool:
         run.out.parent.mkdir(parents=True, exist_ok=True)
         failure_file(run).unlink(missing_ok=True)
         log = run.out.with_name(f"{run.name}.log")
-        with open(log, "a") as output:
-            child = subprocess.Popen(
+        with open(log, "ab") as output:
+            before = output.tell()
+            with subprocess.Popen(
                 [sys.executable, "-m", "lolo.cli", *argv],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
+                env=os.environ | {launch.WATCHED: "1"},  # else a second sweep could meet the runs of a killed one
                 start_new_session=True,  # Ctrl-C comes to the sweep alone
-            )
-            self.children.add(child)
-            status = child.wait()
-            self.children.discard(child)
+            ) as child:
+                self.children.add(child)
+                status = child.wait()
+                self.children.discard(child)
+        if status == -signal.SIGTERM and self.stop.requested is not None:  # asked before it could listen
+            status = 3
         if status not in (0, 3):
-            words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            said = log.read_bytes()[before:].decode(errors="replace")
+            words = [line for line in said.splitlines() if line.strip()]
             ended = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
             reason = f"{ended}: {words[-1] if words else 'it said nothing'}"
             files.write_bytes(failure_file(run), f"{reason}\n".encode())
@@ -239,12 +244,13 @@ class Pool:
             self.told(f"{run.name} {'is done' if status == 0 else 'stopped'}.")
 
     def pass_on_stop(self, finished: threading.Event) -> None:
-        """Ask the children to stop once the sweep was asked."""
+        """Ask each of the children to stop once the sweep was asked; one that is just being started, a moment later."""
+        told: set[subprocess.Popen] = set()
         while not finished.wait(0.1):
             if self.stop.requested is not None:
-                for child in list(self.children):
+                for child in self.children - told:
                     child.terminate()
-                return
+                    told.add(child)
 
 
 def run_all(

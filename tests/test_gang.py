@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -307,6 +308,15 @@ def test_a_request_to_stop_ends_all_processes_with_a_checkpoint(lolo, tmp_path):
     assert ends(gang_[1], 60)[0] == 3
     status, words = ends(gang_[0], 60)
     assert status == 3 and f"lolo resume {run}" in words and "stopped by another process" in words, words
+
+
+def test_a_watched_process_ends_when_its_stdin_does(monkeypatch):
+    ended = queue.Queue()
+    monkeypatch.setenv(launch.WATCHED, "1")
+    monkeypatch.setattr(os, "read", lambda *args: b"")
+    monkeypatch.setattr(os, "_exit", ended.put)
+    assert launch.member() is None and launch.WATCHED not in os.environ
+    assert ended.get(timeout=30) == launch.LOST
 
 
 @pytest.mark.slow
