@@ -297,5 +297,6 @@ def slurm_script(path: Path, sweep: Sweep) -> str:
 #SBATCH --signal=TERM@120
 #SBATCH --output={name}-%a.out
 cd {here}
-exec srun {lolo} --only "$SLURM_ARRAY_TASK_ID" --workers 1
+# srun has not passed --cpus-per-task on by itself since SLURM 22.05.
+exec srun --cpus-per-task="$SLURM_CPUS_PER_TASK" {lolo} --only "$SLURM_ARRAY_TASK_ID" --workers 1
 """

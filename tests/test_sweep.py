@@ -96,6 +96,8 @@ def test_the_slurm_script_has_a_task_for_each_run_and_is_valid_shell(tmp_path, c
     example = pathlib.Path(__file__).parent.parent / "examples" / "scale" / "slurm.sh"
     for text in (script, example.read_text()):
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        (line,) = (line for line in text.splitlines() if line.startswith("exec srun"))
+        assert '--cpus-per-task="$SLURM_CPUS_PER_TASK"' in line  # else every task has one core
 
 
 def test_the_table_tells_how_far_each_run_is(tmp_path, capsys):
