@@ -662,7 +662,7 @@ def train(
     openers = sink_openers(log)
     recipe = pinned(recipe) if tasks is None else dataclasses.replace(recipe, tasks=tuple(tasks))
     source = None if init is None else files.read_weights(init)
-    require_alike(gang, recipe, {"--init": source and source.sha256})
+    require_alike(gang, recipe, {"--init": source and source.sha256, "--devices": devices})
     run = prepare(recipe, source, tasks, devices, gang, offload)
     run.checkpoint_seconds = checkpoint_seconds
     if out is not None:
@@ -721,7 +721,7 @@ def resume(
     if tasks is not None and tuple(tasks) != recipe.tasks:
         raise RunError(f"{folder} is a run on tasks={recipe.tasks}, not {tuple(tasks)}; give those it began with.")
     openers = sink_openers(logged_to(folder) if log is None else log)
-    require_alike(gang, recipe, {})
+    require_alike(gang, recipe, {"--devices": devices})
     over = parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
     rows = parallel.own_rows(over, recipe.estimator.pairs)
     newest = files.newest_checkpoint(folder, say, rows, gang.settle)

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from lolo import cli, files, gang, launch, parallel, pretrained, training
+from lolo import cli, files, gang, launch, parallel, pretrained, recipes, training
 
 SIZES = "--task quadratic --learner.name sgd --imitation.lr 0.01 --unroll.length 20 --unroll.truncation 5"
 OPTIONS = [*SIZES.split(), "--estimator.pairs", "4", "--validation.every", "0"]
@@ -221,7 +221,12 @@ from lolo import cli, launch, training
 if sys.argv.pop(1) == "old":
     mine = training.versions() | {"jax": "0.9.9"}
     training.versions = lambda: mine
-launch.run(cli.main)
+def main():
+    status = cli.main()
+    import jax
+    print("XLA has started" if jax._src.xla_bridge.backends_are_initialized() else "before XLA")
+    return status
+launch.run(main)
 """
 
 
@@ -237,6 +242,7 @@ def test_different_versions_are_refused(lolo, tmp_path):
         )  # fmt: skip
     status, words = ends(process)
     assert status == 2 and "jax's version is '0.9.9' in process 1" in words, words
+    assert "before XLA" in words, words  # which might not get on with the other
     assert not (tmp_path / "run").exists()
 
 
@@ -415,6 +421,16 @@ def test_a_request_to_stop_is_passed_on(monkeypatch):
     late = child(1, None)
     signals.kill = False
     assert launch.watch([early, late], signals)[0] == 3
+
+
+def test_every_process_states_how_many_devices_it_may_use(monkeypatch):
+    def refuse(self, facts, cure):
+        raise gang.DifferError(json.dumps(facts["--devices"]))
+
+    monkeypatch.setattr(gang.Gang, "require_equal", refuse)
+    recipe = recipes.with_field(recipes.LOLO, "tasks", ("quadratic",))
+    with pytest.raises(gang.DifferError, match="3"):
+        training.train(recipe, devices=3, gang=gang.Gang(2, 0))
 
 
 # --- alone --------------------------------------------------------------------------------------------------------
