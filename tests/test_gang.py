@@ -433,6 +433,16 @@ def test_every_process_states_how_many_devices_it_may_use(monkeypatch):
         training.train(recipe, devices=3, gang=gang.Gang(2, 0))
 
 
+def test_a_run_that_not_every_process_sees_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(gang.Gang, "settle", lambda self, mine, decide: decide([mine, False]))
+    recipe = recipes.with_field(recipes.LOLO, "tasks", ("quadratic",))
+    assert not training.go_on(tmp_path / "new", recipe, gang.Gang(2, 0))
+    training.create_run(tmp_path / "run", recipe, {})
+    files.write_checkpoint(tmp_path / "run", 0, {"phi": np.zeros(1)}, {})
+    with pytest.raises(training.RunError, match="process 1 does not see .*run: --out must be a folder that all hosts"):
+        training.go_on(tmp_path / "run", recipe, gang.Gang(2, 0))
+
+
 # --- alone --------------------------------------------------------------------------------------------------------
 
 
