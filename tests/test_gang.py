@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -441,6 +442,15 @@ def test_a_run_that_not_every_process_sees_is_not_gone_on_with(tmp_path, monkeyp
     files.write_checkpoint(tmp_path / "run", 0, {"phi": np.zeros(1)}, {})
     with pytest.raises(training.RunError, match="process 1 does not see .*run: --out must be a folder that all hosts"):
         training.go_on(tmp_path / "run", recipe, gang.Gang(2, 0))
+
+
+def test_hosts_auto_outside_a_cluster_is_bad_input(monkeypatch):
+    def initialize(*args, **kwargs):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match="--hosts auto: JAX sees no SLURM step.* or give --coordinator"):
+        gang.join(None, None, None, join_seconds=1, heartbeat_seconds=1)
 
 
 # --- alone --------------------------------------------------------------------------------------------------------
