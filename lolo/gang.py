@@ -184,7 +184,8 @@ def join(
       join_seconds: all must have come after so long.
       heartbeat_seconds: a process that was silent for so long is lost, and the others end.
 
-    Raises GangError; ValueError where JAX finds nothing. Where JAX itself gives up, it aborts the process: see `launch`.
+    Raises GangError; ValueError where JAX finds nothing. Where JAX itself gives up, it aborts the process: see
+    `launch`.
     """
     # It would catch SIGTERM before we do.
     jax.config.update("jax_enable_preemption_service", False)

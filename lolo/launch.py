@@ -92,7 +92,8 @@ def end_with_parent() -> None:
 def member() -> dict[str, Any] | None:
     """What this process was told if it is a child of `launch`, once; None in others.
 
-    A child that is to end with its parent does so from here on. One of `launch` takes its own standard output and error from the parent's: the ordinary ones go to the parent, for JAX's noise.
+    A child that is to end with its parent does so from here on. One of `launch` takes its own standard output and error
+    from the parent's: the ordinary ones go to the parent, for JAX's noise.
     """
     told, watched = os.environ.pop(MEMBER, None), os.environ.pop(WATCHED, None)
     if told or watched:
