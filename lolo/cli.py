@@ -182,6 +182,8 @@ def train_command(argv: list[str]) -> int:
             "log": arguments.log,
             "gang": gang,
         }
+        # Before anything starts JAX, which connects the processes' XLA: it must be of one version.
+        training.require_alike(gang, training.pinned(recipe), {})
         # What is wrong with these is said before anything else.
         splits = [tasks_.resolve(task) for task in recipe.tasks]
         if arguments.init is not None:

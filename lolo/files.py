@@ -480,8 +480,9 @@ def write_checkpoint(
 def _draft(run: Path, step: int) -> Path:
     final = checkpoint_folder(run, step)
     final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(".*.tmp"):  # by processes that were killed while they wrote
+        shutil.rmtree(left, ignore_errors=True)
     draft = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     return draft
 

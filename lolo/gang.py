@@ -184,7 +184,8 @@ def join(
       join_seconds: all must have come after so long.
       heartbeat_seconds: a process that was silent for so long is lost, and the others end.
 
-    Raises GangError, ValueError. Where JAX itself gives up, it aborts the process: see `launch`.
+    Raises GangError; ValueError where JAX finds nothing. Where JAX itself gives up, it aborts the process: see
+    `launch`.
     """
     # It would catch SIGTERM before we do.
     jax.config.update("jax_enable_preemption_service", False)
@@ -203,6 +204,11 @@ def join(
             coordinator_bind_address=coordinator,
         )
     except (ValueError, RuntimeError) as error:
+        if coordinator is None and isinstance(error, ValueError):  # trying again would not change it
+            raise ValueError(
+                f"--hosts auto: JAX sees no SLURM step, Open MPI or Kubernetes Job (jax[k8s] installed?) around this "
+                f"process ({error}) Start it in one, or give --coordinator, --process-id and --processes."
+            ) from error
         where = f"at {coordinator}" if coordinator else "with --hosts auto"
         raise GangError(f"the processes could not meet {where} ({' '.join(str(error).split())[:300]}).") from error
     return Gang(distributed.global_state.num_processes, distributed.global_state.process_id)

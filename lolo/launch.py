@@ -28,6 +28,7 @@ import jax
 from lolo import gang
 from lolo.gang import Gang
 
+WATCHED = "LOLO_WATCHED"  # in the environment of a child that must end with its parent, which holds its stdin
 MEMBER = "LOLO_MEMBER"  # in the environment of a child: what it needs to know, as JSON
 JOINED = "lolo-joined"  # a child's word to its parent
 LOST = 6  # exit status: processes could not meet, or lost one
@@ -78,12 +79,25 @@ def check(asked: Processes) -> None:
 # --- in a child ---------------------------------------------------------------------------------------------------
 
 
+def end_with_parent() -> None:
+    """End this process once its parent, which holds the other end of its standard input, is gone."""
+
+    def wait() -> None:
+        os.read(0, 1)  # returns when the parent is gone
+        os._exit(LOST)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def member() -> dict[str, Any] | None:
     """What this process was told if it is a child of `launch`, once; None in others.
 
-    Takes its own standard output and error from the parent's: the ordinary ones go to the parent, for JAX's noise.
+    A child that is to end with its parent does so from here on. One of `launch` takes its own standard output and error
+    from the parent's: the ordinary ones go to the parent, for JAX's noise.
     """
-    told = os.environ.pop(MEMBER, None)
+    told, watched = os.environ.pop(MEMBER, None), os.environ.pop(WATCHED, None)
+    if told or watched:
+        end_with_parent()
     if told is None:
         return None
     place = json.loads(told)
@@ -91,12 +105,6 @@ def member() -> dict[str, Any] | None:
     if place["speaks"]:
         sys.stderr = os.fdopen(place["stderr"], "w", buffering=1)
     sys.argv[0] = "lolo"
-
-    def end_with_parent() -> None:
-        os.read(0, 1)  # returns when the parent is gone
-        os._exit(LOST)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
     return place
 
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from lolo import files, parallel, recipes, training
+from lolo import files, launch, parallel, recipes, training
 from lolo.recipes import Recipe, RecipeError
 
 LAST_STEPS = 100  # outer steps that the reported loss is the mean of
-KEYS = ("recipe", "out", "fields", "grid")
+KEYS = {"recipe": str, "out": str, "fields": dict, "grid": dict}
 
 
 class SweepError(ValueError):
@@ -59,7 +59,10 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in table.items():
         name = "tasks" if prefix + name == "task" else prefix + name
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        more = flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        if twice := flat.keys() & more.keys():
+            raise SweepError(f"a table of the sweep has {min(twice)} twice; take one out.")
+        flat |= more
     return flat
 
 
@@ -76,7 +79,7 @@ def changed(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
             place = place[part]
         place[last] = [value] if name == "tasks" and isinstance(value, str) else value
     recipe = recipes.from_dict(data)
-    recipes.check(recipe)
+    recipes.build(recipe)  # looks every name up too: a wrong one must not wait for its turn
     return training.pinned(recipe)
 
 
@@ -89,6 +92,9 @@ def read(path: Path) -> Sweep:
     for name in described:
         if name not in KEYS:
             raise recipes.unknown("key of a sweep", name, KEYS)
+        if not isinstance(described[name], KEYS[name]):
+            kind = "a string" if KEYS[name] is str else f"a table: [{name}], then lines of field = value"
+            raise SweepError(f"{path}: {name} = {described[name]!r} must be {kind}.")
     base = described.get("recipe", "lolo")
     recipe = recipes.pick(recipes.RECIPES, "recipe", base)
     tables = [flatten(described.get(name, {})) for name in ("fields", "grid")]
@@ -99,7 +105,7 @@ def read(path: Path) -> Sweep:
         if name in common:
             raise SweepError(f"{path}: {name} is both in [fields] and in [grid]; take it out of one.")
     out = Path(described.get("out", Path("runs") / path.stem))
-    runs = []
+    runs: list[Planned] = []
     for number, values in enumerate(itertools.product(*grid.values())):
         varied = dict(zip(grid, values, strict=True))
         words = "-".join(f"{name.rpartition('.')[2]}={value}" for name, value in varied.items())
@@ -108,6 +114,11 @@ def read(path: Path) -> Sweep:
             runs.append(Planned(number, name, varied, changed(recipe, common | varied), out / name))
         except RecipeError as error:
             raise RecipeError(f"{path}, {words or 'the one run'}: {error}") from error
+    names: dict[Recipe, str] = {}
+    for run in runs:
+        if run.recipe in names:
+            raise SweepError(f"{path}: {names[run.recipe]} and {run.name} are the same run; take one value out.")
+        names[run.recipe] = run.name
     return Sweep(base, out, runs)
 
 
@@ -207,19 +218,24 @@ class Pool:
         run.out.parent.mkdir(parents=True, exist_ok=True)
         failure_file(run).unlink(missing_ok=True)
         log = run.out.with_name(f"{run.name}.log")
-        with open(log, "a") as output:
-            child = subprocess.Popen(
+        with open(log, "ab") as output:
+            before = output.tell()
+            with subprocess.Popen(
                 [sys.executable, "-m", "lolo.cli", *argv],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
+                env=os.environ | {launch.WATCHED: "1"},  # else a second sweep could meet the runs of a killed one
                 start_new_session=True,  # Ctrl-C comes to the sweep alone
-            )
-            self.children.add(child)
-            status = child.wait()
-            self.children.discard(child)
+            ) as child:
+                self.children.add(child)
+                status = child.wait()
+                self.children.discard(child)
+        if status == -signal.SIGTERM and self.stop.requested is not None:  # asked before it could listen
+            status = 3
         if status not in (0, 3):
-            words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            said = log.read_bytes()[before:].decode(errors="replace")
+            words = [line for line in said.splitlines() if line.strip()]
             ended = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
             reason = f"{ended}: {words[-1] if words else 'it said nothing'}"
             files.write_bytes(failure_file(run), f"{reason}\n".encode())
@@ -228,12 +244,13 @@ class Pool:
             self.told(f"{run.name} {'is done' if status == 0 else 'stopped'}.")
 
     def pass_on_stop(self, finished: threading.Event) -> None:
-        """Ask the children to stop once the sweep was asked."""
+        """Ask each of the children to stop once the sweep was asked; one that is just being started, a moment later."""
+        told: set[subprocess.Popen] = set()
         while not finished.wait(0.1):
             if self.stop.requested is not None:
-                for child in list(self.children):
+                for child in self.children - told:
                     child.terminate()
-                return
+                    told.add(child)
 
 
 def run_all(
@@ -280,5 +297,6 @@ def slurm_script(path: Path, sweep: Sweep) -> str:
 #SBATCH --signal=TERM@120
 #SBATCH --output={name}-%a.out
 cd {here}
-exec srun {lolo} --only "$SLURM_ARRAY_TASK_ID" --workers 1
+# srun has not passed --cpus-per-task on by itself since SLURM 22.05.
+exec srun --cpus-per-task="$SLURM_CPUS_PER_TASK" {lolo} --only "$SLURM_ARRAY_TASK_ID" --workers 1
 """

@@ -250,7 +250,7 @@ def require_alike(gang: Gang, recipe: Recipe, more: dict[str, Any]) -> None:
 def go_on(run: Path, recipe: Recipe, gang: Gang) -> bool:
     """Whether a folder holds a run of this recipe that has a checkpoint, as process 0 sees it.
 
-    Raises RunError: it holds a run of another recipe.
+    Raises RunError: it holds a run of another recipe, or not every process sees it.
     """
 
     def look(_: list[Any]) -> bool:
@@ -262,7 +262,10 @@ def go_on(run: Path, recipe: Recipe, gang: Gang) -> bool:
             raise RunError(f"{run} already holds another run ({differs}); give another --out.")
         return bool(files.checkpoints(run))
 
-    return gang.settle(None, look)
+    going_on = gang.settle(None, look)
+    if going_on:
+        require_shared(gang, run)
+    return going_on
 
 
 def pinned(recipe: Recipe) -> Recipe:
@@ -662,7 +665,7 @@ def train(
     openers = sink_openers(log)
     recipe = pinned(recipe) if tasks is None else dataclasses.replace(recipe, tasks=tuple(tasks))
     source = None if init is None else files.read_weights(init)
-    require_alike(gang, recipe, {"--init": source and source.sha256})
+    require_alike(gang, recipe, {"--init": source and source.sha256, "--devices": devices})
     run = prepare(recipe, source, tasks, devices, gang, offload)
     run.checkpoint_seconds = checkpoint_seconds
     if out is not None:
@@ -684,6 +687,11 @@ def train(
 def claim(gang: Gang, out: Path, recipe: Recipe, about: dict[str, Any]) -> None:
     """`create_run` on process 0. Raises RunError where it does, and unless every process sees the folder then."""
     gang.settle(None, lambda _: create_run(out, recipe, about))
+    require_shared(gang, out)
+
+
+def require_shared(gang: Gang, out: Path) -> None:
+    """Raise RunError unless every process sees the run in this folder."""
 
     def decide(seen: list[Any]) -> None:
         if not all(seen):
@@ -721,7 +729,7 @@ def resume(
     if tasks is not None and tuple(tasks) != recipe.tasks:
         raise RunError(f"{folder} is a run on tasks={recipe.tasks}, not {tuple(tasks)}; give those it began with.")
     openers = sink_openers(logged_to(folder) if log is None else log)
-    require_alike(gang, recipe, {})
+    require_alike(gang, recipe, {"--devices": devices})
     over = parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
     rows = parallel.own_rows(over, recipe.estimator.pairs)
     newest = files.newest_checkpoint(folder, say, rows, gang.settle)

@@ -189,6 +189,14 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_user_told(tmp_path,
     assert len(told) == 1 and "00000002" in told[0]
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    left = tmp_path / "checkpoints" / ".00000003.1.tmp"
+    left.mkdir(parents=True)
+    (left / "slots-00000000.safetensors").write_bytes(b"half")
+    files.write_checkpoint(tmp_path, 4, arrays(4), {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000004"]
+
+
 def test_no_whole_checkpoint_is_none(tmp_path):
     assert files.newest_checkpoint(tmp_path, print) is None
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -10,10 +11,11 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from lolo import cli, files, gang, launch, parallel, pretrained, training
+from lolo import cli, files, gang, launch, parallel, pretrained, recipes, training
 
 SIZES = "--task quadratic --learner.name sgd --imitation.lr 0.01 --unroll.length 20 --unroll.truncation 5"
 OPTIONS = [*SIZES.split(), "--estimator.pairs", "4", "--validation.every", "0"]
@@ -220,7 +222,12 @@ from lolo import cli, launch, training
 if sys.argv.pop(1) == "old":
     mine = training.versions() | {"jax": "0.9.9"}
     training.versions = lambda: mine
-launch.run(cli.main)
+def main():
+    status = cli.main()
+    import jax
+    print("XLA has started" if jax._src.xla_bridge.backends_are_initialized() else "before XLA")
+    return status
+launch.run(main)
 """
 
 
@@ -236,6 +243,7 @@ def test_different_versions_are_refused(lolo, tmp_path):
         )  # fmt: skip
     status, words = ends(process)
     assert status == 2 and "jax's version is '0.9.9' in process 1" in words, words
+    assert "before XLA" in words, words  # which might not get on with the other
     assert not (tmp_path / "run").exists()
 
 
@@ -307,6 +315,15 @@ def test_a_request_to_stop_ends_all_processes_with_a_checkpoint(lolo, tmp_path):
     assert ends(gang_[1], 60)[0] == 3
     status, words = ends(gang_[0], 60)
     assert status == 3 and f"lolo resume {run}" in words and "stopped by another process" in words, words
+
+
+def test_a_watched_process_ends_when_its_stdin_does(monkeypatch):
+    ended = queue.Queue()
+    monkeypatch.setenv(launch.WATCHED, "1")
+    monkeypatch.setattr(os, "read", lambda *args: b"")
+    monkeypatch.setattr(os, "_exit", ended.put)
+    assert launch.member() is None and launch.WATCHED not in os.environ
+    assert ended.get(timeout=30) == launch.LOST
 
 
 @pytest.mark.slow
@@ -405,6 +422,35 @@ def test_a_request_to_stop_is_passed_on(monkeypatch):
     late = child(1, None)
     signals.kill = False
     assert launch.watch([early, late], signals)[0] == 3
+
+
+def test_every_process_states_how_many_devices_it_may_use(monkeypatch):
+    def refuse(self, facts, cure):
+        raise gang.DifferError(json.dumps(facts["--devices"]))
+
+    monkeypatch.setattr(gang.Gang, "require_equal", refuse)
+    recipe = recipes.with_field(recipes.LOLO, "tasks", ("quadratic",))
+    with pytest.raises(gang.DifferError, match="3"):
+        training.train(recipe, devices=3, gang=gang.Gang(2, 0))
+
+
+def test_a_run_that_not_every_process_sees_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(gang.Gang, "settle", lambda self, mine, decide: decide([mine, False]))
+    recipe = recipes.with_field(recipes.LOLO, "tasks", ("quadratic",))
+    assert not training.go_on(tmp_path / "new", recipe, gang.Gang(2, 0))
+    training.create_run(tmp_path / "run", recipe, {})
+    files.write_checkpoint(tmp_path / "run", 0, {"phi": np.zeros(1)}, {})
+    with pytest.raises(training.RunError, match="process 1 does not see .*run: --out must be a folder that all hosts"):
+        training.go_on(tmp_path / "run", recipe, gang.Gang(2, 0))
+
+
+def test_hosts_auto_outside_a_cluster_is_bad_input(monkeypatch):
+    def initialize(*args, **kwargs):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match="--hosts auto: JAX sees no SLURM step.* or give --coordinator"):
+        gang.join(None, None, None, join_seconds=1, heartbeat_seconds=1)
 
 
 # --- alone --------------------------------------------------------------------------------------------------------

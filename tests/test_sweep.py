@@ -4,8 +4,11 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -65,6 +68,15 @@ def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path):
         ("[grid]\nreplay.threshold = [0.1, 2.0]", ["threshold=2.0", "from 0 to 1"]),
         ("[fields]\nseed = 1\n[grid]\nseed = [0]", ["seed is both"]),
         ('[fields]\ntask = "fashion-mpl"', ["'fashion-mpl'"]),
+        ("recipe = 3", ["recipe = 3", "a string"]),
+        ("out = 3", ["out = 3", "a string"]),
+        ("fields = 3", ["fields = 3", "[fields]"]),
+        ("[[grid]]\nseed = [1]", ["grid = [{'seed': [1]}]", "[grid]"]),
+        ("[fields]\nouter.steps = 2024-01-01", ["'outer.steps'", "expected int"]),
+        ('[fields]\ntask = "quadratic"\ntasks = ["fashion-mlp"]', ["tasks twice"]),
+        ('[fields]\n"unroll.length" = 50\nunroll.length = 100', ["unroll.length twice"]),
+        ('[grid]\nreplay.read = ["pop", "nwest"]', ["read=nwest", "'newest'"]),
+        ("[grid]\nseed = [0, 1, 0]", ["000-seed=0 and 002-seed=0 are the same run"]),
     ],
 )
 def test_a_bad_file_is_one_line_and_nothing_runs(tmp_path, monkeypatch, capsys, text, words):
@@ -84,6 +96,8 @@ def test_the_slurm_script_has_a_task_for_each_run_and_is_valid_shell(tmp_path, c
     example = pathlib.Path(__file__).parent.parent / "examples" / "scale" / "slurm.sh"
     for text in (script, example.read_text()):
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        (line,) = (line for line in text.splitlines() if line.startswith("exec srun"))
+        assert '--cpus-per-task="$SLURM_CPUS_PER_TASK"' in line  # else every task has one core
 
 
 def test_the_table_tells_how_far_each_run_is(tmp_path, capsys):
@@ -106,6 +120,58 @@ def test_the_table_tells_how_far_each_run_is(tmp_path, capsys):
     write(tmp_path, path.read_text().replace("outer.steps = 4", "outer.steps = 5"))
     with pytest.raises(sweep.SweepError, match="outer.steps: 4 there, 5 in the file"):
         sweep.state_of(sweep.read(path).runs[0])
+
+
+class Late(training.Stop):
+    """A request to stop that comes once the run has been started."""
+
+    def __init__(self):
+        self.asked = iter([None])
+
+    @property
+    def requested(self):
+        return next(self.asked, "SIGTERM")
+
+
+@pytest.mark.parametrize(
+    ("script", "stop", "told", "reason"),
+    [
+        ("[ -p /dev/stdin ] && [ -n $LOLO_WATCHED ]", training.Stop(), "is done", None),  # it ends with the sweep
+        ("exit 3", Late(), "stopped", None),
+        ("kill -TERM $$", Late(), "stopped", None),  # before it had a handler
+        ("kill -TERM $$", training.Stop(), "failed", "killed by SIGTERM: it said nothing"),  # not what it said before
+        ("echo no; exit 2", training.Stop(), "failed", "exit status 2: no"),
+    ],
+)
+def test_how_a_run_ended_is_told(tmp_path, monkeypatch, script, stop, told, reason):
+    program, said = tmp_path / "program", []
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    (run,) = sweep.read(write(tmp_path, f'out = "{tmp_path}/out"\n{SMALL}')).runs
+    run.out.parent.mkdir()
+    run.out.with_name(f"{run.name}.log").write_text("words of the time before\n")
+    sweep.Pool(stop, said.append).one(run, [])
+    assert len(said) == 1 and told in said[0]
+    failed = sweep.failure_file(run)
+    assert (failed.read_text().strip() if failed.exists() else None) == reason
+
+
+def test_a_run_that_is_being_started_when_the_sweep_must_stop_is_told():
+    stop, finished = training.Stop(), threading.Event()
+    pool = sweep.Pool(stop, print)
+    watcher = threading.Thread(target=pool.pass_on_stop, args=(finished,))
+    watcher.start()
+    stop.requested = "SIGTERM"
+    time.sleep(0.3)
+    with subprocess.Popen(["sleep", "60"]) as child:
+        pool.children.add(child)
+        try:
+            assert child.wait(30) == -signal.SIGTERM
+        finally:
+            child.kill()
+            finished.set()
+            watcher.join()
 
 
 @pytest.mark.slow
