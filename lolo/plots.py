@@ -13,6 +13,7 @@ from lolo.evaluation import WINDOW, Row
 
 # Paul Tol's "bright" colours: told apart by readers with any colour vision.
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#000000")
+STYLES = ("-", "--", ":")  # for a ninth line, and a seventeenth
 
 
 def _pyplot() -> Any:
@@ -42,11 +43,14 @@ def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
     for axis, field, name in ((axes[0], "train_curve", "train loss"), (axes[1], "held_curve", "held-out loss")):
         values = np.array([getattr(row, field) for row in rows], np.float64)
         steps = WINDOW * np.arange(1, values.shape[1] + 1)
-        for label, colour in zip(labels, COLOURS * (len(labels) // len(COLOURS) + 1), strict=False):
+        for i, label in enumerate(labels):
+            colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
             mine = values[[row.optimizer == label for row in rows]]
             mine = np.where(np.isfinite(mine), mine, np.nan)
             finite = np.isfinite(mine).any(axis=0)
-            axis.plot(steps[finite], np.nanmean(mine[:, finite], axis=0), color=colour, label=label, linewidth=1.5)
+            axis.plot(
+                steps[finite], np.nanmean(mine[:, finite], axis=0), style, color=colour, label=label, linewidth=1.5
+            )
             low, high = np.nanmin(mine[:, finite], axis=0), np.nanmax(mine[:, finite], axis=0)
             axis.fill_between(steps[finite], low, high, color=colour, alpha=0.15, linewidth=0)
         if unroll is not None:
@@ -60,7 +64,8 @@ def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
         axis.set_xlim(min(marks) / 1.2, 1.2 * max(marks))
         axis.set_ylim(*_range(values[:, len(steps) // 20 :]))
         axis.grid(True, which="both", alpha=0.2)
-    axes[0].legend(fontsize=8, frameon=False)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.suptitle(title)
     return figure
 
@@ -103,7 +108,7 @@ def meta_losses(runs: dict[str, list[tuple[np.ndarray, np.ndarray]]], title: str
             axis.plot(60 * hours, losses, color=colour, linewidth=1, alpha=0.8, label=method if i == 0 else None)
     axis.set(
         xlabel="minutes of meta-training (outer steps × median time)",
-        ylabel="task loss (nats), mean of 50 outer steps",
+        ylabel="task loss (nats), mean of 100 outer steps",
         title=title,
     )
     axis.set_ylim(*_range(np.concatenate([losses[1:] for seeds in runs.values() for _, losses in seeds])))

@@ -722,7 +722,7 @@ def picture_meta_losses(file: Path, task: str, runs: dict[tuple[str, int], Path]
         plots.save_figure(plots.meta_losses(found, f"meta-training on {task}"), file)
 
 
-META_LOSS_WINDOW = 50  # outer steps that a point of the picture is the mean of
+META_LOSS_WINDOW = 100  # outer steps that a point of the picture is the mean of; whole unrolls of slots in phase
 
 
 def hours(folder: Path, what: Sequence[str]) -> str:
