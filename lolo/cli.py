@@ -417,11 +417,12 @@ def reproduce_command(argv: list[str]) -> int:
           study: quick (minutes), books or mini (hours), or study: all parts of the study in docs/results.md (a day).
           out: folder of the study; default: runs/STUDY.
           only: these parts of study alone: figure2, figure2-books, long, long-books, settings, transfer.
-          smoke: the smallest form, to see that everything runs.
+          smoke: the smallest form, to see that everything runs; in a folder `smoke` inside, so that no rows are lost.
         """
         recipes.pick({**studies.STUDIES, "study": None}, "study", study)
         training.set_up()
         stop, folder = training.Stop(), out or Path("runs") / study
+        folder = folder / "smoke" if smoke else folder
         with telling() as teller, training.stop_on_signals(stop):
             tables = studies.reproduce(study, folder, only=only, smoke=smoke, stop=stop, told=teller, say=say)
         for task, text in tables.items():

@@ -157,7 +157,7 @@ def method_of(recipe: Recipe) -> str | None:
 
 def variant(text: str) -> Recipe:
     """A named recipe with changes: "lolo replay.threshold=0.2 replay.read=newest". Raises RecipeError."""
-    name, *changes = text.split()
+    name, *changes = text.split() or [""]
     recipe: Recipe = pick(RECIPES, "recipe", name)
     for change in changes:
         field, _, value = change.partition("=")
@@ -173,7 +173,8 @@ def variant(text: str) -> Recipe:
             elif kind is not str:
                 parsed = int(value) if kind is int else float(value)
         except (KeyError, ValueError):
-            raise RecipeError(f"{field} can't be {value!r}: expected {kind.__name__}.") from None
+            expected = "float" if kind is type(None) else kind.__name__
+            raise RecipeError(f"{field} can't be {value!r}: expected {expected}.") from None
         recipe = with_field(recipe, field, parsed)
     return recipe
 

@@ -65,11 +65,17 @@ def part_of(folder: Path) -> list[Html]:
     """What to say about a folder, by what it holds. Raises FileError."""
     if (folder / "recipe.json").is_file():
         return run_part(folder, Level("h3"))
-    if any(folder.glob("rows-*.jsonl")) or run_folders(folder):
+    if rows_of(folder) or run_folders(folder):
         return study_part(folder)
     raise FileError(
         f"{folder} holds neither a meta-training (recipe.json), nor an evaluation (rows-TASK.jsonl), nor a study."
     )
+
+
+def rows_of(folder: Path) -> list[Path]:
+    """The rows of an evaluation or a study, then those of its parts."""
+    places = (folder, *(folder / part for part in studies.STUDY))
+    return [path for place in places for path in sorted(place.glob("rows-*.jsonl"))]
 
 
 def run_folders(study: Path) -> list[Path]:
@@ -275,7 +281,11 @@ def provenance_rows(about: dict[str, Any]) -> list[tuple[str, str]]:
 
 def study_part(folder: Path) -> list[Html]:
     """An evaluation or a study: each task's comparison, then each meta-training, to be opened."""
-    parts = [part for path in sorted(folder.glob("rows-*.jsonl")) for part in comparison(folder, path)]
+    parts: list[Html] = []
+    for path in rows_of(folder):
+        if path.parent != folder:
+            parts.append(tag("h3", f"Part {path.parent.name}"))
+        parts += comparison(path.parent, path)
     runs = run_folders(folder)
     if runs:
         parts.append(tag("h3", "Meta-trainings"))

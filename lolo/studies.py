@@ -18,6 +18,7 @@ import os
 import re
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -259,7 +260,8 @@ def parse_use(words: str, name: str) -> Use:
             number = float(value)
         except ValueError:
             number = -1.0
-        if not number >= 0:
+        # A clock_limit of inf switches off the one that weights came with.
+        if not number >= 0 or (field == "weight_decay" and math.isinf(number)):
             raise ValueError(f"{name}: {field}={value!r} must be 0 or a positive number.")
         found[field] = number
     return Use(**found)
@@ -279,7 +281,8 @@ def is_baseline(name: str) -> bool:
     kind, separator, setting = name.partition(":")
     if separator and kind in evaluation.BASELINES:
         return True
-    if separator and "=" not in setting and not Path(name).exists():
+    weights = kind in files.shipped_weights() or Path(name.rpartition(":")[0]).is_file()
+    if separator and "=" not in setting and not weights and not Path(name).exists():
         raise recipes.unknown("optimizer", kind, evaluation.BASELINES)
     return False
 
@@ -330,7 +333,9 @@ def _label(
             recipe = recipes.from_dict(weights.recipe)
         except recipes.RecipeError as error:
             raise recipes.RecipeError(f"{name}: the recipe in its metadata can't be read: {error}") from error
-        seed, kind = recipe.seed, (dataclasses.replace(recipe, seed=0), weights.learner)
+        # slots_per_block is chosen for a machine: `lolo train --measure-blocks` may store another for each meta-seed.
+        plain = recipes.with_field(dataclasses.replace(recipe, seed=0), "estimator.slots_per_block", 1)
+        seed, kind = recipe.seed, (plain, weights.learner)
         if weights.learner == recipe.learner:
             label = method or recipes.method_of(recipe) or label
     words = "".join(f" {field}={value}" for field, value in use.changes.items())
@@ -400,18 +405,20 @@ def evaluate(
 
     Returns: the rows, and the weights by label and meta-seed. Raises ValueError, FileError.
     """
-    splits, named = tasks_.resolve(task), named_weights(names, methods)
-    for name in map(str, names):
+    unique = list(dict.fromkeys(map(str, names)))
+    splits, named = tasks_.resolve(task), named_weights(unique, methods)
+    for name in unique:
         if name not in named:
             learning_rate(name)  # refused now rather than after hours
     groups: dict[str, list[str]] = {}
-    for name in map(str, names):
+    for name in unique:
         groups.setdefault(named[name].label if name in named else name, []).append(name)
 
     def size(name: str) -> int:
         return (seeds + evaluation.grid_size(name)) * steps
 
-    total, done, rows = sum(size(str(name)) for name in names), 0, list[Row]()
+    place = file_name(task) + "".join(tasks_.pin(task).partition("@")[1:])[:9]  # of a user's file: how its sum begins
+    total, done, rows = sum(map(size, unique)), 0, list[Row]()
 
     def advanced(count: int) -> None:
         nonlocal done
@@ -419,8 +426,9 @@ def evaluate(
         told(f"evaluating on {task}", done, total, "")
 
     for group, members in groups.items():
-        file = None if parts is None else parts / file_name(task) / _part_name(group, members, named)
-        kept = None if file is None else _kept(file, steps, seeds)
+        file = None if parts is None else parts / place / _part_name(group, members, named)
+        seeds_of_label = [named[member].meta_seed if member in named else None for member in members]
+        kept = None if file is None else _kept(file, task, steps, seeds, seeds_of_label)
         if kept is not None:
             done += sum(map(size, members))
         else:
@@ -435,18 +443,26 @@ def evaluate(
 
 def _part_name(group: str, members: Sequence[str], named: dict[str, Named]) -> str:
     """A file's name for the rows of these weights (by what is in them) or this baseline."""
-    phis = [named[member].weights.meta_params for member in members if member in named]
-    digests = [files.digest({name: np.asarray(x) for name, x in phi.items()}) for phi in phis]
+    digests = [_contents(named[member]) for member in members if member in named]
     mark = f"-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}" if digests else ""
     return f"{slug(group)}{mark}.jsonl"
 
 
-def _kept(file: Path, steps: int, seeds: int) -> list[Row] | None:
-    """Rows of a part, if it is there and was made with so many steps and seeds."""
+def _contents(named: Named) -> str:
+    """A digest of weights in use: φ, and the settings that they came with where these are not their recipe's."""
+    weights, changes = named.weights, named.use.changes
+    digest = files.digest({name: np.asarray(x) for name, x in weights.meta_params.items()})
+    learner = dataclasses.asdict(weights.learner)
+    return digest if learner | changes == weights.recipe.get("learner", {}) | changes else f"{digest} {learner}"
+
+
+def _kept(file: Path, task: str, steps: int, seeds: int, meta_seeds: Sequence[int | None]) -> list[Row] | None:
+    """Rows of a part, if it is there and holds this task's, so many steps long, one for each meta-seed and seed."""
     if not file.is_file():
         return None
     rows = load_rows(file)
-    return rows if {(row.steps, row.seed) for row in rows} == {(steps, seed) for seed in range(seeds)} else None
+    wanted = Counter((task, steps, meta_seed, seed) for meta_seed in meta_seeds for seed in range(seeds))
+    return rows if Counter((row.task, row.steps, row.meta_seed, row.seed) for row in rows) == wanted else None
 
 
 # --- reports ------------------------------------------------------------------------------------------------------
@@ -569,9 +585,12 @@ def load_rows(path: Path) -> list[Row]:
 
 
 def file_name(task: str) -> str:
-    """What the files of a task are named after: its name, or the name of the user's file and function."""
-    path, _, function = task.partition("@")[0].rpartition(":")
-    return f"{Path(path).stem}-{function}" if path else task
+    """What the files of a task are named after: its name, or the name of the user's file and function; its settings."""
+    match = tasks_.NAME.fullmatch(task)
+    if not match:
+        return task
+    words = (match["path"] and Path(match["path"]).stem, match["function"], match["settings"])
+    return "-".join(filter(None, words)).replace("/", "-")
 
 
 def check_free(out: Path, task: str) -> None:
@@ -641,17 +660,19 @@ def reproduce(
 ) -> dict[str, str]:
     """Run a study, or what is left of it: one of `STUDIES`, or "study" for all parts of `STUDY`, or `only` some.
 
-    Returns the table of each task. Raises Interrupted, RecipeError for a part that is none.
+    Returns the table of each task. Raises Interrupted, RecipeError for a study or a part that is none.
     """
+    recipes.pick({**STUDIES, "study": None}, "study", name)
+    smoked = " --smoke" * smoke
     if name in STUDIES:
         if only:
             raise recipes.RecipeError(f"--only {only[0]!r}: {name} is one study; parts are of `lolo reproduce study`.")
-        return run_study(STUDIES[name], f"lolo reproduce {name}", out, out / "runs", smoke, stop, told, say)
+        return run_study(STUDIES[name], f"lolo reproduce {name}{smoked}", out, out / "runs", smoke, stop, told, say)
     tables: dict[str, str] = {}
     for part in only:
         recipes.pick(STUDY, "--only", part)
     for part in only or STUDY:
-        command = f"lolo reproduce study --only {part}"
+        command = f"lolo reproduce study --only {part}{smoked}"
         found = run_study(STUDY[part], command, out / part, out / "runs", smoke, stop, told, say)
         tables |= {f"{part}, {task}": table for task, table in found.items()}
     return tables
@@ -678,6 +699,9 @@ def run_study(
         if stop.requested is not None:
             raise Interrupted(f"stopped. Go on with the same command: what is done in {out} is kept.")
 
+    for task in (*study.tasks, *study.eval_tasks):
+        for one in task.split("+"):
+            tasks_.resolve(one)  # data that are missing are said now rather than after hours
     for task in study.tasks:
         wanted = {
             (method, seed): recipe_of(study, method, task, seed)

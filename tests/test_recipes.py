@@ -90,6 +90,8 @@ def test_a_variant_is_a_named_recipe_with_typed_changes():
         ("lolo replay.capacity=two", "replay.capacity can't be 'two': expected int"),
         ("lolo unroll.stagger=yes", "expected bool"),
         ("lolo tasks=quadratic", "tasks can't be set"),
+        ("lolo learner.clock_limit=x", "learner.clock_limit can't be 'x': expected float"),
+        ("", "unknown recipe ''"),
     ],
 )
 def test_a_variant_that_is_none_is_refused(text, message):

@@ -179,6 +179,15 @@ def test_a_study_and_an_evaluation_say_what_the_table_says(tmp_path):
     assert "books-mlp, 400 inner steps" in said and "Meta-trainings" not in said and "not written down" in said
 
 
+def test_a_study_with_parts_shows_the_comparisons_of_each(tmp_path):
+    make_study(tmp_path)
+    for part in ("long", "figure2"):
+        studies.save_rows(tmp_path / part / "rows-books.jsonl", make_rows())
+        files.write_json(tmp_path / part / "about-books.json", {"command": f"made {part}"})
+    said = assert_complete_in_itself(report.build([tmp_path])).said()
+    assert said.index("Part figure2") < said.index("made figure2") < said.index("Part long") < said.index("made long")
+
+
 def test_the_kept_quickstart(tmp_path):
     page = assert_complete_in_itself(report.build([QUICK]))
     assert "lolo reproduce quick" in page.said() and "best adamw 0.003" in page.said()

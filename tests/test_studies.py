@@ -9,6 +9,7 @@ import pytest
 from test_training import SMALL, small
 
 from lolo import evaluation, plots, pretrained, recipes, studies, tasks, training
+from lolo.data.errors import DataError
 from lolo.evaluation import Row
 
 QUADRATIC = tasks.quadratic()
@@ -56,6 +57,14 @@ def test_weights_with_one_name_and_seed_are_told_apart(tmp_path):
     assert labels(a, b) == [("lolo", 0), (b, 0)]
 
 
+def test_blocks_chosen_for_the_machine_make_no_other_recipe(tmp_path):
+    a, b = (
+        write(tmp_path / f"{size}.safetensors", small("lolo", seed=size, **{"estimator.slots_per_block": size}))
+        for size in (1, 2)
+    )
+    assert labels(a, b) == [("lolo", 1), ("lolo", 2)]
+
+
 # --- weights in use with other settings -------------------------------------------------------------------------------
 
 
@@ -101,6 +110,9 @@ def test_settings_in_use_do_what_they_say(tmp_path):
         ("clock=3", "did you mean 'clock_limit'"),
         ("weight_decay=-1", "weight_decay='-1' must be 0 or a positive number"),
         ("weight_decay=nan", "must be 0 or a positive number"),
+        ("weight_decay=inf", "must be 0 or a positive number"),
+        ("clock_limit", "clock_limit='' must be"),
+        ("cosine", "unknown setting of .*'cosine'"),
         ("schedule=linear", "unknown .*schedule 'linear'"),
         ("weight_decay=", "weight_decay='' must be"),
     ],
@@ -154,6 +166,44 @@ def test_rows_kept_from_before_are_not_made_again_unless_something_changed(tmp_p
     assert made == ["lolo"]
 
 
+def test_rows_that_do_not_fit_are_made_again(tmp_path):
+    file, rows = tmp_path / "part.jsonl", [row("lolo", meta_seed, seed, 1.0) for meta_seed in (0, 1) for seed in (0, 1)]
+    studies.save_rows(file, rows)
+    assert studies._kept(file, "q", 200, 2, [0, 1]) == rows
+    for other in [("p", 200, 2, [0, 1]), ("q", 100, 2, [0, 1]), ("q", 200, 1, [0, 1]), ("q", 200, 2, [0, 2])]:
+        assert studies._kept(file, *other) is None
+    file.write_bytes(file.read_bytes()[:-20])  # the last row is half there: it would be left out
+    assert studies._kept(file, "q", 200, 2, [0, 1]) is None
+
+
+def test_names_of_parts_tell_weights_by_the_settings_they_came_with(tmp_path):
+    recipe, path = small("lolo"), tmp_path / "a.safetensors"
+
+    def part(use, learner=None):
+        name = f"{write(path, recipe, learner)}{use}"
+        return studies._part_name("group", [name], studies.named_weights([name]))
+
+    mended = [part("", dataclasses.replace(recipe.learner, clock_limit=limit)) for limit in (10.0, 20.0)]
+    assert len({part(""), *mended}) == 3 and part(":clock_limit=3,schedule=cosine") == part("")
+
+
+def test_rows_of_a_users_task_are_not_kept_when_its_file_changes(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(evaluation, "compare", lambda *args, **_: made.append(1) or [row("adam 0.1", None, 0, 1.0)])
+    file = tmp_path / "mine.py"
+    for content in ("from lolo.tasks import quadratic", "from lolo.tasks import quadratic  # changed"):
+        file.write_text(content)
+        studies.evaluate(["adam:0.1"], f"{file}:quadratic", 200, 1, parts=tmp_path / "parts")
+    assert len(made) == 2 and len(list((tmp_path / "parts").iterdir())) == 2
+
+
+def test_an_optimizer_that_is_named_twice_is_run_once(tmp_path, monkeypatch):
+    path, run = write(tmp_path / "a.safetensors", small("lolo")), []
+    monkeypatch.setattr(evaluation, "compare", lambda name, splits, entries, *args, **_: run.extend(entries) or [])
+    studies.evaluate([path, "adam:0.1", path, "adam:0.1"], "quadratic", 100, 1)
+    assert [entry.label for entry in run] == ["lolo", "adam 0.1"]
+
+
 # --- tables and reports ---------------------------------------------------------------------------------------------
 
 
@@ -197,7 +247,9 @@ def test_rows_are_kept_whatever_happens_to_the_report(tmp_path, monkeypatch):
 
 def test_files_of_a_users_task_are_named_after_file_and_function():
     assert studies.file_name("fashion-mlp") == "fashion-mlp"
+    assert studies.file_name("fashion-mlp:widths=64-32") == "fashion-mlp-widths=64-32"
     assert studies.file_name("some/where/mine.py:easy") == "mine-easy"
+    assert studies.file_name("mine.py:easy:size=3,data=a/b") == "mine-easy-size=3,data=a-b"
     assert studies.file_name(f"mine.py:easy@{'0' * 64}") == "mine-easy"
 
 
@@ -302,8 +354,17 @@ def test_meta_losses_are_pictured_against_the_median_time_of_a_step(tmp_path, mo
 def test_an_unknown_part_of_a_study_is_refused(tmp_path):
     with pytest.raises(recipes.RecipeError, match="did you mean 'figure2'"):
         studies.reproduce("study", tmp_path, only=["figure3"])
+    with pytest.raises(recipes.RecipeError, match="unknown study 'quik'; did you mean 'quick'"):
+        studies.reproduce("quik", tmp_path)
     with pytest.raises(recipes.RecipeError, match="quick is one study"):
         studies.reproduce("quick", tmp_path, only=["figure2"])
+
+
+def test_data_that_are_missing_are_said_before_the_first_meta_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOLO_DATA", str(tmp_path / "none"))
+    with pytest.raises(DataError, match="lolo data prepare textures"):
+        studies.reproduce("study", tmp_path / "out", only=["transfer"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("part", studies.STUDY)
