@@ -189,6 +189,7 @@ def join(
     """
     # It would catch SIGTERM before we do.
     jax.config.update("jax_enable_preemption_service", False)
+    began = time.monotonic()
     if coordinator is not None:
         if process_id == 0:
             require_free(coordinator, join_seconds)
@@ -199,7 +200,7 @@ def join(
             coordinator,
             processes,
             process_id,
-            initialization_timeout=join_seconds,
+            initialization_timeout=max(round(join_seconds - (time.monotonic() - began)), 5),
             heartbeat_timeout_seconds=heartbeat_seconds,
             coordinator_bind_address=coordinator,
         )
