@@ -108,7 +108,7 @@ def meta_losses(runs: dict[str, list[tuple[np.ndarray, np.ndarray]]], title: str
             axis.plot(60 * hours, losses, color=colour, linewidth=1, alpha=0.8, label=method if i == 0 else None)
     axis.set(
         xlabel="minutes of meta-training (outer steps × median time)",
-        ylabel="task loss (nats), mean of 100 outer steps",
+        ylabel="task loss (nats)",
         title=title,
     )
     axis.set_ylim(*_range(np.concatenate([losses[1:] for seeds in runs.values() for _, losses in seeds])))

@@ -740,10 +740,11 @@ def picture_meta_losses(file: Path, task: str, runs: dict[tuple[str, int], Path]
             continue
         seconds = inner_steps / float(np.median([row["inner_steps_per_second"] for row in rows]))
         losses = [float(np.mean(row["task_loss"])) for row in rows[:whole]]
-        hours = seconds / 3600 * np.arange(META_LOSS_WINDOW, whole + 1, META_LOSS_WINDOW)
-        found.setdefault(method, []).append((hours, np.reshape(losses, (-1, META_LOSS_WINDOW)).mean(axis=1)))
+        elapsed = seconds / 3600 * np.arange(META_LOSS_WINDOW, whole + 1, META_LOSS_WINDOW)
+        found.setdefault(method, []).append((elapsed, np.reshape(losses, (-1, META_LOSS_WINDOW)).mean(axis=1)))
     if found:
-        plots.save_figure(plots.meta_losses(found, f"meta-training on {task}"), file)
+        title = f"meta-training on {task}, means of {META_LOSS_WINDOW} outer steps"
+        plots.save_figure(plots.meta_losses(found, title), file)
 
 
 META_LOSS_WINDOW = 100  # outer steps that a point of the picture is the mean of; whole unrolls of slots in phase
@@ -755,7 +756,7 @@ def hours(folder: Path, what: Sequence[str]) -> str:
     for row in files.read_json_lines(file, _SPENT_ROW) if file.is_file() else ():
         if row["what"] in what:
             by_cores[row["cores"]] = by_cores.get(row["cores"], 0.0) + row["seconds"] / 3600
-    return " and ".join(f"{time:.2f} h on {n} core{'s' * (n > 1)}" for n, time in by_cores.items()) or "no time here"
+    return " and ".join(f"{took:.2f} h on {n} core{'s' * (n > 1)}" for n, took in by_cores.items()) or "no time here"
 
 
 _SPENT_ROW = files.fields(what=files.text, seconds=files.number, cores=files.whole)
