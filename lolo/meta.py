@@ -44,7 +44,7 @@ class Setup(NamedTuple):
     truncations_per_update: int  # J
     draw_length: Callable[[jax.Array, jax.Array], jax.Array]  # key, outer step -> truncations of a new unroll
     first_lengths: tuple[int, ...]  # [P], truncations of each slot's first unroll
-    slots_per_block: int  # slots that vmap advances together; lax.map runs over blocks
+    slots_per_block: int  # slots that vmap advances together, both signs; 1: one sign at a time
 
 
 class Slots(NamedTuple):
@@ -174,47 +174,40 @@ def start_unrolls(
 def truncated_unroll(
     setup: Setup,
     task: Task,
-    candidates: PyTree,
+    meta_params: PyTree,
     alpha: jax.Array,
     inner: InnerState,
     key: jax.Array,
     offset: jax.Array,
 ) -> tuple[InnerState, InnerState, StepRecord]:
-    """L inner steps of one slot, both signs (lines 9-18).
+    """L inner steps of one sign of a slot (lines 9-18).
 
     Args:
-      candidates: φ ± ε, leaves [2, *shape].
-      inner: leaves [2, *shape].
+      meta_params: φ + ε or φ − ε.
       offset: [] int32 in [0, L): the state before this step is the snapshot.
 
-    Returns: state after L steps, state after `offset` steps, records [2, L].
+    Returns: state after L steps, state after `offset` steps, records [L].
     """
+    learner = setup.learned.optimizer(meta_params)
 
-    def one_sign(args: tuple[PyTree, InnerState]) -> tuple[InnerState, InnerState, StepRecord]:
-        meta_params, inner = args
-        learner = setup.learned.optimizer(meta_params)
+    def step(n: jax.Array, carry: tuple[InnerState, StepRecord]) -> tuple[InnerState, StepRecord]:
+        inner, records = carry
+        inner, record = inner_step(task, learner, setup.expert, alpha, inner, jax.random.fold_in(key, n))
+        return inner, jax.tree.map(lambda all_, new: all_.at[n].set(new), records, record)
 
-        def step(n: jax.Array, carry: tuple[InnerState, StepRecord]) -> tuple[InnerState, StepRecord]:
-            inner, records = carry
-            inner, record = inner_step(task, learner, setup.expert, alpha, inner, jax.random.fold_in(key, n))
-            return inner, jax.tree.map(lambda all_, new: all_.at[n].set(new), records, record)
+    # Two loops around the snapshot, [0, offset) and [offset, L), as one program that runs twice. Nothing is
+    # pushed inside: a buffer in the carry of an inner loop would be copied at every step.
+    def stretch(carry: tuple, bounds: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
+        inner, records, _ = carry
+        start, end = bounds
+        snapshot = inner
+        inner, records = jax.lax.fori_loop(start, end, step, (inner, records))
+        return (inner, records, snapshot), None
 
-        # Two loops around the snapshot, [0, offset) and [offset, L), as one program that runs twice. Nothing is
-        # pushed inside: a buffer in the carry of an inner loop would be copied at every step.
-        def stretch(carry: tuple, bounds: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
-            inner, records, _ = carry
-            start, end = bounds
-            snapshot = inner
-            inner, records = jax.lax.fori_loop(start, end, step, (inner, records))
-            return (inner, records, snapshot), None
-
-        records = StepRecord(*(jnp.zeros(setup.truncation) for _ in StepRecord._fields))
-        bounds = (jnp.stack([jnp.int32(0), offset]), jnp.stack([offset, jnp.int32(setup.truncation)]))
-        (inner, records, snapshot), _ = jax.lax.scan(stretch, (inner, records, inner), bounds)
-        return inner, snapshot, records
-
-    over_signs = jax.lax.map if setup.slots_per_block == 1 else lambda f, xs: jax.vmap(f)(xs)
-    return over_signs(one_sign, (candidates, inner))
+    records = StepRecord(*(jnp.zeros(setup.truncation) for _ in StepRecord._fields))
+    bounds = (jnp.stack([jnp.int32(0), offset]), jnp.stack([offset, jnp.int32(setup.truncation)]))
+    (inner, records, snapshot), _ = jax.lax.scan(stretch, (inner, records, inner), bounds)
+    return inner, snapshot, records
 
 
 class Truncation(NamedTuple):
@@ -264,15 +257,14 @@ def run_truncation(
     offset = jax.random.randint(key_offset, (), 0, setup.truncation)
     start_step = held.inner.step[:, 0] - own_position * setup.truncation
 
-    def one_slot(args: tuple) -> tuple[InnerState, InnerState, StepRecord]:
-        candidates, inner, key_steps, key_coin = args
-        inner, snapshots, records = truncated_unroll(setup, task, candidates, alpha, inner, key_steps, offset)
-        sign = jax.random.bernoulli(key_coin).astype(jnp.int32)
-        return inner, jax.tree.map(lambda x: x[sign], snapshots), records
+    def one_sign(args: tuple[PyTree, InnerState, jax.Array]) -> tuple[InnerState, InnerState, StepRecord]:
+        candidate, inner, key_steps = args
+        return truncated_unroll(setup, task, candidate, alpha, inner, key_steps, offset)
 
-    inner, snapshots, records = over_blocks(
-        one_slot, (candidates, held.inner, keys_steps, keys_coin), setup.slots_per_block
-    )
+    signs = (candidates, held.inner, jnp.stack([keys_steps, keys_steps], axis=1))
+    inner, snapshots, records = over_blocks(one_sign, signs, setup.slots_per_block)
+    sign = jax.vmap(jax.random.bernoulli)(keys_coin).astype(jnp.int32)
+    snapshots = jax.vmap(lambda both, one: jax.tree.map(lambda x: x[one], both))(snapshots, sign)
     pushing = (held.push_truncation == own_position) & jnp.all(finite(records), axis=(1, 2))
     buffers = jax.vmap(replay.push)(held.replay, snapshots, pushing)
 
@@ -290,16 +282,17 @@ def run_truncation(
     return slots, Truncation(records, directions, start_step, starting.astype(jnp.int32), reached)
 
 
-def over_blocks(one: Callable[[PyTree], PyTree], slots: PyTree, size: int) -> PyTree:
-    """`one` for every slot: blocks of `size` slots one after the other, vmap within. Leaves [P, ...] -> [P, ...].
+def over_blocks(one: Callable[[PyTree], PyTree], signs: PyTree, size: int) -> PyTree:
+    """`one` for both signs of every slot, in blocks one after the other. Leaves [P, 2, ...] -> [P, 2, ...].
 
-    `jax.lax.map` has this as its batch_size, but not for arrays without entries, which some accumulators are.
+    A block is one sign where `size` is 1, else both signs of `size` slots, with vmap. `jax.lax.map` has this as its
+    batch_size, but not for arrays without entries, which some accumulators are.
     """
-    if size == 1:
-        return jax.lax.map(one, slots)
-    blocks = jax.tree.map(lambda x: x.reshape(x.shape[0] // size, size, *x.shape[1:]), slots)
-    done = jax.lax.map(jax.vmap(one), blocks)
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] * size, *x.shape[2:]), done)
+    pairs = jax.tree.leaves(signs)[0].shape[0]
+    block = (2 * pairs,) if size == 1 else (pairs // size, 2 * size)
+    blocks = jax.tree.map(lambda x: x.reshape(*block, *x.shape[2:]), signs)
+    done = jax.lax.map(one if size == 1 else jax.vmap(one), blocks)
+    return jax.tree.map(lambda x: x.reshape(pairs, 2, *x.shape[len(block) :]), done)
 
 
 LARGEST = 1e12

@@ -305,7 +305,8 @@ def test_the_snapshot_is_the_state_before_the_step_of_the_push_for_both_signs():
     learner = setup.learned.optimizer(phi)
     fresh = inner.begin(QUADRATIC[0], learner, setup.expert, jax.random.key(1))
     start = jax.tree.map(lambda x: jnp.stack([x, x]), fresh._replace(step=jnp.int32(30)))
-    unroll = jax.jit(partial(meta.truncated_unroll, setup, QUADRATIC[0]))
+    one_sign = partial(meta.truncated_unroll, setup, QUADRATIC[0])
+    unroll = jax.jit(jax.vmap(one_sign, in_axes=(0, None, 0, None, None)))
     args = candidates, jnp.float32(0.5), start, jax.random.key(2)
     train_step = jax.jit(
         lambda phi, held, key: inner.inner_step(
