@@ -50,18 +50,21 @@ class Weights(NamedTuple):
         inside shard_map, for parameters that are cut over another axis, and for gradients that were not averaged.
         Under jit, whole arrays may lie on several devices without a word here.
         """
-        learner = self.learner
-        if learner.name != "small_fc" and (weight_decay is not None or clock_limit is not None):
-            raise ValueError(f"learner {learner.name!r} has neither weight_decay nor clock_limit; leave them out.")
-        if weight_decay is not None:
-            learner = dataclasses.replace(learner, weight_decay=float(weight_decay))
-        if clock_limit is not None:
-            learner = dataclasses.replace(learner, clock_limit=float(clock_limit))
+        learner = used(self.learner, weight_decay, clock_limit)
         base = one_tree_per_moment(architecture(learner, axis_name, sharded_axis).optimizer(self.meta_params))
         if isinstance(step_scale, int | float) and step_scale == 1.0:
             return base
         scale = optax.scale_by_schedule(step_scale) if callable(step_scale) else optax.scale(step_scale)
         return optax.chain(base, scale)
+
+
+def used(learner: Learner, weight_decay: float | None = None, clock_limit: float | None = None) -> Learner:
+    """A learner with other settings of use; None: as it is. Raises ValueError for one that does not have them."""
+    asked = {"weight_decay": weight_decay, "clock_limit": clock_limit}
+    changes: dict[str, Any] = {name: float(value) for name, value in asked.items() if value is not None}
+    if changes and learner.name != "small_fc":
+        raise ValueError(f"learner {learner.name!r} has no {next(iter(changes))}; leave it out.")
+    return dataclasses.replace(learner, **changes)
 
 
 def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import math
@@ -22,15 +21,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import optax
 
-from lolo import evaluation, files, parallel, plots, pretrained, recipes, training
+from lolo import contestants, evaluation, files, parallel, plots, pretrained, recipes, training
 from lolo import tasks as tasks_
-from lolo.evaluation import Contestant, Row
-from lolo.recipes import Learner, Recipe
+from lolo.evaluation import Row
+from lolo.recipes import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +76,7 @@ STUDIES: dict[str, Study] = {
 
 BASELINES = ("adamw:1e-3", "adamw:wide-grid", "adamw-cosine:wide-grid", "adam:1e-3", "sgdm:grid")
 FIGURE2 = ("naive", "replay-only", "bc-only", "lolo")
+COSINE = (("lolo", "schedule=cosine"),)
 MENDS = "clock_limit=10000,weight_decay=0.1"
 SHORT = (("outer.steps", 1000), ("validation.every", 0))
 LONG = Study(
@@ -99,6 +98,7 @@ STUDY: dict[str, Study] = {
         methods=FIGURE2,
         meta_seeds=5,
         baselines=BASELINES,
+        uses=COSINE,
         changes=(("outer.steps", 2000), ("validation.every", 0)),
     ),
     "figure2-books": Study(
@@ -107,6 +107,7 @@ STUDY: dict[str, Study] = {
         methods=FIGURE2,
         meta_seeds=3,
         baselines=BASELINES,
+        uses=COSINE,
         changes=(("outer.steps", 2000),),
     ),
     "long": dataclasses.replace(LONG, tasks=("fashion-mlp",), changes=(*LONG.changes, ("validation.every", 0))),
@@ -227,163 +228,7 @@ class Interrupted(RuntimeError):
     """A study was asked to stop."""
 
 
-# --- evaluation of named optimizers -------------------------------------------------------------------------------
-
-SCHEDULES = ("constant", "cosine")
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """How weights are used: what stands after their name, `WEIGHTS:clock_limit=10000,schedule=cosine`."""
-
-    weight_decay: float | None = None  # None: as they came
-    clock_limit: float | None = None
-    schedule: str = "constant"  # what updates are multiplied by: 1, or half a cosine from 1 to 0
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        return {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(Use(), name)}
-
-
-def parse_use(words: str, name: str) -> Use:
-    """Raises ValueError, which names the weights, the word and what could stand there."""
-    known, found = [field.name for field in dataclasses.fields(Use)], dict[str, Any]()
-    for word in words.split(",") if words else ():
-        field, _, value = word.partition("=")
-        if field not in known:
-            raise recipes.unknown(f"setting of {name}", field, known)
-        if field == "schedule":
-            recipes.pick(dict.fromkeys(SCHEDULES), f"{name}: schedule", value)
-            found[field] = value
-            continue
-        try:
-            number = float(value)
-        except ValueError:
-            number = -1.0
-        # A clock_limit of inf switches off the one that weights came with.
-        if not number >= 0 or (field == "weight_decay" and math.isinf(number)):
-            raise ValueError(f"{name}: {field}={value!r} must be 0 or a positive number.")
-        found[field] = number
-    return Use(**found)
-
-
-class Named(NamedTuple):
-    """Weights in use, and what their rows are called."""
-
-    label: str
-    meta_seed: int | None
-    weights: pretrained.Weights
-    use: Use
-
-
-def is_baseline(name: str) -> bool:
-    """Whether this names an optimizer made by hand, such as adamw:1e-3. Raises RecipeError for an unknown one."""
-    kind, separator, setting = name.partition(":")
-    if separator and kind in evaluation.BASELINES:
-        return True
-    weights = kind in files.shipped_weights() or Path(name.rpartition(":")[0]).is_file()
-    if separator and "=" not in setting and not weights and not Path(name).exists():
-        raise recipes.unknown("optimizer", kind, evaluation.BASELINES)
-    return False
-
-
-def named_weights(
-    names: Sequence[str | Path], methods: Mapping[str, str] = types.MappingProxyType({})
-) -> dict[str, Named]:
-    """Weights by the names that are no baselines'. Raises ValueError, FileError.
-
-    `methods`: what rows of these weights files are called, where their recipe's imitation and replay do not tell.
-    """
-    found: dict[str, Named] = {}
-    kinds: dict[str, Any] = {}
-    for name in map(str, names):
-        if is_baseline(name):
-            continue
-        path, separator, words = name.rpartition(":")
-        if not separator or Path(name).exists():
-            path, words = name, ""
-        use, loaded = parse_use(words, path), pretrained.load(path)
-        changes = {field: value for field, value in use.changes.items() if field != "schedule"}
-        if changes and loaded.learner.name != "small_fc":
-            raise ValueError(f"{name}: learner {loaded.learner.name!r} has no {next(iter(changes))}; leave it out.")
-        taken = {(other.label, other.meta_seed) for other in found.values()}
-        label, seed = _label(loaded, use, path, methods.get(path), kinds, taken)
-        loaded = loaded._replace(learner=dataclasses.replace(loaded.learner, **changes))
-        found[name] = Named(label, seed, loaded, use)
-    return found
-
-
-def _label(
-    weights: pretrained.Weights,
-    use: Use,
-    name: str,
-    method: str | None,
-    kinds: dict[str, Any],
-    taken: set[tuple[str, int | None]],
-) -> tuple[str, int | None]:
-    """Method and meta-seed of weights, from their recipe, else the file's name; and how they are used.
-
-    `kinds` holds what each label stands for. Rows of one label are meta-seeds of one recipe: weights that differ from
-    those before them in more than the seed, or came with other settings than in meta-training, get a row of their own.
-    """
-    kind: Any = (None, weights.learner)
-    label, seed = Path(name).stem, None
-    if weights.recipe:
-        try:
-            recipe = recipes.from_dict(weights.recipe)
-        except recipes.RecipeError as error:
-            raise recipes.RecipeError(f"{name}: the recipe in its metadata can't be read: {error}") from error
-        # slots_per_block is chosen for a machine: `lolo train --measure-blocks` may store another for each meta-seed.
-        plain = recipes.with_field(dataclasses.replace(recipe, seed=0), "estimator.slots_per_block", 1)
-        seed, kind = recipe.seed, (plain, weights.learner)
-        if weights.learner == recipe.learner:
-            label = method or recipes.method_of(recipe) or label
-    words = "".join(f" {field}={value}" for field, value in use.changes.items())
-    another = kinds.setdefault(label + words, kind) != kind or (label + words, seed) in taken
-    return ((name if another else label) + words, seed)
-
-
-@functools.lru_cache(maxsize=64)
-def _make_of(learner: Learner, cosine_steps: int | None) -> evaluation.Make:
-    """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
-    optimizer = pretrained.architecture(learner).optimizer
-    if cosine_steps is None:
-        return optimizer
-    schedule = optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, cosine_steps))
-    return lambda meta_params: optax.chain(optimizer(meta_params), schedule)
-
-
-def contestant(
-    name: str,
-    named: dict[str, Named],
-    splits: tasks_.Splits,
-    steps: int,
-    advanced: Callable[[int], None] = lambda count: None,
-) -> Contestant:
-    """What `compare` takes, by name: one of `named_weights`, `adamw:1e-3`, `adam:…`, `sgdm:…`, `adamw:grid`."""
-    if name in named:
-        label, seed, weights, use = named[name]
-        make = _make_of(weights.learner, steps if use.schedule == "cosine" else None)
-        return Contestant(label, seed, make, weights.meta_params)
-    kind, lr = name.partition(":")[0], learning_rate(name)
-    if isinstance(lr, str):
-        return evaluation.best_of_grid(splits, kind, steps, lr, advanced=advanced)
-    return evaluation.baseline(kind, lr, steps)
-
-
-def learning_rate(name: str) -> float | str:
-    """Of a baseline's name: "adamw:1e-3" -> 1e-3, "adamw:grid" -> "grid". Raises ValueError."""
-    kind, _, setting = name.partition(":")
-    if setting in evaluation.GRIDS:
-        return setting
-    try:
-        lr = float(setting)
-    except ValueError:
-        grids = " or ".join(f"{kind}:{grid}" for grid in evaluation.GRIDS)
-        raise ValueError(f"{name}: give a learning rate ({kind}:1e-3), or {grids}.") from None
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"{name}: the learning rate must be a positive number.")
-    return lr
+# --- evaluation ---------------------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -406,10 +251,10 @@ def evaluate(
     Returns: the rows, and the weights by label and meta-seed. Raises ValueError, FileError.
     """
     unique = list(dict.fromkeys(map(str, names)))
-    splits, named = tasks_.resolve(task), named_weights(unique, methods)
+    splits, named = tasks_.resolve(task), contestants.named_weights(unique, methods)
     for name in unique:
         if name not in named:
-            learning_rate(name)  # refused now rather than after hours
+            contestants.learning_rate(name)  # refused now rather than after hours
     groups: dict[str, list[str]] = {}
     for name in unique:
         groups.setdefault(named[name].label if name in named else name, []).append(name)
@@ -433,7 +278,7 @@ def evaluate(
             done += sum(map(size, members))
         else:
             with timed(parts.parent, f"evaluating {file_name(task)}") if parts else contextlib.nullcontext():
-                entries = [contestant(name, named, splits, steps, advanced) for name in members]
+                entries = [contestants.contestant(name, named, splits, steps, advanced) for name in members]
                 kept = evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
             if file is not None:
                 save_rows(file, kept)
@@ -441,14 +286,14 @@ def evaluate(
     return rows, {f"{label}, meta-seed {seed}": weights for label, seed, weights, _ in named.values()}
 
 
-def _part_name(group: str, members: Sequence[str], named: dict[str, Named]) -> str:
+def _part_name(group: str, members: Sequence[str], named: dict[str, contestants.Named]) -> str:
     """A file's name for the rows of these weights (by what is in them) or this baseline."""
     digests = [_contents(named[member]) for member in members if member in named]
     mark = f"-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}" if digests else ""
     return f"{slug(group)}{mark}.jsonl"
 
 
-def _contents(named: Named) -> str:
+def _contents(named: contestants.Named) -> str:
     """A digest of weights in use: φ, and the settings that they came with where these are not their recipe's."""
     weights, changes = named.weights, named.use.changes
     digest = files.digest({name: np.asarray(x) for name, x in weights.meta_params.items()})
@@ -610,15 +455,19 @@ def write_report(
     weights: dict[str, pretrained.Weights],
     command: str,
     note: str = "",
+    pictures: Sequence[str] = (),
 ) -> str:
-    """Rows, table, pictures and a short report in `out`, named after the task. Returns the table."""
+    """Rows, table, pictures and a short report in `out`, named after the task. Returns the table.
+
+    `pictures`: further ones for the report, Markdown.
+    """
     name = file_name(task)
     save_rows(out / f"rows-{name}.jsonl", rows)  # first: whatever goes wrong below, they took the time
     text = table(rows)
     unrolls = {w.recipe["unroll"]["length"] for w in weights.values() if w.recipe}
     unroll = unrolls.pop() if len(unrolls) == 1 else None
     plots.save_figure(plots.curves(rows, unroll, f"{task}, {rows[0].steps:,} steps"), out / f"curves-{name}.png")
-    pictures = [f"![curves](curves-{name}.png)"]
+    pictures = [f"![curves](curves-{name}.png)", *pictures]
     cards = {label: w.card for label, w in weights.items() if w.card.get("start_steps_per_250")}
     if cards:
         plots.save_figure(plots.start_steps(cards), out / f"start-steps-{name}.png")
@@ -672,10 +521,19 @@ def reproduce(
     for part in only:
         recipes.pick(STUDY, "--only", part)
     for part in only or STUDY:
+        check_data(STUDY[part])
+    for part in only or STUDY:
         command = f"lolo reproduce study --only {part}{smoked}"
         found = run_study(STUDY[part], command, out / part, out / "runs", smoke, stop, told, say)
         tables |= {f"{part}, {task}": table for task, table in found.items()}
     return tables
+
+
+def check_data(study: Study) -> None:
+    """Raise TaskError or DataError where data are missing: now rather than after hours."""
+    for task in (*study.tasks, *study.eval_tasks):
+        for one in task.split("+"):
+            tasks_.resolve(one)
 
 
 def run_study(
@@ -699,9 +557,7 @@ def run_study(
         if stop.requested is not None:
             raise Interrupted(f"stopped. Go on with the same command: what is done in {out} is kept.")
 
-    for task in (*study.tasks, *study.eval_tasks):
-        for one in task.split("+"):
-            tasks_.resolve(one)  # data that are missing are said now rather than after hours
+    check_data(study)
     for task in study.tasks:
         wanted = {
             (method, seed): recipe_of(study, method, task, seed)
@@ -711,7 +567,9 @@ def run_study(
         made = {key: meta_train(recipe, key[0], runs, stop, told, say) for key, recipe in wanted.items()}
         trained = [described(recipe, method) for (method, _), recipe in wanted.items()]
         methods = {str(path): method for (method, _), path in made.items()}
-        picture_meta_losses(out / f"meta-loss-{slug(task)}.png", task, {key: path.parent for key, path in made.items()})
+        losses = out / f"meta-loss-{slug(task)}.png"
+        picture_meta_losses(losses, task, {key: path.parent for key, path in made.items()})
+        pictures = [f"![loss in meta-training]({losses.name})"] * losses.is_file()
         used = [f"{made[method, seed]}:{use}" for method, use in study.uses for seed in range(study.meta_seeds)]
         for where in study.eval_tasks or (task,):
             names = [*map(str, made.values()), *used, *study.baselines]
@@ -721,7 +579,7 @@ def run_study(
                 f"evaluation {hours(out, [f'evaluating {file_name(where)}'])}.",
             ]
             note = f"{study.about[0].upper()}{study.about[1:]}. {', '.join(took)}"
-            tables[where] = write_report(out, where, rows, loaded, command, note)
+            tables[where] = write_report(out, where, rows, loaded, command, note, pictures)
     return tables
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_training import SMALL, small
 
-from lolo import evaluation, plots, pretrained, recipes, studies, tasks, training
+from lolo import contestants, evaluation, plots, pretrained, recipes, studies, tasks, training
 from lolo.data.errors import DataError
 from lolo.evaluation import Row
 
@@ -24,8 +24,8 @@ def write(path, recipe, learner=None):
 
 
 def labels(*names):
-    named = studies.named_weights(names)
-    entries = [studies.contestant(name, named, QUADRATIC, 100) for name in names]
+    named = contestants.named_weights(names)
+    entries = [contestants.contestant(name, named, QUADRATIC, 100) for name in names]
     assert len(named) == sum("w0" in entry.setting for entry in entries)
     return [(entry.label, entry.meta_seed) for entry in entries]
 
@@ -83,7 +83,7 @@ def test_weights_in_use_with_other_settings_are_rows_of_their_own(tmp_path):
 
 def first_updates(path, steps):
     """The updates of the first `steps` steps on a constant gradient, as `compare` would make them."""
-    entry = studies.contestant(path, studies.named_weights([path]), QUADRATIC, steps)
+    entry = contestants.contestant(path, contestants.named_weights([path]), QUADRATIC, steps)
     optimizer, params = entry.make(entry.setting), {"x": jnp.full(8, 0.5)}
     state, updates = optimizer.init(params), []
     for _ in range(steps):
@@ -120,13 +120,13 @@ def test_settings_in_use_do_what_they_say(tmp_path):
 def test_unknown_settings_in_use_are_refused(tmp_path, words, message):
     path = write(tmp_path / "a.safetensors", small("lolo"))
     with pytest.raises(ValueError, match=message):
-        studies.named_weights([f"{path}:{words}"])
+        contestants.named_weights([f"{path}:{words}"])
 
 
 def test_a_learner_without_a_clock_refuses_a_limit(tmp_path):
     path = write(tmp_path / "a.safetensors", small("lolo", **{"learner.name": "sgd"}))
     with pytest.raises(ValueError, match="'sgd' has no clock_limit"):
-        studies.named_weights([f"{path}:clock_limit=3"])
+        contestants.named_weights([f"{path}:clock_limit=3"])
 
 
 @pytest.mark.parametrize("name", ["adamw:fast", "adamw:0", "adamw:inf", "sgdm:-1", "lion:1e-3"])
@@ -181,7 +181,7 @@ def test_names_of_parts_tell_weights_by_the_settings_they_came_with(tmp_path):
 
     def part(use, learner=None):
         name = f"{write(path, recipe, learner)}{use}"
-        return studies._part_name("group", [name], studies.named_weights([name]))
+        return studies._part_name("group", [name], contestants.named_weights([name]))
 
     mended = [part("", dataclasses.replace(recipe.learner, clock_limit=limit)) for limit in (10.0, 20.0)]
     assert len({part(""), *mended}) == 3 and part(":clock_limit=3,schedule=cosine") == part("")
@@ -313,6 +313,7 @@ def test_parts_of_a_study_share_their_meta_trainings(tmp_path, monkeypatch):
     second = dataclasses.replace(second, changes=(*TINY.changes, ("learner.name", "small_fc")), baselines=())
     first = dataclasses.replace(second, methods=("lolo",), uses=(), eval_tasks=("quadratic:dimensions=3",))
     monkeypatch.setattr(studies, "STUDY", {"a": first, "b": second})
+    monkeypatch.setattr(studies, "META_LOSS_WINDOW", 1)
     heard = []
 
     def told(what, done, total, word):
@@ -330,7 +331,9 @@ def test_parts_of_a_study_share_their_meta_trainings(tmp_path, monkeypatch):
         "| lolo schedule=cosine",
         "| lolo replay.read=pop",
     }
-    assert "Meta-training took 0.0" in (tmp_path / "b" / "report-quadratic.md").read_text()
+    report = (tmp_path / "b" / "report-quadratic.md").read_text()
+    assert "Meta-training took 0.0" in report and "(meta-loss-quadratic.png)" in report
+    assert (tmp_path / "b" / "meta-loss-quadratic.png").is_file()
 
 
 def test_meta_losses_are_pictured_against_the_median_time_of_a_step(tmp_path, monkeypatch):
@@ -363,7 +366,7 @@ def test_an_unknown_part_of_a_study_is_refused(tmp_path):
 def test_data_that_are_missing_are_said_before_the_first_meta_training(tmp_path, monkeypatch):
     monkeypatch.setenv("LOLO_DATA", str(tmp_path / "none"))
     with pytest.raises(DataError, match="lolo data prepare textures"):
-        studies.reproduce("study", tmp_path / "out", only=["transfer"])
+        studies.reproduce("study", tmp_path / "out", only=["figure2", "transfer"])
     assert not (tmp_path / "out").exists()
 
 
@@ -375,7 +378,7 @@ def test_every_recipe_of_the_study_can_be_built(part):
             recipes.build(studies.recipe_of(study, method, task, 0))
     assert all(method in study.methods for method, _ in study.uses)
     for name in study.baselines:
-        studies.learning_rate(name)
-        assert studies.is_baseline(name)
+        contestants.learning_rate(name)
+        assert contestants.is_baseline(name)
     for _, use in study.uses:
-        studies.parse_use(use, "weights")
+        contestants.parse_use(use, "weights")

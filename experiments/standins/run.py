@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from lolo import evaluation, files, plots, studies, tasks, training
+from lolo import contestants, evaluation, files, plots, studies, tasks, training
 
 SEED = 0
 WINDOW = evaluation.WINDOW
@@ -58,7 +58,7 @@ def run_one(name: str, optimizer: str, smoke: bool) -> dict:
     splits = tasks.resolve(job.task)
     if smoke:  # the whole split takes longer than five steps
         splits = splits._replace(test=dataclasses.replace(splits.test, size=splits.test.score_batch))
-    entries = [studies.contestant(optimizer, studies.named_weights([optimizer]), splits, steps)]
+    entries = [contestants.contestant(optimizer, contestants.named_weights([optimizer]), splits, steps)]
     began, ticks = time.perf_counter(), list[float]()
 
     def advanced(count: int) -> None:

@@ -1,0 +1,177 @@
+"""Optimizers by name, as `lolo eval` and studies take them: weights and how they are used, or a baseline.
+
+`lolo-small`, `FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine`, `adamw:1e-3`, `adamw-cosine:grid`, `sgdm:…`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optax
+
+from lolo import evaluation, files, pretrained, recipes
+from lolo import tasks as tasks_
+from lolo.evaluation import Contestant
+from lolo.recipes import Learner
+
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """How weights are used: what stands after their name, `WEIGHTS:clock_limit=10000,schedule=cosine`."""
+
+    weight_decay: float | None = None  # None: as they came
+    clock_limit: float | None = None
+    schedule: str = "constant"  # what updates are multiplied by: 1, or half a cosine from 1 to 0
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(Use(), name)}
+
+
+def parse_use(words: str, name: str) -> Use:
+    """Raises ValueError, which names the weights, the word and what could stand there."""
+    known, found = [field.name for field in dataclasses.fields(Use)], dict[str, Any]()
+    for word in words.split(",") if words else ():
+        field, _, value = word.partition("=")
+        if field not in known:
+            raise recipes.unknown(f"setting of {name}", field, known)
+        if field == "schedule":
+            recipes.pick(dict.fromkeys(SCHEDULES), f"{name}: schedule", value)
+            found[field] = value
+            continue
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        # A clock_limit of inf switches off the one that weights came with.
+        if not number >= 0 or (field == "weight_decay" and math.isinf(number)):
+            raise ValueError(f"{name}: {field}={value!r} must be 0 or a positive number.")
+        found[field] = number
+    return Use(**found)
+
+
+class Named(NamedTuple):
+    """Weights in use, and what their rows are called."""
+
+    label: str
+    meta_seed: int | None
+    weights: pretrained.Weights
+    use: Use
+
+
+def is_baseline(name: str) -> bool:
+    """Whether this names an optimizer made by hand, such as adamw:1e-3. Raises RecipeError for an unknown one."""
+    kind, separator, setting = name.partition(":")
+    if separator and kind in evaluation.BASELINES:
+        return True
+    weights = kind in files.shipped_weights() or Path(name.rpartition(":")[0]).is_file()
+    if separator and "=" not in setting and not weights and not Path(name).exists():
+        raise recipes.unknown("optimizer", kind, evaluation.BASELINES)
+    return False
+
+
+def named_weights(
+    names: Sequence[str | Path], methods: Mapping[str, str] = types.MappingProxyType({})
+) -> dict[str, Named]:
+    """Weights by the names that are no baselines'. Raises ValueError, FileError.
+
+    `methods`: what rows of these weights files are called, where their recipe's imitation and replay do not tell.
+    """
+    found: dict[str, Named] = {}
+    kinds: dict[str, Any] = {}
+    for name in map(str, names):
+        if is_baseline(name):
+            continue
+        path, separator, words = name.rpartition(":")
+        if not separator or Path(name).exists():
+            path, words = name, ""
+        use, loaded = parse_use(words, path), pretrained.load(path)
+        try:
+            learner = pretrained.used(loaded.learner, use.weight_decay, use.clock_limit)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        taken = {(other.label, other.meta_seed) for other in found.values()}
+        label, seed = _label(loaded, use, path, methods.get(path), kinds, taken)
+        found[name] = Named(label, seed, loaded._replace(learner=learner), use)
+    return found
+
+
+def _label(
+    weights: pretrained.Weights,
+    use: Use,
+    name: str,
+    method: str | None,
+    kinds: dict[str, Any],
+    taken: set[tuple[str, int | None]],
+) -> tuple[str, int | None]:
+    """Method and meta-seed of weights, from their recipe, else the file's name; and how they are used.
+
+    `kinds` holds what each label stands for. Rows of one label are meta-seeds of one recipe: weights that differ from
+    those before them in more than the seed, or came with other settings than in meta-training, get a row of their own.
+    """
+    kind: Any = (None, weights.learner)
+    label, seed = Path(name).stem, None
+    if weights.recipe:
+        try:
+            recipe = recipes.from_dict(weights.recipe)
+        except recipes.RecipeError as error:
+            raise recipes.RecipeError(f"{name}: the recipe in its metadata can't be read: {error}") from error
+        # slots_per_block is chosen for a machine: `lolo train --measure-blocks` may store another for each meta-seed.
+        plain = recipes.with_field(dataclasses.replace(recipe, seed=0), "estimator.slots_per_block", 1)
+        seed, kind = recipe.seed, (plain, weights.learner)
+        if weights.learner == recipe.learner:
+            label = method or recipes.method_of(recipe) or label
+    words = "".join(f" {field}={value}" for field, value in use.changes.items())
+    another = kinds.setdefault(label + words, kind) != kind or (label + words, seed) in taken
+    return ((name if another else label) + words, seed)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_of(learner: Learner, cosine_steps: int | None) -> evaluation.Make:
+    """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
+    optimizer = pretrained.architecture(learner).optimizer
+    if cosine_steps is None:
+        return optimizer
+    schedule = optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, cosine_steps))
+    return lambda meta_params: optax.chain(optimizer(meta_params), schedule)
+
+
+def contestant(
+    name: str,
+    named: dict[str, Named],
+    splits: tasks_.Splits,
+    steps: int,
+    advanced: Callable[[int], None] = lambda count: None,
+) -> Contestant:
+    """What `compare` takes, by name: one of `named_weights`, `adamw:1e-3`, `adam:…`, `sgdm:…`, `adamw:grid`."""
+    if name in named:
+        label, seed, weights, use = named[name]
+        make = _make_of(weights.learner, steps if use.schedule == "cosine" else None)
+        return Contestant(label, seed, make, weights.meta_params)
+    kind, lr = name.partition(":")[0], learning_rate(name)
+    if isinstance(lr, str):
+        return evaluation.best_of_grid(splits, kind, steps, lr, advanced=advanced)
+    return evaluation.baseline(kind, lr, steps)
+
+
+def learning_rate(name: str) -> float | str:
+    """Of a baseline's name: "adamw:1e-3" -> 1e-3, "adamw:grid" -> "grid". Raises ValueError."""
+    kind, _, setting = name.partition(":")
+    if setting in evaluation.GRIDS:
+        return setting
+    try:
+        lr = float(setting)
+    except ValueError:
+        grids = " or ".join(f"{kind}:{grid}" for grid in evaluation.GRIDS)
+        raise ValueError(f"{name}: give a learning rate ({kind}:1e-3), or {grids}.") from None
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"{name}: the learning rate must be a positive number.")
+    return lr
