@@ -38,7 +38,7 @@ class Job:
 
 JOBS = {
     "texture-mlp": Job("textures-mlp:score_examples=4096"),
-    "texture-resnet18-w16": Job("textures-resnet18:width=16,batch=128,score_examples=4096"),
+    "texture-resnet18-w16": Job("textures-resnet18:width=16,batch=32,score_examples=1024"),
     "texture-resnet18-full": Job("textures-resnet18:batch=64,score_examples=64", steps=5, window=5),
     "books-gpt2-mini": Job("books-gpt2-mini:score_examples=64"),
 }
