@@ -197,6 +197,7 @@ def train_command(argv: list[str]) -> int:
             return training.resume(out, **common, **hooks)
         chosen = recipe
         if arguments.measure_blocks:
+            training.require_free(out, recipe)
             chosen = with_fastest_block(recipe, dict(zip(recipe.tasks, splits, strict=True)), arguments.devices)
         return training.train(chosen, out, init=arguments.init, **common, **hooks)
 

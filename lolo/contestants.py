@@ -162,6 +162,15 @@ def contestant(
     return evaluation.baseline(kind, lr, steps)
 
 
+def distinct(names: Sequence[str | Path]) -> list[str]:
+    """Names without those that say the same again: adamw:0.001 after adamw:1e-3. Raises ValueError."""
+    found: dict[tuple[str, float | str], str] = {}
+    for name in map(str, names):
+        key = (name.partition(":")[0], learning_rate(name)) if is_baseline(name) else (name, "")
+        found.setdefault(key, name)
+    return list(found.values())
+
+
 def learning_rate(name: str) -> float | str:
     """Of a baseline's name: "adamw:1e-3" -> 1e-3, "adamw:grid" -> "grid". Raises ValueError."""
     kind, _, setting = name.partition(":")

@@ -6,6 +6,9 @@ Whatever is read is untrusted: sizes, names, dtypes and sums are checked before 
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -72,6 +75,24 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Keep a folder to this process; False if another process has it. The lock ends with the process that holds it.
+
+    On file systems that have no locks, as some of networks, everyone is told True.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError as error:
+            free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        yield free
     finally:
         os.close(descriptor)
 

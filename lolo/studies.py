@@ -250,11 +250,8 @@ def evaluate(
 
     Returns: the rows, and the weights by label and meta-seed. Raises ValueError, FileError.
     """
-    unique = list(dict.fromkeys(map(str, names)))
+    unique = contestants.distinct(names)  # what is wrong with a name is said now rather than after hours
     splits, named = tasks_.resolve(task), contestants.named_weights(unique, methods)
-    for name in unique:
-        if name not in named:
-            contestants.learning_rate(name)  # refused now rather than after hours
     groups: dict[str, list[str]] = {}
     for name in unique:
         groups.setdefault(named[name].label if name in named else name, []).append(name)

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -137,8 +137,8 @@ def read_recipe(run: Path) -> Recipe:
         raise recipes.RecipeError(f"{run}/recipe.json: {error}") from error
 
 
-def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
-    """Claim an empty or new folder, or one whose run never came to a checkpoint. Raises RunError for others."""
+def require_free(run: Path, recipe: Recipe) -> None:
+    """Raise RunError unless a folder is empty, new, or holds this run and it never came to a checkpoint."""
     holding = (run / "recipe.json").is_file()
     changed = recipes.diff(read_recipe(run), recipe) if holding else {}
     if changed or (holding and files.checkpoints(run)):
@@ -151,6 +151,11 @@ def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
     foreign = run.is_dir() and any(not ours.fullmatch(path.name) for path in run.iterdir())
     if not holding and run.exists() and (not run.is_dir() or foreign):
         raise RunError(f"{run} exists and is not an empty folder; give another --out.")
+
+
+def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
+    """Claim a folder for a run, as `require_free` allows. Raises RunError."""
+    require_free(run, recipe)
     try:
         run.mkdir(parents=True, exist_ok=True)
         files.write_json(run / "run.json", about)
@@ -680,7 +685,7 @@ def train(
         about["init"] = None if source is None else source.sha256
         about["processes"] = gang.processes
         claim(gang, run.out, recipe, {**about, "log": list(log)})
-    with logging_to(run, openers, say):
+    with alone_in(run.out, gang), logging_to(run, openers, say):
         return to_the_end(run, stop or Stop(), told, say)
 
 
@@ -688,6 +693,20 @@ def claim(gang: Gang, out: Path, recipe: Recipe, about: dict[str, Any]) -> None:
     """`create_run` on process 0. Raises RunError where it does, and unless every process sees the folder then."""
     gang.settle(None, lambda _: create_run(out, recipe, about))
     require_shared(gang, out)
+
+
+@contextmanager
+def alone_in(folder: Path | None, gang: Gang) -> Iterator[None]:
+    """Raise RunError, on every process, where other processes write into this run's folder."""
+    with ExitStack() as held:
+        free = folder is None or not gang.leads or held.enter_context(files.locked(folder))
+
+        def decide(seen: list[bool]) -> None:
+            if not all(seen):
+                raise RunError(f"another process is at work on {folder}; wait for it, stop it, or give another folder.")
+
+        gang.settle(free, decide)
+        yield
 
 
 def require_shared(gang: Gang, out: Path) -> None:
@@ -730,29 +749,30 @@ def resume(
         raise RunError(f"{folder} is a run on tasks={recipe.tasks}, not {tuple(tasks)}; give those it began with.")
     openers = sink_openers(logged_to(folder) if log is None else log)
     require_alike(gang, recipe, {"--devices": devices})
-    over = parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
-    rows = parallel.own_rows(over, recipe.estimator.pairs)
-    newest = files.newest_checkpoint(folder, say, rows, gang.settle)
-    if newest is None and not untouched(folder):
-        raise RunError(f"{folder} has no whole checkpoint; start again with `lolo train` and another --out.")
-    if newest is not None:
-        check_manifest(newest[1], folder, recipe, say)
-    run = prepare(recipe, None, tasks, devices, gang, offload)
-    run.out, run.checkpoint_seconds = folder, checkpoint_seconds
-    if newest is not None:
-        arrays, manifest = newest
-        run.load(state_from_arrays(arrays, state_shapes(jax.eval_shape(run.whole_state), rows), str(folder)))
-        check_streams(run, manifest.get("streams", {}))
-        run.saved, run.saved_at = run.done, time.monotonic()
-        run.rows = [row for row in log_rows(folder) if row["step"] < run.done]
-    if gang.leads and newest is not None:
-        text = "".join(f"{files.json_line(row)}\n" for row in run.rows)
-        files.write_bytes(folder / "log.jsonl", text.encode())
-    if gang.leads and log is not None:
-        files.write_json(folder / "run.json", {**read_about(folder), "log": list(log)})
-    say(f"resumed {folder} at outer step {run.done} of {recipe.outer.steps}.")
-    with logging_to(run, openers, say):
-        return to_the_end(run, stop or Stop(), told, say)
+    with alone_in(folder, gang):
+        over = parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
+        rows = parallel.own_rows(over, recipe.estimator.pairs)
+        newest = files.newest_checkpoint(folder, say, rows, gang.settle)
+        if newest is None and not untouched(folder):
+            raise RunError(f"{folder} has no whole checkpoint; start again with `lolo train` and another --out.")
+        if newest is not None:
+            check_manifest(newest[1], folder, recipe, say)
+        run = prepare(recipe, None, tasks, devices, gang, offload)
+        run.out, run.checkpoint_seconds = folder, checkpoint_seconds
+        if newest is not None:
+            arrays, manifest = newest
+            run.load(state_from_arrays(arrays, state_shapes(jax.eval_shape(run.whole_state), rows), str(folder)))
+            check_streams(run, manifest.get("streams", {}))
+            run.saved, run.saved_at = run.done, time.monotonic()
+            run.rows = [row for row in log_rows(folder) if row["step"] < run.done]
+        if gang.leads and newest is not None:
+            text = "".join(f"{files.json_line(row)}\n" for row in run.rows)
+            files.write_bytes(folder / "log.jsonl", text.encode())
+        if gang.leads and log is not None:
+            files.write_json(folder / "run.json", {**read_about(folder), "log": list(log)})
+        say(f"resumed {folder} at outer step {run.done} of {recipe.outer.steps}.")
+        with logging_to(run, openers, say):
+            return to_the_end(run, stop or Stop(), told, say)
 
 
 def untouched(run: Path) -> bool:

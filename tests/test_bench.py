@@ -63,3 +63,6 @@ def test_the_fastest_block_is_stored_in_the_recipe(tmp_path, monkeypatch, capsys
     assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
     assert training.read_recipe(tmp_path / "run").estimator.slots_per_block == 2
     assert "1: 200.0 ms, 2: 100.0 ms. Storing 2" in capsys.readouterr().err
+    monkeypatch.setattr(bench, "block_times", lambda *args: pytest.fail("timed before the folder was looked at"))
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 2
+    assert "already holds a run" in capsys.readouterr().err

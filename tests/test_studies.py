@@ -36,6 +36,13 @@ def test_meta_seeds_of_one_recipe_are_rows_of_one_method(tmp_path):
     assert labels(a, "adamw:1e-3", b, c) == [("lolo", 0), ("adamw 0.001", None), ("lolo", 1), ("naive", 1)]
 
 
+def test_a_baseline_spelled_twice_is_evaluated_once():
+    names = ["adamw:1e-3", "lolo-small", "adamw:0.001", "sgdm:1e-3", "adamw:grid", "lolo-small", "adamw:grid"]
+    assert contestants.distinct(names) == ["adamw:1e-3", "lolo-small", "sgdm:1e-3", "adamw:grid"]
+    with pytest.raises(ValueError, match="adamw:fast: give a learning rate"):
+        contestants.distinct(["adamw:fast"])
+
+
 @pytest.mark.parametrize("change", [{"outer.steps": 9}, {"tasks": ("books-mlp",)}, {"estimator.sigma": 0.02}])
 def test_weights_of_another_recipe_are_no_meta_seed_of_the_first(tmp_path, change):
     a = write(tmp_path / "a.safetensors", small("lolo"))

@@ -95,6 +95,25 @@ def test_resume_without_a_run_or_a_checkpoint_says_so(tmp_path):
         training.resume(tmp_path / "run", say=lambda text: None)
 
 
+def test_two_at_work_on_one_folder_are_kept_apart(tmp_path):
+    out, tried = tmp_path / "run", []
+
+    def told(progress):
+        with pytest.raises(training.RunError, match=f"another process is at work on {out}; wait for it"):
+            training.resume(out)
+        tried.append(progress.step)
+
+    stop = StopAfter(2)
+    training.train(small(), out, stop=stop, told=lambda p: (told(p), stop.told(p)), say=lambda text: None)
+    log = (out / "log.jsonl").read_text()
+    with files.locked(out) as free, files.locked(tmp_path) as another:
+        assert free and another
+        with pytest.raises(training.RunError, match="another process is at work"):
+            training.resume(out)
+    assert (out / "log.jsonl").read_text() == log and tried == [1, 2]
+    assert phi(training.resume(out, say=lambda text: None)) == phi(training.train(small()))
+
+
 def test_weights_carry_recipe_and_quantiles_of_realised_steps(tmp_path):
     result = training.train(small(), tmp_path / "run")
     loaded = pretrained.load(tmp_path / "run" / "last.safetensors")
