@@ -465,7 +465,10 @@ def write_report(
     unroll = unrolls.pop() if len(unrolls) == 1 else None
     plots.save_figure(plots.curves(rows, unroll, f"{task}, {rows[0].steps:,} steps"), out / f"curves-{name}.png")
     pictures = [f"![curves](curves-{name}.png)", *pictures]
-    cards = {label: w.card for label, w in weights.items() if w.card.get("start_steps_per_250")}
+    cards: dict[str, dict[str, Any]] = {}
+    for label, found in weights.items():  # the same weights in several uses have one card
+        if found.card.get("start_steps_per_250") and found.card not in cards.values():
+            cards[label] = found.card
     if cards:
         plots.save_figure(plots.start_steps(cards), out / f"start-steps-{name}.png")
         pictures.append(f"![realised start steps](start-steps-{name}.png)")
