@@ -516,6 +516,7 @@ def reproduce(
     if name in STUDIES:
         if only:
             raise recipes.RecipeError(f"--only {only[0]!r}: {name} is one study; parts are of `lolo reproduce study`.")
+        check_data(STUDIES[name])
         return run_study(STUDIES[name], f"lolo reproduce {name}{smoked}", out, out / "runs", smoke, stop, told, say)
     tables: dict[str, str] = {}
     for part in only:
@@ -557,7 +558,6 @@ def run_study(
         if stop.requested is not None:
             raise Interrupted(f"stopped. Go on with the same command: what is done in {out} is kept.")
 
-    check_data(study)
     for task in study.tasks:
         wanted = {
             (method, seed): recipe_of(study, method, task, seed)

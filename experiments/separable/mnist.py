@@ -54,8 +54,8 @@ def root_mean_square(tree: PyTree) -> jax.Array:
 
 def updates(name: str, steps: int) -> list[dict[str, float]]:
     """Loss, update and gradient of one run, means over the last 100 steps at 100, 300, 1,000, ... steps."""
-    task = tasks.resolve(f"{__file__}:mnist").train
-    entry = contestants.contestant(name, contestants.named_weights([name]), tasks.resolve(f"{__file__}:mnist"), steps)
+    splits = tasks.resolve(f"{__file__}:mnist")
+    task, entry = splits.train, contestants.contestant(name, contestants.named_weights([name]), splits, steps)
     optimizer, key = entry.make(entry.setting), evaluation.seed_key(0)
     state = inner.begin(task, optimizer, None, jax.random.fold_in(key, 0))
 
