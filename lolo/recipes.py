@@ -10,7 +10,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -158,14 +158,18 @@ def method_of(recipe: Recipe) -> str | None:
 def variant(text: str) -> Recipe:
     """A named recipe with changes: "lolo replay.threshold=0.2 replay.read=newest". Raises RecipeError."""
     name, *changes = text.split() or [""]
-    recipe: Recipe = pick(RECIPES, "recipe", name)
+    return changed(pick(RECIPES, "recipe", name), changes)
+
+
+def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """The recipe with fields set by words, such as "replay.threshold=0.2". Raises RecipeError."""
     for change in changes:
         field, _, value = change.partition("=")
         if field not in fields(recipe):
             raise unknown("recipe field", field, fields(recipe))
         kind = type(fields(recipe)[field])
         if kind not in (bool, int, float, str, type(None)):
-            raise RecipeError(f"{field} can't be set in {text!r}.")
+            raise RecipeError(f"{field} can't be set in {change!r}.")
         parsed: Any = value
         try:
             if kind is bool:

@@ -44,13 +44,15 @@ class Study:
     eval_seeds: int = 5
     baselines: tuple[str, ...] = ("adamw:1e-3", "adamw:grid")
     uses: tuple[tuple[str, str], ...] = ()  # (method, settings of weights in use): further rows
-    changes: tuple[tuple[str, Any], ...] = ()  # recipe fields, for every method
+    changes: tuple[tuple[str, Any], ...] = ()  # recipe fields of every method that does not set them itself
+    fixed: tuple[tuple[str, Any], ...] = ()  # recipe fields, whatever a method says
 
 
 SMOKE = (
     ("outer.steps", 4),
     ("unroll.length", 100),
     ("unroll.truncation", 50),
+    ("unroll.truncations_per_update", 1),
     ("estimator.pairs", 2),
     ("validation.every", 0),
 )
@@ -129,7 +131,9 @@ STUDY: dict[str, Study] = {
             *(f"lolo imitation.lr={lr}" for lr in (0.0003, 0.003)),
             "lolo unroll.stagger=True",
             *(f"lolo unroll.schedule={schedule}" for schedule in ("log-uniform", "uniform", "curriculum")),
+            "lolo unroll.truncations_per_update=20 outer.steps=50",  # as many inner steps
             "naive",
+            "naive outer.lr=0.0003 outer.final_lr=0.0001",
             *(f"naive outer.lr={lr}" for lr in (0.001, 0.01)),
             "naive unroll.schedule=log-uniform",
         ),
@@ -158,9 +162,13 @@ def silent(what: str, done: int, total: int, word: str) -> None:
 
 def recipe_of(study: Study, method: str, task: str, seed: int) -> Recipe:
     """The recipe of one meta-training of a study."""
-    recipe = dataclasses.replace(recipes.variant(method), tasks=tuple(task.split("+")), seed=seed)
-    for name, value in study.changes:
-        recipe = recipes.with_field(recipe, name, value)
+    name, *own = method.split()
+    recipe = dataclasses.replace(recipes.variant(name), tasks=tuple(task.split("+")), seed=seed)
+    for field, value in study.changes:
+        recipe = recipes.with_field(recipe, field, value)
+    recipe = recipes.changed(recipe, own)
+    for field, value in study.fixed:
+        recipe = recipes.with_field(recipe, field, value)
     return recipe
 
 
@@ -550,7 +558,7 @@ def run_study(
     """One study, or what is left of it: meta-trainings in `runs`, everything else in `out`."""
     stop = stop or training.Stop()
     if smoke:
-        study = dataclasses.replace(study, meta_seeds=1, eval_steps=200, eval_seeds=2, changes=(*study.changes, *SMOKE))
+        study = dataclasses.replace(study, meta_seeds=1, eval_steps=200, eval_seeds=2, fixed=SMOKE)
     tables: dict[str, str] = {}
 
     def heard(what: str, done: int, total: int, word: str) -> None:

@@ -377,6 +377,18 @@ def test_data_that_are_missing_are_said_before_the_first_meta_training(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_method_has_the_last_word_over_its_study_and_fixed_fields_over_both():
+    study = studies.Study(about="", tasks=("quadratic",), changes=(("outer.steps", 8), ("unroll.length", 200)))
+    found = studies.recipe_of(study, "naive outer.steps=5", "quadratic", 3)
+    assert (found.outer.steps, found.unroll.length, found.tasks, found.seed) == (5, 200, ("quadratic",), 3)
+    assert recipes.method_of(found) == "naive"
+    smoked = dataclasses.replace(study, fixed=studies.SMOKE)
+    assert (
+        studies.recipe_of(smoked, "naive outer.steps=5", "quadratic", 3).outer.steps
+        == dict(studies.SMOKE)["outer.steps"]
+    )
+
+
 @pytest.mark.parametrize("part", studies.STUDY)
 def test_every_recipe_of_the_study_can_be_built(part):
     study = studies.STUDY[part]
