@@ -80,6 +80,28 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     return low - margin, high + 2 * margin
 
 
+def finals(rows: Sequence[Row], title: str) -> Any:
+    """Train and held-out loss at the last step, one line per optimizer, best first: mean and range over runs."""
+    plt = _pyplot()
+    values: dict[str, np.ndarray] = {}  # label -> [runs, 2]
+    for label in dict.fromkeys(row.optimizer for row in rows):
+        values[label] = np.array([(row.train_loss, row.held_loss) for row in rows if row.optimizer == label], float)
+    labels = sorted(values, key=lambda label: values[label][:, 0].mean())
+    heights = np.arange(len(labels))[::-1]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.22 * len(labels)), sharey=True, constrained_layout=True)
+    for column, (axis, name) in enumerate(zip(axes, ("train loss", "held-out loss"), strict=True)):
+        for label, height in zip(labels, heights, strict=True):
+            mine = values[label][:, column]
+            axis.plot([mine.min(), mine.max()], [height, height], color=COLOURS[0], linewidth=1)
+            axis.plot(mine.mean(), height, "o", color=COLOURS[0], markersize=4)
+        axis.set(xlabel=f"{name} (nats)")
+        axis.set_xlim(*_range(np.concatenate([values[label][:, column] for label in labels])))
+        axis.grid(True, alpha=0.2)
+    axes[0].set_yticks(heights, labels, fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
 def start_steps(cards: dict[str, dict[str, Any]]) -> Any:
     """Histogram of the start steps that meta-training realised, one line per weights file."""
     plt = _pyplot()

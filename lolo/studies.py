@@ -471,8 +471,12 @@ def write_report(
     text = table(rows)
     unrolls = {w.recipe["unroll"]["length"] for w in weights.values() if w.recipe}
     unroll = unrolls.pop() if len(unrolls) == 1 else None
-    plots.save_figure(plots.curves(rows, unroll, f"{task}, {rows[0].steps:,} steps"), out / f"curves-{name}.png")
+    title = f"{task}, {rows[0].steps:,} steps"
+    plots.save_figure(plots.curves(rows, unroll, title), out / f"curves-{name}.png")
     pictures = [f"![curves](curves-{name}.png)", *pictures]
+    if len({row.optimizer for row in rows}) > len(plots.COLOURS):  # too many for an eye to follow
+        plots.save_figure(plots.finals(rows, title), out / f"finals-{name}.png")
+        pictures.insert(0, f"![losses at the last step](finals-{name}.png)")
     cards: dict[str, dict[str, Any]] = {}
     for label, found in weights.items():  # the same weights in several uses have one card
         if found.card.get("start_steps_per_250") and found.card not in cards.values():

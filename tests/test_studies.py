@@ -361,6 +361,23 @@ def test_meta_losses_are_pictured_against_the_median_time_of_a_step(tmp_path, mo
     assert not (tmp_path / "b.png").exists()
 
 
+def test_optimizers_too_many_for_curves_are_also_shown_by_their_last_losses(tmp_path):
+    rows = [row(f"adamw {i}", None, seed, 1.0 + i + seed) for i in range(len(plots.COLOURS) + 1) for seed in (0, 1)]
+    for name, shown in (("few", rows[:-2]), ("many", rows)):
+        studies.write_report(tmp_path / name, "quadratic", shown, {}, "lolo eval")
+        pictured = (tmp_path / name / "finals-quadratic.png").is_file()
+        assert pictured == ("(finals-quadratic.png)" in (tmp_path / name / "report-quadratic.md").read_text())
+        assert pictured == (name == "many")
+
+
+def test_last_losses_are_pictured_best_first_with_mean_and_range():
+    axes = plots.finals([row(name, None, s, x + s) for name, x in (("b", 3.0), ("a", 1.0)) for s in (0, 2)], "").axes
+    ticks = zip(axes[0].get_yticks(), axes[0].get_yticklabels(), strict=True)
+    assert [text.get_text() for _, text in sorted(ticks, reverse=True, key=lambda tick: tick[0])] == ["a", "b"]
+    (first, mean_of_first, *_) = axes[0].get_lines()
+    assert (list(first.get_xdata()), list(mean_of_first.get_xdata())) == ([1.0, 3.0], [2.0])
+
+
 def test_an_unknown_part_of_a_study_is_refused(tmp_path):
     with pytest.raises(recipes.RecipeError, match="did you mean 'figure2'"):
         studies.reproduce("study", tmp_path, only=["figure3"])
