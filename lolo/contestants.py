@@ -1,6 +1,7 @@
 """Optimizers by name, as `lolo eval` and studies take them: weights and how they are used, or a baseline.
 
-`lolo-small`, `FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine`, `adamw:1e-3`, `adamw-cosine:grid`, `sgdm:…`.
+`lolo-small`, `FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine`, `FILE:step_scale=2`, `adamw:1e-3`,
+`adamw-cosine:grid`, `sgdm:…`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Use:
 
     weight_decay: float | None = None  # None: as they came
     clock_limit: float | None = None
-    schedule: str = "constant"  # what updates are multiplied by: 1, or half a cosine from 1 to 0
+    step_scale: float = 1.0  # what updates are multiplied by
+    schedule: str = "constant"  # and this besides: 1, or half a cosine from 1 to 0
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -52,8 +54,9 @@ def parse_use(words: str, name: str) -> Use:
         except ValueError:
             number = -1.0
         # A clock_limit of inf switches off the one that weights came with.
-        if not number >= 0 or (field == "weight_decay" and math.isinf(number)):
-            raise ValueError(f"{name}: {field}={value!r} must be 0 or a positive number.")
+        if not number >= 0 or (field != "clock_limit" and math.isinf(number)) or (field == "step_scale" and not number):
+            allowed = "a positive number" if field == "step_scale" else "0 or a positive number"
+            raise ValueError(f"{name}: {field}={value!r} must be {allowed}.")
         found[field] = number
     return Use(**found)
 
@@ -135,13 +138,16 @@ def _label(
 
 
 @functools.lru_cache(maxsize=64)
-def _make_of(learner: Learner, cosine_steps: int | None) -> evaluation.Make:
+def _make_of(learner: Learner, step_scale: float, cosine_steps: int | None) -> evaluation.Make:
     """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
     optimizer = pretrained.architecture(learner).optimizer
-    if cosine_steps is None:
+    if cosine_steps is not None:
+        scale = optax.scale_by_schedule(optax.cosine_decay_schedule(step_scale, cosine_steps))
+    elif step_scale != 1.0:
+        scale = optax.scale(step_scale)
+    else:
         return optimizer
-    schedule = optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, cosine_steps))
-    return lambda meta_params: optax.chain(optimizer(meta_params), schedule)
+    return lambda meta_params: optax.chain(optimizer(meta_params), scale)
 
 
 def contestant(
@@ -154,7 +160,7 @@ def contestant(
     """What `compare` takes, by name: one of `named_weights`, `adamw:1e-3`, `adam:…`, `sgdm:…`, `adamw:grid`."""
     if name in named:
         label, seed, weights, use = named[name]
-        make = _make_of(weights.learner, steps if use.schedule == "cosine" else None)
+        make = _make_of(weights.learner, use.step_scale, steps if use.schedule == "cosine" else None)
         return Contestant(label, seed, make, weights.meta_params)
     kind, lr = name.partition(":")[0], learning_rate(name)
     if isinstance(lr, str):
