@@ -9,7 +9,7 @@ from lolo import models
 from lolo.data import embedded
 
 
-def main(steps: int = 300, weights: str = "lolo-small") -> tuple[float, float]:
+def main(steps: int = 300, weights: str = "lolo-anytime") -> tuple[float, float]:
     """Returns the first and the last loss."""
     images, labels = (jnp.asarray(x) for x in embedded.fashion_mnist()["train"])
     model = models.mlp((64, 32, 32, 10))

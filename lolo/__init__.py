@@ -1,7 +1,7 @@
 """LoLO: learned optimizers that keep working past the unroll they were meta-trained on.
 
     import lolo
-    optimizer = lolo.load("lolo-small").optimizer()      # an optax.GradientTransformation
+    optimizer = lolo.load().optimizer()      # an optax.GradientTransformation
 
 Names are looked up on first use: `import lolo` imports neither JAX nor PyTorch.
 """

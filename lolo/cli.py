@@ -558,7 +558,8 @@ def weights_command(argv: list[str]) -> int:
         """The weights inside the package."""
         for name in files.shipped_weights():
             card = files.read_weights(name).card
-            print(f"{name}: {card.get('summary', '')}")
+            default = " (the default)" if name == files.DEFAULT_WEIGHTS else ""
+            print(f"{name}{default}: {card.get('summary', '')}")
         return 0
 
     return call(list_weights, argv, "lolo weights")

@@ -30,6 +30,7 @@ class Use:
 
     weight_decay: float | None = None  # None: as they came
     clock_limit: float | None = None
+    step_decay: float | None = None
     step_scale: float = 1.0  # what updates are multiplied by
     schedule: str = "constant"  # and this besides: 1, or half a cosine from 1 to 0
 
@@ -53,10 +54,11 @@ def parse_use(words: str, name: str) -> Use:
             number = float(value)
         except ValueError:
             number = -1.0
-        # A clock_limit of inf switches off the one that weights came with.
-        if not number >= 0 or (field != "clock_limit" and math.isinf(number)) or (field == "step_scale" and not number):
-            allowed = "a positive number" if field == "step_scale" else "0 or a positive number"
-            raise ValueError(f"{name}: {field}={value!r} must be {allowed}.")
+        positive = field in ("step_scale", "step_decay")
+        # A clock_limit or step_decay of inf switches off the one that weights came with.
+        finite = math.isfinite(number) or field in ("clock_limit", "step_decay")
+        if not number >= 0 or not finite or (positive and not number):
+            raise ValueError(f"{name}: {field}={value!r} must be {'0 or ' * (not positive)}a positive number.")
         found[field] = number
     return Use(**found)
 
@@ -98,7 +100,7 @@ def named_weights(
             path, words = name, ""
         use, loaded = parse_use(words, path), pretrained.load(path)
         try:
-            learner = pretrained.used(loaded.learner, use.weight_decay, use.clock_limit)
+            learner = pretrained.used(loaded.learner, use.weight_decay, use.clock_limit, use.step_decay)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         taken = {(other.label, other.meta_seed) for other in found.values()}

@@ -215,7 +215,18 @@ def adamw_cosine(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
     return optax.adamw(schedule, weight_decay=setting["weight_decay"])
 
 
-BASELINES: dict[str, Make] = {"adamw": adamw, "adam": adam, "sgdm": sgdm, "adamw-cosine": adamw_cosine}
+def adamw_rsqrt(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
+    """AdamW with the learning rate over √(1 + t/3000): of any horizon, as `step_decay` is for a learned optimizer."""
+    return optax.adamw(lambda count: setting["lr"] / jnp.sqrt(1 + count / 3000), weight_decay=setting["weight_decay"])
+
+
+BASELINES: dict[str, Make] = {
+    "adamw": adamw,
+    "adam": adam,
+    "sgdm": sgdm,
+    "adamw-cosine": adamw_cosine,
+    "adamw-rsqrt": adamw_rsqrt,
+}
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SGD_GRID = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 GRIDS = {"grid": (1e-4,), "wide-grid": (1e-4, 0.1)}

@@ -34,6 +34,7 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_JSON_BYTES = 64 << 20
 MAX_LOG_BYTES = 1 << 30
 SHIPPED = Path(__file__).parent / "weights"
+DEFAULT_WEIGHTS = "lolo-anytime"  # of SHIPPED, what `lolo.load()` and `lolo.torch.LoLO` take when nothing is said
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -424,8 +425,9 @@ def check_meta_params(arrays: Arrays, learner: dict[str, Any], source: str) -> N
             raise FileError(f"{source}: hidden={hidden!r}; expected a whole number from 1 to 4096.")
         for name in ("step_mult", "exp_mult", "weight_decay"):
             _check_number(learner, name, source)
-        if learner.get("clock_limit") is not None:
-            _check_number(learner, "clock_limit", source)
+        for name in ("clock_limit", "step_decay"):
+            if learner.get(name) is not None:
+                _check_number(learner, name, source)
         expected = small_fc_spec.weight_shapes(hidden, learn_decays=decays)
     elif learner.get("name") == "sgd":
         expected = {"log_learning_rate": (), "momentum_logit": ()}

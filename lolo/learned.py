@@ -63,6 +63,7 @@ def small_fc(
     learn_decays: bool = False,
     weight_decay: float = 0.0,
     clock_limit: float | None = None,
+    step_decay: float | None = None,
     axis_name: str | None = None,
     sharded_axis: int = 0,
 ) -> LearnedOptimizer:
@@ -77,6 +78,7 @@ def small_fc(
       learn_decays: add seven meta-parameters that shift the accumulators' decays (2,409 with hidden=32).
       weight_decay: decoupled; adds −λ1·weight_decay·θ to the update.
       clock_limit: the time features see min(t, clock_limit); None: no limit.
+      step_decay: updates are divided by √(1 + t/step_decay), weight decay included; None: they are not.
       axis_name: inside shard_map, the mesh axis over whose devices parameters are cut; those that JAX's types show to
         be equal on all of its devices are taken as whole.
       sharded_axis: the axis along which parameters are cut, in equal parts.
@@ -119,6 +121,7 @@ def small_fc(
             decay = features.decays(meta_params)
             moments = [features.accumulate(m, g, decay, of) for m, g, of in zip(old, grads32, layouts, strict=True)]
             clock = state.step if clock_limit is None else jnp.minimum(state.step, clock_limit)
+            scale = step_mult if step_decay is None else step_mult * jax.lax.rsqrt(1 + state.step / step_decay)
             tensors = list(zip(grads32, params32, moments, layouts, strict=True))
             outputs = apply_network(weights, first_bias(weights, clock), tensors)
 
@@ -127,7 +130,7 @@ def small_fc(
                 step = direction * jnp.exp(exp_mult * magnitude)
                 if weight_decay:
                     step = step + weight_decay * param
-                return (-step_mult * step).astype(dtype)
+                return (-scale * step).astype(dtype)
 
             dtypes = [leaf.dtype for leaf in leaves]
             updates = [change(*each) for each in zip(outputs, params32, layouts, dtypes, strict=True)]

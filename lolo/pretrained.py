@@ -33,6 +33,7 @@ class Weights(NamedTuple):
         step_scale: float | Callable[[jax.Array], jax.Array] = 1.0,
         weight_decay: float | None = None,
         clock_limit: float | None = None,
+        step_decay: float | None = None,
         axis_name: str | None = None,
         sharded_axis: int = 0,
     ) -> optax.GradientTransformation:
@@ -42,6 +43,7 @@ class Weights(NamedTuple):
           step_scale: multiplies every update; a float, or a schedule step -> float.
           weight_decay: decoupled, times λ1; None: as shipped; 0 switches it off.
           clock_limit: the time features see min(t, clock_limit); None: as shipped; inf switches it off.
+          step_decay: updates are divided by √(1 + t/step_decay); None: as shipped; inf switches it off.
           axis_name: inside shard_map, the mesh axis over whose devices parameters are cut. Those that are equal on all
             of its devices may stand beside them.
           sharded_axis: the axis along which they are cut, in equal parts.
@@ -50,7 +52,7 @@ class Weights(NamedTuple):
         inside shard_map, for parameters that are cut over another axis, and for gradients that were not averaged.
         Under jit, whole arrays may lie on several devices without a word here.
         """
-        learner = used(self.learner, weight_decay, clock_limit)
+        learner = used(self.learner, weight_decay, clock_limit, step_decay)
         base = one_tree_per_moment(architecture(learner, axis_name, sharded_axis).optimizer(self.meta_params))
         if isinstance(step_scale, int | float) and step_scale == 1.0:
             return base
@@ -58,9 +60,16 @@ class Weights(NamedTuple):
         return optax.chain(base, scale)
 
 
-def used(learner: Learner, weight_decay: float | None = None, clock_limit: float | None = None) -> Learner:
+def used(
+    learner: Learner,
+    weight_decay: float | None = None,
+    clock_limit: float | None = None,
+    step_decay: float | None = None,
+) -> Learner:
     """A learner with other settings of use; None: as it is. Raises ValueError for one that does not have them."""
-    asked = {"weight_decay": weight_decay, "clock_limit": clock_limit}
+    if step_decay is not None and not step_decay > 0:
+        raise ValueError(f"step_decay={step_decay!r} must be a positive number of steps.")
+    asked = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
     changes: dict[str, Any] = {name: float(value) for name, value in asked.items() if value is not None}
     if changes and learner.name != "small_fc":
         raise ValueError(f"learner {learner.name!r} has no {next(iter(changes))}; leave it out.")
@@ -98,7 +107,7 @@ def architecture(learner: Learner, axis_name: str | None = None, sharded_axis: i
     return recipes.build_learner(learner, axis_name, sharded_axis)
 
 
-def load(name_or_path: str | Path) -> Weights:
+def load(name_or_path: str | Path = files.DEFAULT_WEIGHTS) -> Weights:
     """Weights by name, from a file, or from the Hugging Face Hub. Executes no code.
 
     Args:

@@ -33,6 +33,7 @@ class Learner:
     learn_decays: bool = False  # meta-learn the accumulators' decays too
     weight_decay: float = 0.0  # decoupled, times λ1; the expert gets the same
     clock_limit: float | None = None  # the time features see min(t, this)
+    step_decay: float | None = None  # updates shrink as 1/√(1 + t/this); for use, not for meta-training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,10 +260,14 @@ def _parse(kind: type, data: Any, prefix: str) -> Any:
     for name in data:
         if name not in hints:
             raise unknown("recipe field", prefix + str(name), [prefix + known for known in hints])
-    missing = [prefix + name for name in hints if name not in data]
+    missing = [prefix + name for name in hints if name not in data and prefix + name not in ADDED]
     if missing:
         raise RecipeError(f"recipe field {missing[0]!r} is missing.")
-    return kind(**{name: _value(hints[name], data[name], prefix + name) for name in hints})
+    return kind(**{name: _value(hints[name], data[name], prefix + name) for name in hints if name in data})
+
+
+ADDED = ("learner.step_decay",)
+"""Fields that recipes and weights written before do not have; they mean the default."""
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
@@ -327,6 +332,11 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(f"seed={recipe.seed} must be a whole number from 0 to {2**31 - 1}.")
     if recipe.learner.clock_limit is not None and not recipe.learner.clock_limit >= 0:
         raise RecipeError(f"learner.clock_limit={recipe.learner.clock_limit} must be 0 or more, or None.")
+    if recipe.learner.step_decay is not None:
+        raise RecipeError(
+            f"learner.step_decay={recipe.learner.step_decay} is for use: an expert has no such schedule, and imitation "
+            "would work against it. Leave it out, and say optimizer(step_decay=...) of the meta-trained weights."
+        )
     if not recipe.tasks or len(set(recipe.tasks)) < len(recipe.tasks):
         raise RecipeError(f"tasks={recipe.tasks} must name at least one task, none of them twice; see `lolo tasks`.")
     pick({"random": None}, "replay.push", recipe.replay.push)

@@ -76,11 +76,22 @@ STUDIES: dict[str, Study] = {
     ),
 }
 
-BASELINES = ("adamw:1e-3", "adamw:wide-grid", "adamw-cosine:wide-grid", "adam:1e-3", "sgdm:grid")
+BASELINES = (
+    "adamw:1e-3",
+    "adamw:wide-grid",
+    "adamw-cosine:wide-grid",
+    "adamw-rsqrt:wide-grid",
+    "adam:1e-3",
+    "sgdm:grid",
+)
 FIGURE2 = ("naive", "replay-only", "bc-only", "lolo")
-COSINE = (("lolo", "schedule=cosine"),)
 MENDS = "clock_limit=10000,weight_decay=0.1"
+# Chosen on validation: meta-training leaves steps too small for a start and too large for an end.
+ANYTIME = "clock_limit=10000,weight_decay=0.05,step_scale=3,step_decay=2000"
+COSINE = "step_scale=2,schedule=cosine"
+IN_USE = tuple(("lolo", use) for use in ("schedule=cosine", COSINE, ANYTIME))
 SHORT = (("outer.steps", 1000), ("validation.every", 0))
+LONG_USES = (MENDS, ANYTIME, f"clock_limit=10000,weight_decay=0.02,{COSINE}")
 LONG = Study(
     about="ten times past the evaluation: 100 times the unroll, with and without mends",
     tasks=(),
@@ -88,8 +99,15 @@ LONG = Study(
     meta_seeds=3,
     eval_steps=100_000,
     eval_seeds=2,
-    baselines=("adamw:1e-3", "adamw:3e-3", "adamw-cosine:3e-3", "adamw-cosine:1e-2"),
-    uses=tuple((method, use) for method in ("naive", "lolo") for use in (MENDS, f"{MENDS},schedule=cosine")),
+    baselines=(
+        "adamw:1e-3",
+        "adamw:3e-3",
+        "adamw-cosine:3e-3",
+        "adamw-cosine:1e-2",
+        "adamw-rsqrt:3e-3",
+        "adamw-rsqrt:1e-2",
+    ),
+    uses=(("naive", MENDS), *(("lolo", use) for use in LONG_USES)),
     changes=(("outer.steps", 2000),),
 )
 
@@ -100,7 +118,7 @@ STUDY: dict[str, Study] = {
         methods=FIGURE2,
         meta_seeds=5,
         baselines=BASELINES,
-        uses=COSINE,
+        uses=IN_USE,
         changes=(("outer.steps", 2000), ("validation.every", 0)),
     ),
     "figure2-books": Study(
@@ -109,11 +127,16 @@ STUDY: dict[str, Study] = {
         methods=FIGURE2,
         meta_seeds=3,
         baselines=BASELINES,
-        uses=COSINE,
+        uses=IN_USE,
         changes=(("outer.steps", 2000),),
     ),
     "long": dataclasses.replace(LONG, tasks=("fashion-mlp",), changes=(*LONG.changes, ("validation.every", 0))),
-    "long-books": dataclasses.replace(LONG, tasks=("books-mlp",)),
+    "long-books": dataclasses.replace(
+        LONG,
+        tasks=("books-mlp",),
+        methods=("naive", "lolo"),
+        uses=tuple(("lolo", use) for use in LONG_USES),
+    ),
     "settings": Study(
         about="what matters: one setting of LoLO changed at a time, short meta-trainings, one meta-seed",
         tasks=("fashion-mlp",),
@@ -143,10 +166,17 @@ STUDY: dict[str, Study] = {
     "transfer": Study(
         about="meta-trained on two small tasks at once, used unchanged on models that were never seen",
         tasks=("fashion-mlp+books-mlp",),
-        eval_tasks=("fashion-mlp:widths=128-128-128", "textures-mlp:score_examples=4096"),
+        eval_tasks=("fashion-mlp:widths=128-128-128", "textures-mlp:batch=128,width=64,depth=2,score_examples=4096"),
         eval_seeds=3,
-        baselines=("adamw:3e-4", "adamw:1e-3", "adamw:3e-3"),
-        uses=(("lolo", MENDS),),
+        baselines=(
+            "adamw:3e-4",
+            "adamw:1e-3",
+            "adamw:3e-3",
+            "adamw-cosine:3e-3",
+            "adamw-rsqrt:3e-3",
+            "adamw-rsqrt:1e-2",
+        ),
+        uses=(("lolo", COSINE), ("lolo", ANYTIME)),
         changes=(("outer.steps", 2000),),
     ),
 }
@@ -302,8 +332,9 @@ def _contents(named: contestants.Named) -> str:
     """A digest of weights in use: φ, and the settings that they came with where these are not their recipe's."""
     weights, changes = named.weights, named.use.changes
     digest = files.digest({name: np.asarray(x) for name, x in weights.meta_params.items()})
-    learner = dataclasses.asdict(weights.learner)
-    return digest if learner | changes == weights.recipe.get("learner", {}) | changes else f"{digest} {learner}"
+    learner, own = dataclasses.asdict(weights.learner), weights.recipe.get("learner", {})
+    meta_trained = dataclasses.asdict(recipes.learner_from_dict(own, "recipe")) if own else {}
+    return digest if learner | changes == meta_trained | changes else f"{digest} {learner}"
 
 
 def _kept(file: Path, task: str, steps: int, seeds: int, meta_seeds: Sequence[int | None]) -> list[Row] | None:

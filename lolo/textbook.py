@@ -27,7 +27,7 @@ class TextbookState(NamedTuple):
     step: jax.Array  # []
 
 
-def small_fc(meta_params, step_mult=1e-3, exp_mult=1e-3, weight_decay=0.0, clock_limit=None):
+def small_fc(meta_params, step_mult=1e-3, exp_mult=1e-3, weight_decay=0.0, clock_limit=None, step_decay=None):
     """The optimizer that φ is. meta_params: w0 [39, H], b0 [H], w1 [H, H], b1, w2 [H, 2], b2, and decay offsets."""
 
     def shifted(decay, name):
@@ -60,7 +60,8 @@ def small_fc(meta_params, step_mult=1e-3, exp_mult=1e-3, weight_decay=0.0, clock
             h = jax.nn.relu(x @ meta_params["w0"] + meta_params["b0"])
             h = jax.nn.relu(h @ meta_params["w1"] + meta_params["b1"])
             out = h @ meta_params["w2"] + meta_params["b2"]
-            u = -step_mult * (out[..., 0] * jnp.exp(exp_mult * out[..., 1]) + weight_decay * p)
+            scale = step_mult if step_decay is None else step_mult / jnp.sqrt(1 + state.step / step_decay)
+            u = -scale * (out[..., 0] * jnp.exp(exp_mult * out[..., 1]) + weight_decay * p)
             return u.reshape(param.shape).astype(param.dtype), m, v, factored
 
         leaves, structure = jax.tree.flatten(params)

@@ -13,10 +13,19 @@ TIMESCALES = torch.tensor([1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5])
 class Textbook:
     """meta_params: dict of arrays w0, b0, w1, b1, w2, b2 and optionally decay offsets."""
 
-    def __init__(self, params, meta_params, step_mult=1e-3, exp_mult=1e-3, weight_decay=0.0, clock_limit=float("inf")):
+    def __init__(
+        self,
+        params,
+        meta_params,
+        step_mult=1e-3,
+        exp_mult=1e-3,
+        weight_decay=0.0,
+        clock_limit=float("inf"),
+        step_decay=float("inf"),
+    ):
         self.params, self.phi = list(params), {n: torch.tensor(np.array(x)) for n, x in meta_params.items()}
         self.step_mult, self.exp_mult, self.weight_decay = step_mult, exp_mult, weight_decay
-        self.clock_limit, self.clock = clock_limit, 0
+        self.clock_limit, self.step_decay, self.clock = clock_limit, step_decay, 0
         self.momentum_decay = self.shifted(DECAYS, "momentum_decays")
         self.rms_decay = self.shifted(torch.tensor([0.999]), "rms_decays")
         self.factored_decay = self.shifted(DECAYS, "adafactor_decays")
@@ -51,7 +60,8 @@ class Textbook:
             h = torch.relu(h @ self.phi["w1"] + self.phi["b1"])
             direction, magnitude = (h @ self.phi["w2"] + self.phi["b2"]).unbind(-1)
             change = direction * torch.exp(self.exp_mult * magnitude) + self.weight_decay * p
-            param.add_((-self.step_mult * change).reshape(param.shape))
+            scale = self.step_mult / (1 + self.clock / self.step_decay) ** 0.5
+            param.add_((-scale * change).reshape(param.shape))
         self.clock += 1
 
 

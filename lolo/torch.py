@@ -2,7 +2,7 @@
 
     from lolo.torch import LoLO
 
-    optimizer = LoLO(model.parameters(), weights="lolo-small")
+    optimizer = LoLO(model.parameters())
 
 The same function as `lolo.learned.small_fc`, computed features-first and in blocks that stay in cache: 16 inputs per
 entry, those of the row and column moments in their own smaller spaces, normalisation folded into the first weights and
@@ -59,7 +59,7 @@ class Rule(NamedTuple):
 
     network: Network
     bias: torch.Tensor  # [H], the first bias with the time inputs folded in
-    scale: float  # lr · λ1
+    scale: float  # lr · λ1 / √(1 + t/step_decay)
     exp_mult: float  # λ2
     weight_decay: float
 
@@ -204,7 +204,7 @@ def as_weights(weights: str | Path | files.WeightsFile | Mapping[str, Any]) -> f
         learner = {
             **{"name": "small_fc", "hidden": arrays["b0"].size if "b0" in arrays else 0},
             **{"step_mult": 1e-3, "exp_mult": 1e-3, "learn_decays": "momentum_decays" in arrays},
-            **{"weight_decay": 0.0, "clock_limit": None},
+            **{"weight_decay": 0.0, "clock_limit": None, "step_decay": None},
         }
         found = files.WeightsFile(arrays, learner, {}, {}, files.digest(arrays))
     else:
@@ -430,16 +430,18 @@ class LoLO(torch.optim.Optimizer):
 
         optimizer = LoLO(model.parameters())
 
-    θ ← θ − lr·λ1·(d·exp(λ2·m) + weight_decay·θ), (d, m) the network's outputs for each entry (Eq. 7).
+    θ ← θ − lr·λ1/√(1 + t/step_decay)·(d·exp(λ2·m) + weight_decay·θ), (d, m) the network's outputs for an entry (Eq. 7).
 
     Args:
       params: parameters, named parameters or param groups; a group may have its own `lr`, `weights`, `weight_decay`,
-        `clock_limit` and `maximize`. float32, bfloat16, float16 or float64, of any rank; all of it computed in float32.
+        `clock_limit`, `step_decay` and `maximize`. float32, bfloat16, float16 or float64, of any rank; all of it
+        computed in float32.
       weights: name of shipped weights, path of a weights file, a `files.WeightsFile`, or a dict of φ's arrays
         (then λ1 = λ2 = 1e-3, no decay, no limit).
       lr: the step's scale; 1 is what the weights were meta-trained with. Schedulers may change it.
       weight_decay: decoupled; None: as shipped with the weights, 0: none.
       clock_limit: the time inputs see min(t, clock_limit); None: as shipped, math.inf: no limit.
+      step_decay: steps after which updates have shrunk by √2; None: as shipped, math.inf: they don't shrink.
       maximize: climb instead of descend.
 
     State per parameter: `step`, `momentum`, `rms`, `row`, `column`, all float32 (`step` int64, on the CPU): 4 numbers
@@ -461,17 +463,18 @@ class LoLO(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        weights: str | Path | files.WeightsFile | Mapping[str, Any] = "lolo-small",
+        weights: str | Path | files.WeightsFile | Mapping[str, Any] = files.DEFAULT_WEIGHTS,
         lr: float | torch.Tensor = 1.0,
         weight_decay: float | None = None,
         clock_limit: float | None = None,
+        step_decay: float | None = None,
         *,
         maximize: bool = False,
     ):
         self._networks: dict[str, Network] = {}  # by the weights' sha256
         self._spaces: dict[torch.device, Workspace] = {}
-        defaults = {"lr": lr, "weights": weights, "weight_decay": weight_decay, "clock_limit": clock_limit}
-        super().__init__(params, {**defaults, "maximize": maximize})
+        of_use = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
+        super().__init__(params, {"lr": lr, "weights": weights, **of_use, "maximize": maximize})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own where given. See `torch.optim.Optimizer.add_param_group`."""
@@ -485,14 +488,18 @@ class LoLO(torch.optim.Optimizer):
         learner = weights.learner
         if given["weight_decay"] is None:
             given["weight_decay"] = learner["weight_decay"]
-        if given["clock_limit"] is None:
-            given["clock_limit"] = math.inf if learner.get("clock_limit") is None else learner["clock_limit"]
-        for name in ("lr", "weight_decay", "clock_limit"):
-            if not float(given[name]) >= 0 or (name != "clock_limit" and not math.isfinite(float(given[name]))):
+        for name in ("clock_limit", "step_decay"):
+            if given[name] is None:
+                given[name] = math.inf if learner.get(name) is None else learner[name]
+        for name in ("lr", "weight_decay", "clock_limit", "step_decay"):
+            finite = math.isfinite(float(given[name])) or name in ("clock_limit", "step_decay")
+            if not float(given[name]) >= 0 or not finite:
                 raise ValueError(f"{name}={given[name]!r}; expected a number that is not negative.")
+        if not given["step_decay"]:
+            raise ValueError(f"step_decay={given['step_decay']!r}; expected a positive number of steps.")
         named = isinstance(given["weights"], str | Path)
         group |= {
-            **{name: given[name] for name in ("lr", "weight_decay", "clock_limit", "maximize")},
+            **{name: given[name] for name in ("lr", "weight_decay", "clock_limit", "step_decay", "maximize")},
             "weights": str(given["weights"]) if named else "given as arrays",
             "weights_sha256": weights.sha256,
             "step_mult": float(learner["step_mult"]),
@@ -547,9 +554,8 @@ class LoLO(torch.optim.Optimizer):
         network = space.networks[sha256]
         clock = float(min(step, group["clock_limit"]))
         bias = network.first_bias + network.time @ torch.tanh(clock / network.timescales - 1)
-        return Rule(
-            network, bias, float(group["lr"]) * group["step_mult"], group["exp_mult"], float(group["weight_decay"])
-        )
+        scale = float(group["lr"]) * group["step_mult"] / math.sqrt(1 + step / group["step_decay"])
+        return Rule(network, bias, scale, group["exp_mult"], float(group["weight_decay"]))
 
     def _step_alike(
         self, params: list[torch.Tensor], place: Layout, rule: Rule, space: Workspace, maximize: bool

@@ -366,7 +366,9 @@ class Run:
 def check_init(init: files.WeightsFile, learner: recipes.Learner) -> None:
     """Raise FileError unless φ of a weights file means the same in a recipe's learner."""
     given = recipes.learner_from_dict(init.learner, "--init weights")
-    of_use: dict[str, Any] = {"weight_decay": learner.weight_decay, "clock_limit": learner.clock_limit}  # may differ
+    of_use: dict[str, Any] = {  # may differ
+        name: getattr(learner, name) for name in ("weight_decay", "clock_limit", "step_decay")
+    }
     if dataclasses.replace(given, **of_use) != learner:
         differs = [
             f"learner.{name} is {theirs!r} there and {ours!r} in the recipe"

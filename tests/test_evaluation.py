@@ -98,9 +98,12 @@ def by_hand(optimizer, seed, steps):
 
 
 def test_a_run_is_plain_optax_on_the_seed_s_init_and_batches():
-    contestants = [evaluation.baseline("adamw", 3e-3, 200), evaluation.baseline("sgdm", 0.1, 200)]
+    names = {"adamw": 3e-3, "sgdm": 0.1, "adamw-rsqrt": 0.1, "adamw-cosine": 0.1}
+    contestants = [evaluation.baseline(name, lr, 200) for name, lr in names.items()]
     found = evaluation.compare("quadratic", QUADRATIC, contestants, (0, 7), 200)
+    schedules = [lambda t: 0.1 * (1 + t / 3000) ** -0.5, optax.cosine_decay_schedule(0.1, 200)]
     optimizers = [optax.adamw(3e-3, weight_decay=1e-4), optax.sgd(0.1, momentum=0.9)]
+    optimizers += [optax.adamw(schedule, weight_decay=1e-4) for schedule in schedules]
     assert [(r.optimizer, r.seed) for r in found] == [(c.label, s) for c in contestants for s in (0, 7)]
     for r, (optimizer, seed) in zip(found, [(o, s) for o in optimizers for s in (0, 7)], strict=True):
         params, losses = by_hand(optimizer, seed, 200)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lolo
-from lolo import models
+from lolo import files, models
 from lolo import small_fc_spec as spec
 from lolo.trees import count_bytes
 
@@ -32,6 +32,20 @@ COMPOSED = {
         step_scale=0.5
     ),
 }
+
+
+def test_weights_by_default_are_the_named_ones():
+    jax.tree.map(np.testing.assert_array_equal, lolo.load().meta_params, lolo.load(files.DEFAULT_WEIGHTS).meta_params)
+    assert lolo.load().learner == lolo.load(files.DEFAULT_WEIGHTS).learner
+
+
+@pytest.mark.parametrize("name", files.shipped_weights())
+def test_shipped_weights_say_what_was_measured_and_what_they_are_not_for(name):
+    card = lolo.load(name).card
+    assert card["limits"] and card["data"] and card["results"]
+    for measured in card["results"].values():
+        assert all(np.isfinite(losses["train_loss"]).all() and losses["n"] for losses in measured.values())
+        assert {"lolo", name} & set(measured) and any("adamw" in label for label in measured)
 
 
 @pytest.mark.parametrize("optimizer", COMPOSED.values(), ids=COMPOSED)
@@ -86,7 +100,7 @@ def test_bfloat16_parameters_keep_float32_accumulators():
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(updates))
 
 
-def test_step_scale_weight_decay_and_clock_limit_do_what_they_say():
+def test_settings_of_use_do_what_they_say():
     state = BASE.init(PARAMS)
     plain, _ = BASE.update(GRADS, state, PARAMS)
     half = WEIGHTS.optimizer(step_scale=0.5)
@@ -103,6 +117,14 @@ def test_step_scale_weight_decay_and_clock_limit_do_what_they_say():
     unlimited = WEIGHTS.optimizer(clock_limit=float("inf")).update(GRADS, late, PARAMS)[0]
     np.testing.assert_allclose(frozen["w"], at_limit["w"], rtol=1e-5)
     assert not np.allclose(unlimited["w"], frozen["w"], rtol=1e-3)
+    late = state._replace(step=jnp.int32(300))
+    unshrunk = BASE.update(GRADS, late, PARAMS)[0]
+    for step_decay, factor in ((100.0, 0.5), (float("inf"), 1.0)):
+        shrunk = WEIGHTS.optimizer(step_decay=step_decay).update(GRADS, late, PARAMS)[0]
+        np.testing.assert_allclose(shrunk["w"], factor * unshrunk["w"], rtol=1e-5)
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="step_decay=.* must be a positive number"):
+            WEIGHTS.optimizer(step_decay=wrong)
 
 
 def test_state_is_a_tree_of_arrays_for_each_moment():

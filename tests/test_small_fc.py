@@ -144,7 +144,8 @@ def test_one_large_tensor_equals_the_textbook(shape):
         {"clock_limit": 2.0},
         {"learn_decays": True},
         {"hidden": 4},
-        {"hidden": 5, "learn_decays": True, "weight_decay": 0.5, "clock_limit": 1.0},
+        {"weight_decay": 0.1, "step_decay": 2.0},
+        {"hidden": 5, "learn_decays": True, "weight_decay": 0.5, "clock_limit": 1.0, "step_decay": 1.0},
     ],
     ids=str,
 )

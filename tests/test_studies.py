@@ -106,6 +106,8 @@ def test_settings_in_use_do_what_they_say(tmp_path):
     np.testing.assert_allclose(cosine, plain * 0.5 * (1 + np.cos(np.pi * np.arange(8) / 8))[:, None], rtol=1e-5)
     scaled = [first_updates(f"{path}:step_scale=3{more}", 8) for more in ("", ",schedule=cosine")]
     np.testing.assert_allclose(scaled, 3 * np.stack([plain, cosine]), rtol=1e-5)
+    shrinking = first_updates(f"{path}:step_decay=2", 8)
+    np.testing.assert_allclose(shrinking, plain / np.sqrt(1 + np.arange(8) / 2)[:, None], rtol=1e-5)
     decayed = first_updates(f"{path}:weight_decay=2", 8)
     np.testing.assert_allclose(decayed, plain - 1e-3 * 2 * 0.5, atol=1e-7)
     frozen = first_updates(f"{path}:clock_limit=3", 8)
@@ -121,6 +123,7 @@ def test_settings_in_use_do_what_they_say(tmp_path):
         ("weight_decay=nan", "must be 0 or a positive number"),
         ("weight_decay=inf", "must be 0 or a positive number"),
         ("step_scale=0", "step_scale='0' must be a positive number"),
+        ("step_decay=0", "step_decay='0' must be a positive number"),
         ("step_scale=inf", "must be a positive number"),
         ("clock_limit", "clock_limit='' must be"),
         ("cosine", "unknown setting of .*'cosine'"),

@@ -1,49 +1,63 @@
-"""Put weights of an experiment into the package, with their card: python tools/ship_weights.py SOURCE NAME ROWS.
+"""Put weights of an experiment into the package, with their card: python tools/ship_weights.py SOURCE NAME ROWS...
 
-SOURCE: a weights file. NAME: the name that `lolo.load` will know. ROWS: the rows of the study that measured them; the
-card's numbers are computed from these.
+SOURCE: a weights file. NAME: the name that `lolo.load` will know. ROWS: the rows of the evaluations that measured them;
+the card's numbers are computed from these.
 """
 
 import argparse
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
+from typing import Any
 
-from lolo import evaluation, files, pretrained, studies
+from lolo import contestants, evaluation, files, pretrained, studies
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("name")
-    parser.add_argument("rows", type=Path)
+    parser.add_argument("rows", type=Path, nargs="*")
+    parser.add_argument("--use", default="", help="settings that they are shipped with: clock_limit=10000,step_scale=2")
     parser.add_argument("--commit", required=True, help="the commit that the study ran at")
     parser.add_argument("--limits", required=True, help="what the weights are not for, in a sentence")
     arguments = parser.parse_args()
     weights = pretrained.load(arguments.source)
-    rows = studies.load_rows(arguments.rows)
-    task, steps = rows[0].task, rows[0].steps
-    results = {}
-    for label in dict.fromkeys(row.optimizer for row in rows):
-        train, held = (evaluation.summary(rows, label, field) for field in ("train_loss", "held_loss"))
-        results[label] = {
-            "train_loss": [round(train.mean, 4), round(train.half, 4)],
-            "test_loss": [round(held.mean, 4), round(held.half, 4)],
-            "n": f"{train.n} {train.unit}",
-        }
+    use = contestants.parse_use(arguments.use, arguments.name)
+    if use.schedule != "constant":
+        parser.error(f"--use {arguments.use}: a schedule ends at a step that only a user knows; leave it out.")
+    learner = pretrained.used(weights.learner, use.weight_decay, use.clock_limit, use.step_decay)
+    learner = dataclasses.replace(learner, step_mult=learner.step_mult * use.step_scale)
+    results = dict(measured(file) for file in arguments.rows)
     card = {
         "summary": f"LoLO, {weights.recipe['outer']['steps']} outer steps on {', '.join(weights.recipe['tasks'])}",
         "data": weights.recipe["tasks"],
         "meta_seed": weights.recipe["seed"],
         "commit": arguments.commit,
-        "results": {f"{task}, {steps} steps, mean and 95 % half-width": results},
-        "rows_sha256": hashlib.sha256(arguments.rows.read_bytes()).hexdigest(),
+        "results": results,
+        "rows_sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in arguments.rows},
         "limits": arguments.limits,
         "licence": "MIT",
     }
     target = files.SHIPPED / f"{arguments.name}.safetensors"
-    pretrained.save(target, weights._replace(card={**weights.card, **card}))
-    print(f"{target.name}: {target.stat().st_size} bytes, {dataclasses.asdict(weights.learner)}")
+    pretrained.save(target, weights._replace(learner=learner, card={**weights.card, **card}))
+    print(f"{target.name}: {target.stat().st_size} bytes, {dataclasses.asdict(learner)}")
+
+
+def measured(file: Path) -> tuple[str, dict[str, Any]]:
+    """What rows are of, in words, and the losses of each optimizer."""
+    rows = studies.load_rows(file)
+    results = {}
+    for label in dict.fromkeys(row.optimizer for row in rows):
+        train, held = (evaluation.summary(rows, label, field) for field in ("train_loss", "held_loss"))
+        n = f"{train.n} {train.unit}" if train.n > 1 else "single run"
+        results[label] = {"train_loss": rounded(train), "test_loss": rounded(held), "n": n}
+    return f"{rows[0].task}, {rows[0].steps} steps, mean and 95 % half-width", results
+
+
+def rounded(interval: evaluation.Interval) -> list[float]:
+    return [round(x, 4) for x in (interval.mean, interval.half) if math.isfinite(x)]
 
 
 if __name__ == "__main__":

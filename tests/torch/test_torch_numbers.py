@@ -155,13 +155,15 @@ def test_fifty_steps_on_recorded_gradients_agree_with_jax():
 
 
 @pytest.mark.parametrize(
-    "options", [{"weight_decay": 0.3}, {"clock_limit": 2.0}, {"weight_decay": 0.1, "clock_limit": 0.0}]
+    "options",
+    [{"weight_decay": 0.3}, {"clock_limit": 2.0}, {"weight_decay": 0.1, "clock_limit": 0.0}, {"step_decay": 1.5}],
+    ids=str,
 )
-def test_decay_and_clock_limit_agree_with_jax(options):
+def test_settings_of_use_agree_with_jax(options):
     weights = weights_file(draw_meta_params(), step_mult=0.1)
     shapes = {n: SHAPES[n] for n in ("vector", "another vector", "scalar", "tall", "conv [out, in, h, w]")}
     assert worst_against_jax(shapes, 6, weights, **options) <= 2e-5
-    without = {"weight_decay": 0.0, "clock_limit": float("inf")}
+    without = {"weight_decay": 0.0, "clock_limit": float("inf"), "step_decay": float("inf")}
     moved = [final_params(shapes, weights, 6, **o) for o in (options, without)]
     assert max(relative_distance(a, b) for a, b in zip(*moved, strict=True)) > 1e-3
 

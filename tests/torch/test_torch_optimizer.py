@@ -92,12 +92,13 @@ def test_weights_by_path_by_value_and_as_arrays_are_the_same(tmp_path):
 
 
 def test_settings_come_with_the_weights_and_can_be_switched_off(tmp_path):
-    plain, shipped = trained(8), write(tmp_path / "w.safetensors", weight_decay=2.0, clock_limit=1.0)
+    settings = {"weight_decay": 2.0, "clock_limit": 1.0, "step_decay": 3.0}
+    plain, shipped = trained(8), write(tmp_path / "w.safetensors", **settings)
     assert not same(trained(8, weights=shipped), plain)
-    assert same(trained(8, weights=shipped), trained(8, weight_decay=2.0, clock_limit=1.0))
-    assert same(trained(8, weights=shipped, weight_decay=0.0, clock_limit=math.inf), plain)
+    assert same(trained(8, weights=shipped), trained(8, **settings))
+    assert same(trained(8, weights=shipped, weight_decay=0.0, clock_limit=math.inf, step_decay=math.inf), plain)
     group = LoLO(make_model().parameters(), weights=shipped).param_groups[0]
-    assert (group["weight_decay"], group["clock_limit"]) == (2.0, 1.0)
+    assert {name: group[name] for name in settings} == settings
 
 
 def test_weight_decay_is_decoupled_and_scaled_by_lr_and_lambda1():
@@ -487,6 +488,8 @@ def test_real_dtensors_are_refused(tmp_path):
         ({"lr": math.inf}, "lr=inf"),
         ({"weight_decay": math.nan}, "weight_decay=nan"),
         ({"clock_limit": -3.0}, "clock_limit=-3.0"),
+        ({"step_decay": 0.0}, "step_decay=0.0; expected a positive number"),
+        ({"step_decay": math.nan}, "step_decay=nan"),
         ({"weights": "no-such-weights"}, "no-such-weights"),
         ({"weights": {"w0": np.zeros((39, 4), np.float32)}}, "hidden=0"),
         ({"weights": {n: x for n, x in PHI.items() if n != "b1"}}, "has tensors"),
