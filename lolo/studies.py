@@ -91,6 +91,14 @@ ANYTIME = "clock_limit=10000,weight_decay=0.05,step_scale=3,step_decay=2000"
 COSINE = "step_scale=2,schedule=cosine"
 IN_USE = tuple(("lolo", use) for use in ("schedule=cosine", COSINE, ANYTIME))
 SHORT = (("outer.steps", 1000), ("validation.every", 0))
+TUNED = Study(
+    about="LoLO against naive-LO at its best outer learning rate of four, which `settings` found",
+    tasks=(),
+    methods=("naive outer.lr=0.001", "lolo"),
+    meta_seeds=3,
+    baselines=("adamw:1e-3",),
+    changes=(("outer.steps", 2000),),
+)
 LONG_USES = (MENDS, ANYTIME, f"clock_limit=10000,weight_decay=0.02,{COSINE}")
 LONG = Study(
     about="ten times past the evaluation: 100 times the unroll, with and without mends",
@@ -130,6 +138,10 @@ STUDY: dict[str, Study] = {
         uses=IN_USE,
         changes=(("outer.steps", 2000),),
     ),
+    "naive-tuned": dataclasses.replace(
+        TUNED, tasks=("fashion-mlp",), changes=(*TUNED.changes, ("validation.every", 0))
+    ),
+    "naive-tuned-books": dataclasses.replace(TUNED, tasks=("books-mlp",)),
     "long": dataclasses.replace(LONG, tasks=("fashion-mlp",), changes=(*LONG.changes, ("validation.every", 0))),
     "long-books": dataclasses.replace(
         LONG,
@@ -152,6 +164,8 @@ STUDY: dict[str, Study] = {
             "lolo imitation.alpha_mix=one",
             "lolo imitation.alpha_mix=one imitation.alpha_loss=zero",
             *(f"lolo imitation.lr={lr}" for lr in (0.0003, 0.003)),
+            "lolo imitation.lr=0.003 replay.threshold=0.2",
+            "lolo outer.lr=0.001",
             "lolo unroll.stagger=True",
             *(f"lolo unroll.schedule={schedule}" for schedule in ("log-uniform", "uniform", "curriculum")),
             "lolo unroll.truncations_per_update=20 outer.steps=50",  # as many inner steps
