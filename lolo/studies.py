@@ -87,7 +87,7 @@ BASELINES = (
 FIGURE2 = ("naive", "replay-only", "bc-only", "lolo")
 MENDS = "clock_limit=10000,weight_decay=0.1"
 # Chosen on validation: meta-training leaves steps too small for a start and too large for an end.
-ANYTIME = "clock_limit=10000,weight_decay=0.05,step_scale=3,step_decay=2000"
+ANYTIME = "clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000"
 COSINE = "step_scale=2,schedule=cosine"
 IN_USE = tuple(("lolo", use) for use in ("schedule=cosine", COSINE, ANYTIME))
 SHORT = (("outer.steps", 1000), ("validation.every", 0))
