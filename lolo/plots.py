@@ -71,11 +71,12 @@ def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """Limits that show all but extreme values: a diverging run leaves through the top."""
+    """Limits that show all but extreme values: a diverging run leaves through the top, however many there are."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
-    low, high = float(finite.min()), float(np.quantile(finite, 0.98))
+    low, middle, high = (float(np.quantile(finite, share)) for share in (0.0, 0.5, 0.98))
+    high = min(high, low + 8 * (middle - low)) if middle > low else high
     margin = 0.06 * max(high - low, 1e-6)
     return low - margin, high + 2 * margin
 

@@ -377,6 +377,15 @@ def test_optimizers_too_many_for_curves_are_also_shown_by_their_last_losses(tmp_
         assert pictured == (name == "many")
 
 
+def test_runs_that_diverged_leave_a_picture_through_the_top():
+    good, bad = np.linspace(0.3, 0.5, 100), np.array([5.0, 40.0, np.inf, np.nan] * 8)
+    low, high = plots._range(np.concatenate([good, bad]))
+    assert 0.1 < low < 0.3 and 0.5 < high < 2
+    low, high = plots._range(good)
+    assert low < 0.3 and high > 0.5  # nothing is cut where nothing diverged
+    assert plots._range(np.array([2.0, 2.0]))[1] > 2
+
+
 def test_last_losses_are_pictured_best_first_with_mean_and_range():
     axes = plots.finals([row(name, None, s, x + s) for name, x in (("b", 3.0), ("a", 1.0)) for s in (0, 2)], "").axes
     ticks = zip(axes[0].get_yticks(), axes[0].get_yticklabels(), strict=True)
