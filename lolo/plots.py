@@ -36,13 +36,15 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
-    """Train and held-out loss against the step (log axis), mean and range over runs; the unroll is marked."""
+    """Train and held-out loss against the step (log axis), mean and range over runs; the unroll is marked.
+
+    Long curves are thinned to means between steps that lie evenly on the axis.
+    """
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     labels = list(dict.fromkeys(row.optimizer for row in rows))
     for axis, field, name in ((axes[0], "train_curve", "train loss"), (axes[1], "held_curve", "held-out loss")):
-        values = np.array([getattr(row, field) for row in rows], np.float64)
-        steps = WINDOW * np.arange(1, values.shape[1] + 1)
+        steps, values = _thinned(np.array([getattr(row, field) for row in rows], np.float64))
         for i, label in enumerate(labels):
             colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
             mine = values[[row.optimizer == label for row in rows]]
@@ -62,12 +64,21 @@ def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
         axis.set(xscale="log", xlabel="inner step", ylabel=f"{name} (nats)")
         marks = [steps[0], steps[-1], unroll or steps[0]]
         axis.set_xlim(min(marks) / 1.2, 1.2 * max(marks))
-        axis.set_ylim(*_range(values[:, len(steps) // 20 :]))
+        axis.set_ylim(*_range(values[:, np.searchsorted(steps, (unroll or steps[-1] / 10) / 2) :]))
         axis.grid(True, which="both", alpha=0.2)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.suptitle(title)
     return figure
+
+
+def _thinned(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps at the ends of at most 150 stretches of equal length on a log axis, and means over each: [P], [runs, P]."""
+    windows = curves.shape[1]
+    ends = np.unique(np.round(np.geomspace(1, windows, 150)).astype(int))
+    starts = np.concatenate([[0], ends[:-1]])
+    means = [curves[:, start:end].mean(axis=1) for start, end in zip(starts, ends, strict=True)]
+    return WINDOW * ends, np.stack(means, axis=1)
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

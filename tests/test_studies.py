@@ -386,6 +386,17 @@ def test_runs_that_diverged_leave_a_picture_through_the_top():
     assert plots._range(np.array([2.0, 2.0]))[1] > 2
 
 
+def test_long_curves_are_thinned_evenly_on_a_log_axis():
+    short = np.arange(5.0)[None]
+    steps, means = plots._thinned(short)
+    assert list(steps) == [100, 200, 300, 400, 500] and (means == short).all()
+    steps, means = plots._thinned(np.arange(1.0, 1001.0)[None])
+    assert len(steps) < 150 and (steps[0], steps[-1]) == (100, 100_000)
+    assert np.ptp(np.diff(np.log(steps[-60:]))) < 0.03 < np.diff(np.log(steps[-60:])).min()
+    bounds = np.concatenate([[0], steps // 100])
+    np.testing.assert_allclose(means[0], (bounds[:-1] + 1 + bounds[1:]) / 2)  # of whole numbers in a row
+
+
 def test_last_losses_are_pictured_best_first_with_mean_and_range():
     axes = plots.finals([row(name, None, s, x + s) for name, x in (("b", 3.0), ("a", 1.0)) for s in (0, 2)], "").axes
     ticks = zip(axes[0].get_yticks(), axes[0].get_yticklabels(), strict=True)
