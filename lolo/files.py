@@ -428,6 +428,8 @@ def check_meta_params(arrays: Arrays, learner: dict[str, Any], source: str) -> N
         for name in ("clock_limit", "step_decay"):
             if learner.get(name) is not None:
                 _check_number(learner, name, source)
+        if learner.get("step_decay") is not None and not learner["step_decay"] > 0:
+            raise FileError(f"{source}: step_decay={learner['step_decay']!r}; expected a positive number of steps.")
         expected = small_fc_spec.weight_shapes(hidden, learn_decays=decays)
     elif learner.get("name") == "sgd":
         expected = {"log_learning_rate": (), "momentum_logit": ()}

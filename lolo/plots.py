@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
         axis.set(xscale="log", xlabel="inner step", ylabel=f"{name} (nats)")
         marks = [steps[0], steps[-1], unroll or steps[0]]
         axis.set_xlim(min(marks) / 1.2, 1.2 * max(marks))
-        axis.set_ylim(*_range(values[:, np.searchsorted(steps, (unroll or steps[-1] / 10) / 2) :]))
+        first = min(unroll or math.inf, steps[-1] / 10) / 2
+        axis.set_ylim(*_range(values[:, np.searchsorted(steps, first) :]))
         axis.grid(True, which="both", alpha=0.2)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
@@ -73,12 +75,16 @@ def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
 
 
 def _thinned(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Steps at the ends of at most 150 stretches of equal length on a log axis, and means over each: [P], [runs, P]."""
+    """Steps at the ends of at most 150 stretches of equal length on a log axis, and means over the finite of each.
+
+    Returns: [P], [runs, P]; NaN where nothing is finite.
+    """
     windows = curves.shape[1]
     ends = np.unique(np.round(np.geomspace(1, windows, 150)).astype(int))
     starts = np.concatenate([[0], ends[:-1]])
-    means = [curves[:, start:end].mean(axis=1) for start, end in zip(starts, ends, strict=True)]
-    return WINDOW * ends, np.stack(means, axis=1)
+    finite = np.isfinite(curves)
+    sums, counts = (np.add.reduceat(np.where(finite, x, 0.0), starts, axis=1) for x in (curves, 1.0))
+    return WINDOW * ends, np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
@@ -86,8 +92,8 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
-    low, middle, high = (float(np.quantile(finite, share)) for share in (0.0, 0.5, 0.98))
-    high = min(high, low + 8 * (middle - low)) if middle > low else high
+    low, most, high = (float(np.quantile(finite, share)) for share in (0.0, 0.75, 0.98))
+    high = min(high, low + max(4 * (most - low), 0.5))
     margin = 0.06 * max(high - low, 1e-6)
     return low - margin, high + 2 * margin
 

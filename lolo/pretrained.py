@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,9 +34,9 @@ class Weights(NamedTuple):
         step_scale: float | Callable[[jax.Array], jax.Array] = 1.0,
         weight_decay: float | None = None,
         clock_limit: float | None = None,
-        step_decay: float | None = None,
         axis_name: str | None = None,
         sharded_axis: int = 0,
+        step_decay: float | None = None,
     ) -> optax.GradientTransformation:
         """The optimizer for optax.
 
@@ -43,10 +44,10 @@ class Weights(NamedTuple):
           step_scale: multiplies every update; a float, or a schedule step -> float.
           weight_decay: decoupled, times λ1; None: as shipped; 0 switches it off.
           clock_limit: the time features see min(t, clock_limit); None: as shipped; inf switches it off.
-          step_decay: updates are divided by √(1 + t/step_decay); None: as shipped; inf switches it off.
           axis_name: inside shard_map, the mesh axis over whose devices parameters are cut. Those that are equal on all
             of its devices may stand beside them.
           sharded_axis: the axis along which they are cut, in equal parts.
+          step_decay: updates are divided by √(1 + t/step_decay); None: as shipped; inf switches it off.
 
         Raises ValueError for a setting that the architecture does not have. Its init and update raise ValueError,
         inside shard_map, for parameters that are cut over another axis, and for gradients that were not averaged.
@@ -126,11 +127,16 @@ def load(name_or_path: str | Path = files.DEFAULT_WEIGHTS) -> Weights:
 
 
 def save(path: Path | str, weights: Weights) -> None:
-    """Write weights as one safetensors file with architecture, recipe and card in its metadata."""
+    """Write weights as one safetensors file with architecture, recipe and card in its metadata.
+
+    A clock_limit or step_decay of inf is written as None, which means the same.
+    """
+    learner = dataclasses.asdict(weights.learner)
+    learner |= {name: None for name in ("clock_limit", "step_decay") if learner[name] == math.inf}
     files.write_weights(
         path,
         {name: np.asarray(x) for name, x in weights.meta_params.items()},
-        learner=dataclasses.asdict(weights.learner),
+        learner=learner,
         recipe=weights.recipe,
         card=weights.card,
     )

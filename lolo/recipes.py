@@ -10,7 +10,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -159,18 +159,14 @@ def method_of(recipe: Recipe) -> str | None:
 def variant(text: str) -> Recipe:
     """A named recipe with changes: "lolo replay.threshold=0.2 replay.read=newest". Raises RecipeError."""
     name, *changes = text.split() or [""]
-    return changed(pick(RECIPES, "recipe", name), changes)
-
-
-def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
-    """The recipe with fields set by words, such as "replay.threshold=0.2". Raises RecipeError."""
+    recipe: Recipe = pick(RECIPES, "recipe", name)
     for change in changes:
         field, _, value = change.partition("=")
         if field not in fields(recipe):
             raise unknown("recipe field", field, fields(recipe))
         kind = type(fields(recipe)[field])
         if kind not in (bool, int, float, str, type(None)):
-            raise RecipeError(f"{field} can't be set in {change!r}.")
+            raise RecipeError(f"{field} can't be set in {text!r}.")
         parsed: Any = value
         try:
             if kind is bool:

@@ -437,8 +437,8 @@ class LoLO(torch.optim.Optimizer):
         `clock_limit`, `step_decay` and `maximize`. float32, bfloat16, float16 or float64, of any rank; all of it
         computed in float32.
       weights: name of shipped weights, path of a weights file, a `files.WeightsFile`, or a dict of φ's arrays
-        (then λ1 = λ2 = 1e-3, no decay, no limit).
-      lr: the step's scale; 1 is what the weights were meta-trained with. Schedulers may change it.
+        (then λ1 = λ2 = 1e-3, no weight decay, no limit, no step decay).
+      lr: the step's scale; 1 is as shipped with the weights. Schedulers may change it.
       weight_decay: decoupled; None: as shipped with the weights, 0: none.
       clock_limit: the time inputs see min(t, clock_limit); None: as shipped, math.inf: no limit.
       step_decay: steps after which updates have shrunk by √2; None: as shipped, math.inf: they don't shrink.
@@ -586,6 +586,13 @@ class LoLO(torch.optim.Optimizer):
                 torch._foreach_copy_(moments[name], moment.unbind(-4))
         for state in states:
             state["step"] += 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of states saved before there was a step_decay."""
+        super().__setstate__(state)
+        self.defaults.setdefault("step_decay", None)
+        for group in self.param_groups:
+            group.setdefault("step_decay", math.inf)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_networks": self._networks, "_spaces": {}}

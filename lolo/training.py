@@ -365,7 +365,8 @@ class Run:
 
 def check_init(init: files.WeightsFile, learner: recipes.Learner) -> None:
     """Raise FileError unless φ of a weights file means the same in a recipe's learner."""
-    given = recipes.learner_from_dict(init.learner, "--init weights")
+    own = init.recipe.get("learner", init.learner)  # φ means what it was meta-trained as, however it is used
+    given = recipes.learner_from_dict(own, "--init weights")
     of_use: dict[str, Any] = {  # may differ
         name: getattr(learner, name) for name in ("weight_decay", "clock_limit", "step_decay")
     }

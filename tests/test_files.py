@@ -97,6 +97,8 @@ def rewritten(path, **metadata):
         ({"learner": json.dumps({**LEARNER, "hidden": 5})}, "has tensors"),
         ({"learner": json.dumps({**LEARNER, "hidden": 10**9})}, "hidden=1000000000"),
         ({"learner": json.dumps({**LEARNER, "step_mult": "x"})}, "step_mult='x'"),
+        ({"learner": json.dumps({**LEARNER, "step_decay": 0.0})}, "step_decay=0.0; expected a positive number"),
+        ({"learner": json.dumps({**LEARNER, "step_decay": -3000})}, "step_decay=-3000; expected a positive number"),
     ],
 )
 def test_foreign_and_future_weights_are_refused_by_name(weights_path, metadata, words):

@@ -199,6 +199,10 @@ def test_names_of_parts_tell_weights_by_the_settings_they_came_with(tmp_path):
 
     mended = [part("", dataclasses.replace(recipe.learner, clock_limit=limit)) for limit in (10.0, 20.0)]
     assert len({part(""), *mended}) == 3 and part(":clock_limit=3,schedule=cosine") == part("")
+    now, older = part(""), recipes.to_dict(recipe)
+    del older["learner"]["step_decay"]  # as recipes were before there was one
+    pretrained.save(path, pretrained.load(path)._replace(recipe=older))
+    assert studies._part_name("group", [str(path)], contestants.named_weights([str(path)])) == now
 
 
 def test_rows_of_a_users_task_are_not_kept_when_its_file_changes(tmp_path, monkeypatch):
@@ -384,6 +388,13 @@ def test_runs_that_diverged_leave_a_picture_through_the_top():
     low, high = plots._range(good)
     assert low < 0.3 and high > 0.5  # nothing is cut where nothing diverged
     assert plots._range(np.array([2.0, 2.0]))[1] > 2
+    assert plots._range(np.array([1e-6] * 60 + [0.3] * 40))[1] > 0.3  # most at the floor, others not diverged
+
+
+def test_the_range_of_curves_shorter_than_the_unroll_is_their_own():
+    figure = plots.curves([row("adamw", None, 0, 2.3)], 1000, "")  # 200 steps
+    low, high = figure.axes[0].get_ylim()
+    assert low < 2.3 < high and low > 1
 
 
 def test_long_curves_are_thinned_evenly_on_a_log_axis():
@@ -393,6 +404,10 @@ def test_long_curves_are_thinned_evenly_on_a_log_axis():
     steps, means = plots._thinned(np.arange(1.0, 1001.0)[None])
     assert len(steps) < 150 and (steps[0], steps[-1]) == (100, 100_000)
     assert np.ptp(np.diff(np.log(steps[-60:]))) < 0.03 < np.diff(np.log(steps[-60:])).min()
+    holes = np.arange(1.0, 1001.0)
+    holes[[0, 500, 999]] = np.nan, np.inf, np.nan
+    with_holes = plots._thinned(holes[None])[1][0]
+    assert np.isnan(with_holes[0]) and np.isfinite(with_holes[1:]).all()
     bounds = np.concatenate([[0], steps // 100])
     np.testing.assert_allclose(means[0], (bounds[:-1] + 1 + bounds[1:]) / 2)  # of whole numbers in a row
 
@@ -426,6 +441,7 @@ def test_a_method_has_the_last_word_over_its_study_and_fixed_fields_over_both():
     found = studies.recipe_of(study, "naive outer.steps=5", "quadratic", 3)
     assert (found.outer.steps, found.unroll.length, found.tasks, found.seed) == (5, 200, ("quadratic",), 3)
     assert recipes.method_of(found) == "naive"
+    assert studies.recipe_of(study, "naive seed=5", "quadratic", 3).seed == 3
     smoked = dataclasses.replace(study, fixed=studies.SMOKE)
     assert (
         studies.recipe_of(smoked, "naive outer.steps=5", "quadratic", 3).outer.steps

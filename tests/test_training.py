@@ -166,6 +166,10 @@ def test_init_goes_on_from_other_weights(tmp_path):
             training.train(small(**{f"learner.{name}": value}), tmp_path / "b", init=source)
     assert not (tmp_path / "b").exists()
     training.check_init(files.read_weights(source), small(**{"learner.clock_limit": 5.0}).learner)  # a mend is free
+    weights = pretrained.load(source)  # and so is how they are shipped: φ means what it was meta-trained as
+    shipped = dataclasses.replace(weights.learner, step_mult=2e-3, step_decay=3000.0)
+    pretrained.save(tmp_path / "shipped.safetensors", weights._replace(learner=shipped))
+    training.check_init(files.read_weights(tmp_path / "shipped.safetensors"), weights.learner)
 
 
 @pytest.mark.parametrize("killed", ["before recipe.json", "in recipe.json", "before the first checkpoint"])

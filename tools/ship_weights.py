@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("name")
-    parser.add_argument("rows", type=Path, nargs="*")
+    parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--use", default="", help="settings that they are shipped with: clock_limit=10000,step_scale=2")
     parser.add_argument("--commit", required=True, help="the commit that the study ran at")
     parser.add_argument("--limits", required=True, help="what the weights are not for, in a sentence")
@@ -27,16 +27,23 @@ def main() -> None:
     use = contestants.parse_use(arguments.use, arguments.name)
     if use.schedule != "constant":
         parser.error(f"--use {arguments.use}: a schedule ends at a step that only a user knows; leave it out.")
+    if use.changes and dataclasses.asdict(weights.learner) != weights.recipe["learner"] | {"step_decay": None}:
+        parser.error(f"{arguments.source} has settings of use already; give the weights as they were meta-trained.")
     learner = pretrained.used(weights.learner, use.weight_decay, use.clock_limit, use.step_decay)
     learner = dataclasses.replace(learner, step_mult=learner.step_mult * use.step_scale)
-    results = dict(measured(file) for file in arguments.rows)
+    results, sums = dict[str, Any](), dict[str, str]()
+    for file in arguments.rows:
+        heading, losses = measured(file)
+        if heading in results:
+            parser.error(f"{file} holds rows of {heading} again")
+        results[heading], sums[heading] = losses, hashlib.sha256(file.read_bytes()).hexdigest()
     card = {
         "summary": f"LoLO, {weights.recipe['outer']['steps']} outer steps on {', '.join(weights.recipe['tasks'])}",
         "data": weights.recipe["tasks"],
         "meta_seed": weights.recipe["seed"],
         "commit": arguments.commit,
         "results": results,
-        "rows_sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in arguments.rows},
+        "rows_sha256": sums,
         "limits": arguments.limits,
         "licence": "MIT",
     }

@@ -345,6 +345,17 @@ def test_resuming_is_exact(dtype):
     assert same(values(model), values(resumed))
 
 
+def test_states_from_before_there_was_a_step_decay_go_on_without_one():
+    model, twin = make_model(), make_model()
+    optimizer, other = LoLO(model.parameters(), weights=PHI), LoLO(twin.parameters(), weights=PHI, step_decay=2.0)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["step_decay"]
+    other.load_state_dict(saved)
+    train(model, optimizer, 3)
+    train(twin, other, 3)
+    assert same(values(model), values(twin)) and other.param_groups[0]["step_decay"] == math.inf
+
+
 def test_a_loaded_state_is_a_copy():
     model, twin = make_model(), make_model()
     optimizer, other = LoLO(model.parameters(), weights=PHI), LoLO(twin.parameters(), weights=PHI)
