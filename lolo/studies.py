@@ -140,7 +140,7 @@ STUDY: dict[str, Study] = {
         changes=(("outer.steps", 2000),),
     ),
     "naive-tuned": dataclasses.replace(
-        TUNED, tasks=("fashion-mlp",), changes=(*TUNED.changes, ("validation.every", 0))
+        TUNED, tasks=("fashion-mlp",), meta_seeds=5, changes=(*TUNED.changes, ("validation.every", 0))
     ),
     "naive-tuned-books": dataclasses.replace(TUNED, tasks=("books-mlp",)),
     "long": dataclasses.replace(LONG, tasks=("fashion-mlp",), changes=(*LONG.changes, ("validation.every", 0))),
