@@ -93,7 +93,7 @@ COSINE = "step_scale=2,schedule=cosine"
 IN_USE = tuple(("lolo", use) for use in ("schedule=cosine", COSINE, ANYTIME))
 SHORT = (("outer.steps", 1000), ("validation.every", 0))
 TUNED = Study(
-    about="LoLO against naive-LO at its best outer learning rate of four, which `settings` found",
+    about="LoLO against naive-LO at the best outer learning rate that `settings` found so far",
     tasks=(),
     methods=("naive outer.lr=0.001", "lolo"),
     meta_seeds=3,
