@@ -13,7 +13,7 @@ MAX_WHEEL_BYTES := 12000000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all browser-test check format bench wheel-test docs clean
+.PHONY: help install quickstart test test-all gpu-test browser-test check format bench wheel-test docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,11 +24,17 @@ quickstart: $(INSTALLED) ## meta-train three optimizers on real data and compare
 	$(BIN)/lolo reproduce quick
 
 test: $(INSTALLED) ## unit, statistical and parity tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not torch and not browser' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not torch and not browser and not gpu' $(ARGS)
 
 # LOLO_REQUIRE_ALL: a skipped test fails the run (tests/conftest.py).
 test-all: $(TORCH_INSTALLED) ## everything slow, and everything that needs PyTorch or an extra; nothing may be skipped
 	LOLO_REQUIRE_ALL=1 $(BIN)/python -m pytest -m 'slow or torch' $(ARGS)
+
+# Not in .venv, which holds the CPU builds: with the python of an environment that has JAX and PyTorch for CUDA.
+gpu-test: ## on a machine with an NVIDIA GPU: make gpu-test PYTHON=..., of an environment with 'lolo[cuda,torch,test]'
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false LOLO_REQUIRE_ALL=1 $(PYTHON) -m pytest \
+	  -m 'not slow and not torch' tests/test_gpu.py tests/test_small_fc.py tests/test_optax.py tests/test_meta.py \
+	  tests/test_estimators.py tests/test_imitation.py tests/test_replay.py $(ARGS)
 
 browser-test: $(BROWSER_INSTALLED) ## the report in headless Chromium (as root, installs Debian's if there is none)
 	chromium=$$($(BIN)/python tools/chromium.py) && \

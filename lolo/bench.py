@@ -326,39 +326,59 @@ def bench_start_and_cores() -> list[Line]:
     ]
 
 
-TORCH_WIDTHS = (784, 640, 640, 136, 10)  # 1.00M parameters
+TORCH_SIZES = {"1M": (784, 640, 640, 136, 10), "10M": (1024, 2560, 2560, 256, 10)}
 
 
-def bench_torch(seconds: float = 12.0) -> list[Line]:
-    """The optimizer's step in PyTorch, one thread: ours, the textbook form, AdamW."""
+def bench_torch(seconds: float = 12.0) -> Iterator[Line]:
+    """The optimizer's step in PyTorch: one CPU thread, beside the textbook's and AdamW's; a GPU, if there is one."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
-        return [Line("torch is not installed: pip install 'lolo[torch]'", float("nan"), "", "skipped")]
+        yield Line("torch is not installed: pip install 'lolo[torch]'", float("nan"), "", "skipped")
+        return
     import torch
 
-    from lolo.textbook_torch import Textbook
+    torch.set_num_threads(1)
+    yield from torch_steps("cpu", "1M", seconds)
+    if torch.cuda.is_available():
+        for size in TORCH_SIZES:
+            yield from torch_steps("cuda", size, seconds / 2)
+
+
+def torch_steps(device: str, size: str, seconds: float) -> Iterator[Line]:
+    """One step of each optimizer on the parameters of an MLP."""
+    import torch
+
+    from lolo.textbook_torch import Textbook  # on the CPU only
     from lolo.torch import LoLO
+
+    widths = TORCH_SIZES[size]
 
     def parameters() -> list[Any]:
         generator = torch.Generator().manual_seed(0)
-        layers = [torch.nn.Linear(a, b) for a, b in zip(TORCH_WIDTHS, TORCH_WIDTHS[1:], strict=False)]
-        params = [p for layer in layers for p in layer.parameters()]
+        layers = [torch.nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+        params = [p.to(device).detach().requires_grad_() for layer in layers for p in layer.parameters()]
         for param in params:
-            param.grad = torch.randn(param.shape, generator=generator) * 0.01
+            param.grad = (torch.randn(param.shape, generator=generator) * 0.01).to(device)
         return params
 
-    torch.set_num_threads(1)
+    def done(step: Callable[[], Any]) -> None:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
     phi = {name: np.array(x) for name, x in learned.small_fc().init(jax.random.key(0)).items()}
-    calls = {
-        "lolo": LoLO(parameters(), weights=phi).step,
-        "textbook": Textbook(parameters(), phi).step,
-        "adamw foreach": torch.optim.AdamW(parameters(), foreach=True).step,
-    }
-    times = interleaved(calls, seconds)
-    label = f"torch {torch.__version__} step on 1M parameters"
-    lines = [Line(f"{label}: {name}", 1000 * t, "ms") for name, t in times.items()]
-    lines.append(Line("torch: textbook / lolo", times["textbook"] / times["lolo"], "x"))
-    return [*lines, Line("torch: lolo / adamw foreach", times["lolo"] / times["adamw foreach"], "x")]
+    steps = {"lolo": LoLO(parameters(), weights=phi).step}
+    if device == "cpu":
+        steps["textbook"] = Textbook(parameters(), phi).step
+    else:
+        steps["adamw fused"] = torch.optim.AdamW(parameters(), fused=True).step
+    steps["adamw foreach"] = torch.optim.AdamW(parameters(), foreach=True).step
+    times = interleaved({name: partial(done, step) for name, step in steps.items()}, seconds)
+    for name, t in times.items():
+        yield Line(f"torch {torch.__version__} step on {size} parameters, {device}: {name}", 1000 * t, "ms")
+    if device == "cpu":
+        yield Line("torch: textbook / lolo", times["textbook"] / times["lolo"], "x")
+    yield Line(f"torch {size}, {device}: lolo / adamw foreach", times["lolo"] / times["adamw foreach"], "x")
 
 
 PARTS: dict[str, Callable[[], Iterable[Line]]] = {

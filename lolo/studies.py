@@ -519,18 +519,17 @@ def write_report(
     if len({row.optimizer for row in rows}) > len(plots.COLOURS):  # too many for an eye to follow
         plots.save_figure(plots.finals(rows, title), out / f"finals-{name}.png")
         pictures.insert(0, f"![losses at the last step](finals-{name}.png)")
-    cards: dict[str, dict[str, Any]] = {}
-    for label, found in weights.items():  # the same weights in several uses have one card
-        if found.card.get("start_steps_per_250") and found.card not in cards.values():
-            cards[label] = found.card
+    digests = {
+        label: files.digest({k: np.asarray(x) for k, x in w.meta_params.items()}) for label, w in weights.items()
+    }
+    first = {digest: label for label, digest in reversed(digests.items())}  # one φ may be there in several uses
+    started = {label: w.card for label, w in weights.items() if w.card.get("start_steps_per_250")}
+    cards = {label: card for label, card in started.items() if first[digests[label]] == label}
     if cards:
         plots.save_figure(plots.start_steps(cards), out / f"start-steps-{name}.png")
         pictures.append(f"![realised start steps](start-steps-{name}.png)")
     about = {"command": command, "note": note, "unroll": unroll, **training.provenance()}
-    kept = {
-        label: {"sha256": files.digest({k: np.asarray(x) for k, x in w.meta_params.items()}), "card": w.card}
-        for label, w in weights.items()
-    }
+    kept = {label: {"sha256": digests[label], "card": w.card} for label, w in weights.items()}
     files.write_json(out / f"about-{name}.json", files.json_safe({**about, "weights": kept}))
     diverged = sum(row.diverged for row in rows)
     paragraphs = [

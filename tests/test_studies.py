@@ -263,6 +263,20 @@ def test_rows_are_kept_whatever_happens_to_the_report(tmp_path, monkeypatch):
     assert studies.load_rows(tmp_path / "rows-quadratic.jsonl") == [row("adamw", None, 0, 1.0)]
 
 
+def test_start_steps_are_drawn_once_for_each_weights_however_alike_their_cards(tmp_path, monkeypatch):
+    drawn, card = [], {"start_steps_per_250": {"0": 8}}  # of every method that never restarts from a buffer
+
+    def weights(value):
+        return pretrained.Weights({"w0": jnp.full(2, value)}, recipes.Learner(), {}, card)
+
+    uses = {"naive": weights(1.0), "bc-only": weights(2.0), "bc-only schedule=cosine": weights(2.0)}
+    monkeypatch.setattr(plots, "start_steps", lambda cards: drawn.extend(cards) or plots.curves(rows, None, ""))
+    rows = [row("adamw", None, 0, 1.0)]
+    studies.write_report(tmp_path, "quadratic", rows, uses, "lolo eval")
+    assert drawn == ["naive", "bc-only"]
+    assert "(start-steps-quadratic.png)" in (tmp_path / "report-quadratic.md").read_text()
+
+
 def test_files_of_a_users_task_are_named_after_file_and_function():
     assert studies.file_name("fashion-mlp") == "fashion-mlp"
     assert studies.file_name("fashion-mlp:widths=64-32") == "fashion-mlp-widths=64-32"

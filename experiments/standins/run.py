@@ -1,4 +1,4 @@
-"""Weights and AdamW on the real stand-ins for the paper's tasks, with curves, throughput and peak memory.
+"""Optimizers and AdamW on the real stand-ins for the paper's tasks, with curves, throughput and peak memory.
 
     export LOLO_DATA=data
     lolo data prepare textures --to data/textures     # apt-get install openarena-081-textures
@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import jax
 
 from lolo import contestants, evaluation, files, plots, studies, tasks, training
 
@@ -45,7 +47,10 @@ JOBS = {
 
 
 def peak_memory_mb() -> int:
-    """Highest resident memory of this process. Not `ru_maxrss`: that begins with the memory of the parent."""
+    """Highest memory on the GPU, or of this process. Not `ru_maxrss`: that begins with the memory of the parent."""
+    on_device = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in on_device:
+        return on_device["peak_bytes_in_use"] // 10**6
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
 
@@ -90,7 +95,9 @@ def run_one(name: str, optimizer: str, smoke: bool) -> dict:
 
 def part_file(out: Path, name: str, optimizer: str) -> Path:
     """Where one run's numbers are kept."""
-    return out / "parts" / f"{name}-{Path(optimizer).stem.replace(':', '-')}.json"
+    path = Path(optimizer)
+    of = f"{path.parent.name}-{path.stem}" if path.suffix == ".safetensors" else optimizer
+    return out / "parts" / f"{name}-{studies.slug(of)}.json"
 
 
 def write_reports(out: Path, names: list[str], optimizers: list[str], command: str) -> None:
@@ -113,11 +120,11 @@ def write_reports(out: Path, names: list[str], optimizers: list[str], command: s
         if all(part["window"] == WINDOW for part in found):
             plots.save_figure(plots.curves(rows, None, name), out / f"curves-{name}.png")
         for part, row in zip(found, rows, strict=True):
-            pace = part["seconds_per_step"]
+            pace, memory = part["seconds_per_step"], part["peak_memory_mb"]
             speed = f"{pace:.3f} | {part['batch'] / pace:.0f}" if pace else "– | –"
             lines.append(
                 f"| {name} | {row.optimizer} | {row.steps:,} | {row.train_loss:.4f} | {row.held_loss:.4f} | "
-                f"{row.held['accuracy']:.4f} | {speed} | {part['peak_memory_mb']:,} MB |"
+                f"{row.held['accuracy']:.4f} | {speed} | {f'{memory:,} MB' if memory else '–'} |"
             )
         parts[name] = found
     about = parts[names[0]][0]["provenance"]
@@ -133,13 +140,13 @@ def write_reports(out: Path, names: list[str], optimizers: list[str], command: s
 def main() -> None:
     """Run what is left, then write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", nargs="+", help="names of `lolo weights`, or files")
+    parser.add_argument("optimizers", nargs="+", help="as `lolo eval` takes them; AdamW at 1e-3 comes with them")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=JOBS, action="append", help="this job only; may be given again")
     parser.add_argument("--smoke", action="store_true", help="5 steps of each job")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    names, optimizers = asked.only or list(JOBS), [*asked.weights, ADAMW]
+    names, optimizers = asked.only or list(JOBS), list(dict.fromkeys([*asked.optimizers, ADAMW]))
     if asked.child:
         print(json.dumps(run_one(names[0], asked.child, asked.smoke)))
         return
