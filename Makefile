@@ -33,8 +33,7 @@ test-all: $(TORCH_INSTALLED) ## everything slow, and everything that needs PyTor
 # Not in .venv, which holds the CPU builds: with the python of an environment that has JAX and PyTorch for CUDA.
 gpu-test: ## on a machine with an NVIDIA GPU: make gpu-test PYTHON=..., of an environment with 'lolo[cuda,torch,test]'
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false LOLO_REQUIRE_ALL=1 $(PYTHON) -m pytest \
-	  -m 'not slow and not torch' tests/test_gpu.py tests/test_small_fc.py tests/test_optax.py tests/test_meta.py \
-	  tests/test_estimators.py tests/test_imitation.py tests/test_replay.py $(ARGS)
+	  -m 'not slow and not torch' tests/test_gpu.py tests/test_optax.py $(ARGS)
 
 browser-test: $(BROWSER_INSTALLED) ## the report in headless Chromium (as root, installs Debian's if there is none)
 	chromium=$$($(BIN)/python tools/chromium.py) && \

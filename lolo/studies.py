@@ -178,6 +178,14 @@ STUDY: dict[str, Study] = {
         baselines=("adamw:1e-3", "adamw:grid"),
         changes=SHORT,
     ),
+    "settings-confirmed": Study(
+        about="the three best of `settings`, with three meta-seeds",
+        tasks=("fashion-mlp",),
+        methods=("lolo", "lolo imitation.alpha_mix=one", "lolo imitation.lr=0.003", "lolo replay.capacity=8"),
+        meta_seeds=3,
+        baselines=("adamw:1e-3", "adamw:grid"),
+        changes=SHORT,
+    ),
     "transfer": Study(
         about="meta-trained on two small tasks at once, used unchanged on models that were never seen",
         tasks=("fashion-mlp+books-mlp",),
