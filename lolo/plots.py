@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +120,15 @@ def finals(rows: Sequence[Row], title: str) -> Any:
     return figure
 
 
-def start_steps(cards: dict[str, dict[str, Any]]) -> Any:
-    """Histogram of the start steps that meta-training realised, one line per weights file."""
+def start_steps(counts_of: Mapping[str, Mapping[str, int]]) -> Any:
+    """Histogram of the start steps that meta-training realised: label -> first step of a bin of 250 -> unrolls."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
     # Lines of methods without a buffer lie on one another: the first drawn are the widest.
-    widths = np.linspace(min(1.2 * len(cards), 6.0), 1.2, len(cards))
-    colours = COLOURS * (len(cards) // len(COLOURS) + 1)
-    for (label, card), colour, width in zip(cards.items(), colours, widths, strict=False):
-        counts = {int(k): v for k, v in card.get("start_steps_per_250", {}).items()}
+    widths = np.linspace(min(1.2 * len(counts_of), 6.0), 1.2, len(counts_of))
+    colours = COLOURS * (len(counts_of) // len(COLOURS) + 1)
+    for (label, found), colour, width in zip(counts_of.items(), colours, widths, strict=False):
+        counts = {int(k): v for k, v in found.items()}
         if counts:
             steps = np.arange(0, max(counts) + 500, 250)
             share = np.array([counts.get(int(s), 0) for s in steps], float)

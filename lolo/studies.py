@@ -530,11 +530,15 @@ def write_report(
     digests = {
         label: files.digest({k: np.asarray(x) for k, x in w.meta_params.items()}) for label, w in weights.items()
     }
-    first = {digest: label for label, digest in reversed(digests.items())}  # one φ may be there in several uses
-    started = {label: w.card for label, w in weights.items() if w.card.get("start_steps_per_250")}
-    cards = {label: card for label, card in started.items() if first[digests[label]] == label}
-    if cards:
-        plots.save_figure(plots.start_steps(cards), out / f"start-steps-{name}.png")
+    started: dict[str, Counter[str]] = {}  # of each method, over its meta-seeds
+    seen = set()
+    for label, one in weights.items():
+        counts, key = one.card.get("start_steps_per_250"), (digests[label], repr(one.recipe))
+        if counts and key not in seen:  # the same weights may be there in several uses
+            started.setdefault(label.partition(", meta-seed ")[0], Counter()).update(counts)
+            seen.add(key)
+    if 0 < len(started) <= len(plots.COLOURS):
+        plots.save_figure(plots.start_steps(started), out / f"start-steps-{name}.png")
         pictures.append(f"![realised start steps](start-steps-{name}.png)")
     about = {"command": command, "note": note, "unroll": unroll, **training.provenance()}
     kept = {label: {"sha256": digests[label], "card": w.card} for label, w in weights.items()}

@@ -7,7 +7,7 @@
 The same function as `lolo.learned.small_fc`, computed features-first and in blocks that stay in cache: 16 inputs per
 entry, those of the row and column moments in their own smaller spaces, normalisation folded into the first weights and
 time into the first bias. Small tensors of equal shape share a block, so that many leaves cost little. Written in plain
-torch operations, which any device has, and tuned for CPUs: on a GPU its time is that of many small launches.
+torch operations, which any device has, and tuned for CPUs (docs/performance.md has a GPU's times).
 """
 
 from __future__ import annotations

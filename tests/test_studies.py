@@ -263,18 +263,33 @@ def test_rows_are_kept_whatever_happens_to_the_report(tmp_path, monkeypatch):
     assert studies.load_rows(tmp_path / "rows-quadratic.jsonl") == [row("adamw", None, 0, 1.0)]
 
 
-def test_start_steps_are_drawn_once_for_each_weights_however_alike_their_cards(tmp_path, monkeypatch):
-    drawn, card = [], {"start_steps_per_250": {"0": 8}}  # of every method that never restarts from a buffer
+def test_start_steps_are_summed_over_meta_seeds_and_drawn_once_for_each_weights(tmp_path, monkeypatch):
+    drawn, rows = {}, [row("adamw", None, 0, 1.0)]
+    monkeypatch.setattr(plots, "start_steps", lambda counts: drawn.update(counts) or plots.curves(rows, None, ""))
 
-    def weights(value):
-        return pretrained.Weights({"w0": jnp.full(2, value)}, recipes.Learner(), {}, card)
+    def weights(value, **changes):
+        card = {"start_steps_per_250": {"0": 8, "250": 2}}  # alike for every method without a buffer
+        return pretrained.Weights(
+            {"w0": jnp.full(2, value)}, recipes.Learner(), changes | {"unroll": {"length": 9}}, card
+        )
 
-    uses = {"naive": weights(1.0), "bc-only": weights(2.0), "bc-only schedule=cosine": weights(2.0)}
-    monkeypatch.setattr(plots, "start_steps", lambda cards: drawn.extend(cards) or plots.curves(rows, None, ""))
-    rows = [row("adamw", None, 0, 1.0)]
-    studies.write_report(tmp_path, "quadratic", rows, uses, "lolo eval")
-    assert drawn == ["naive", "bc-only"]
+    methods = {
+        "naive, meta-seed 0": weights(1.0),
+        "naive, meta-seed 1": weights(2.0),
+        "naive schedule=cosine, meta-seed 0": weights(1.0),  # the same weights
+        "bc-only, meta-seed 0": weights(3.0),
+        "newest, meta-seed 0": weights(3.0, read="newest"),  # other recipes may give the same bytes
+    }
+    studies.write_report(tmp_path, "quadratic", rows, methods, "lolo eval")
+    assert drawn == {
+        "naive": {"0": 16, "250": 4},
+        "bc-only": {"0": 8, "250": 2},
+        "newest": {"0": 8, "250": 2},
+    }
     assert "(start-steps-quadratic.png)" in (tmp_path / "report-quadratic.md").read_text()
+    many = {f"lolo {i}, meta-seed 0": weights(float(i))._replace(recipe={}) for i in range(len(plots.COLOURS) + 1)}
+    studies.write_report(tmp_path / "many", "quadratic", rows, many, "lolo eval")
+    assert "start-steps" not in (tmp_path / "many" / "report-quadratic.md").read_text()
 
 
 def test_files_of_a_users_task_are_named_after_file_and_function():

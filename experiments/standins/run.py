@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import statistics
 import subprocess
@@ -50,7 +51,7 @@ def peak_memory_mb() -> int:
     """Highest memory on the GPU, or of this process. Not `ru_maxrss`: that begins with the memory of the parent."""
     on_device = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in on_device:
-        return on_device["peak_bytes_in_use"] // 10**6
+        return on_device["peak_bytes_in_use"] // 2**20
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
 
@@ -96,7 +97,9 @@ def run_one(name: str, optimizer: str, smoke: bool) -> dict:
 def part_file(out: Path, name: str, optimizer: str) -> Path:
     """Where one run's numbers are kept."""
     path = Path(optimizer)
-    of = f"{path.parent.name}-{path.stem}" if path.suffix == ".safetensors" else optimizer
+    of = optimizer
+    if path.suffix == ".safetensors":
+        of = f"{path.parent.name}-{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
     return out / "parts" / f"{name}-{studies.slug(of)}.json"
 
 
@@ -146,7 +149,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="5 steps of each job")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    names, optimizers = asked.only or list(JOBS), list(dict.fromkeys([*asked.optimizers, ADAMW]))
+    names, optimizers = asked.only or list(JOBS), contestants.distinct([*asked.optimizers, ADAMW])
     if asked.child:
         print(json.dumps(run_one(names[0], asked.child, asked.smoke)))
         return
