@@ -347,10 +347,15 @@ def _part_name(group: str, members: Sequence[str], named: dict[str, contestants.
     return f"{slug(group)}{mark}.jsonl"
 
 
+def _digest(weights: pretrained.Weights) -> str:
+    """Of φ alone."""
+    return files.digest({name: np.asarray(x) for name, x in weights.meta_params.items()})
+
+
 def _contents(named: contestants.Named) -> str:
     """A digest of weights in use: φ, and the settings that they came with where these are not their recipe's."""
     weights, changes = named.weights, named.use.changes
-    digest = files.digest({name: np.asarray(x) for name, x in weights.meta_params.items()})
+    digest = _digest(weights)
     learner, own = dataclasses.asdict(weights.learner), weights.recipe.get("learner", {})
     meta_trained = dataclasses.asdict(recipes.learner_from_dict(own, "recipe")) if own else {}
     return digest if learner | changes == meta_trained | changes else f"{digest} {learner}"
@@ -527,9 +532,7 @@ def write_report(
     if len({row.optimizer for row in rows}) > len(plots.COLOURS):  # too many for an eye to follow
         plots.save_figure(plots.finals(rows, title), out / f"finals-{name}.png")
         pictures.insert(0, f"![losses at the last step](finals-{name}.png)")
-    digests = {
-        label: files.digest({k: np.asarray(x) for k, x in w.meta_params.items()}) for label, w in weights.items()
-    }
+    digests = {label: _digest(one) for label, one in weights.items()}
     started: dict[str, Counter[str]] = {}  # of each method, over its meta-seeds
     seen = set()
     for label, one in weights.items():

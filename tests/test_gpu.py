@@ -4,6 +4,7 @@ import copy
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import lolo
@@ -12,10 +13,6 @@ from lolo import files, models, recipes, training
 pytestmark = pytest.mark.gpu
 
 SHAPES = [(64, 48), (48,), (8, 16, 3, 3), (300, 40), (40, 300), (7,), ()]
-
-
-def on_gpu():
-    return jax.default_backend() == "gpu"
 
 
 def relative(ours, reference):
@@ -27,21 +24,10 @@ def relative(ours, reference):
 # --- JAX ----------------------------------------------------------------------------------------------------------
 
 
-def shortened(name, tasks):
-    recipe = recipes.RECIPES[name]
-    for field, value in {
-        "tasks": tasks,
-        "outer.steps": 8,
-        "unroll.length": 20,
-        "unroll.truncation": 10,
-        "validation.every": 0,
-    }.items():
-        recipe = recipes.with_field(recipe, field, value)
-    return recipe
-
-
 def test_the_tests_run_on_the_gpu():
-    assert on_gpu(), "JAX_PLATFORMS=cuda, and a JAX that comes with CUDA: pip install 'lolo[cuda]'"
+    assert jax.default_backend() == "gpu", (
+        "JAX_PLATFORMS=cuda, and a JAX that comes with CUDA: pip install 'lolo[cuda]'"
+    )
 
 
 def test_an_update_is_that_of_the_cpu():
@@ -55,7 +41,7 @@ def test_an_update_is_that_of_the_cpu():
         state = optimizer.init(here)
         for _ in range(10):
             updates, state = jax.jit(optimizer.update)(moved, state, here)
-            here = jax.tree.map(lambda x, u: x + u, here, updates)
+            here = optax.apply_updates(here, updates)
         return jax.device_get(jax.tree.map(lambda x, start: x - start, here, jax.device_put(params, device)))
 
     gpu, cpu = steps(jax.devices("gpu")[0]), steps(jax.devices("cpu")[0])
@@ -65,7 +51,9 @@ def test_an_update_is_that_of_the_cpu():
 
 @pytest.mark.parametrize("slots", [1, 8])
 def test_meta_training_repeats_itself_and_resumes_to_the_byte(tmp_path, slots):
-    recipe = recipes.with_field(shortened("lolo", ("fashion-mlp",)), "estimator.slots_per_block", slots)
+    recipe = recipes.variant(
+        f"lolo outer.steps=8 unroll.length=20 unroll.truncation=10 validation.every=0 estimator.slots_per_block={slots}"
+    )
     for name in ("one", "two"):
         assert training.train(recipe, tmp_path / name).finished
     stop = training.Stop()
