@@ -370,6 +370,9 @@ def eval_command(argv: list[str]) -> int:
     ) -> int:
         """Train a task with each optimizer, from the same inits and batches, and compare.
 
+        With --out a stopped evaluation goes on with the same command, and the same command with more optimizers
+        adds these.
+
         Args:
           optimizers: weights (a name of `lolo weights`, or files; in use with other settings:
             FILE:clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000 or FILE:schedule=cosine), adamw:1e-3,
@@ -386,17 +389,21 @@ def eval_command(argv: list[str]) -> int:
         if seeds < 1:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
         tasks_.pin(task)
-        if out is not None:
-            studies.check_free(out, task)
+        if out is not None and not dry_run:
+            studies.check_out(out, task, optimizers, steps, seeds)
         training.set_up()
         if dry_run:
             print(plan.report(plan.of_evaluation(task, recipes.Learner(), len(optimizers), seeds, steps)))
             return 0
-        with telling() as teller:
-            rows, weights = studies.evaluate(optimizers, task, steps, seeds, teller)
         if out is None:
+            with telling() as teller:
+                rows, weights = studies.evaluate(optimizers, task, steps, seeds, teller)
             print(studies.table(rows))
         else:
+            stop = training.Stop()
+            with telling() as teller, training.stop_on_signals(stop):
+                told = studies.heeding(stop, teller, out)
+                rows, weights = studies.evaluate(optimizers, task, steps, seeds, told, out / "parts")
             print(studies.write_report(out, task, rows, weights, shlex.join(["lolo", "eval", *argv])))
         return 0
 
@@ -417,7 +424,8 @@ def reproduce_command(argv: list[str]) -> int:
         Args:
           study: quick (minutes), books or mini (hours), or study: all parts of the study in docs/results.md (a day).
           out: folder of the study; default: runs/STUDY.
-          only: these parts of study alone: figure2, figure2-books, long, long-books, settings, transfer.
+          only: these parts of study alone: figure2, figure2-books, naive-tuned, naive-tuned-books, long, long-books,
+            settings, settings-confirmed, outer-steps, transfer.
           smoke: the smallest form, to see that everything runs; in a folder `smoke` inside, so that no rows are lost.
         """
         recipes.pick({**studies.STUDIES, "study": None}, "study", study)

@@ -186,6 +186,14 @@ STUDY: dict[str, Study] = {
         baselines=("adamw:1e-3", "adamw:grid"),
         changes=SHORT,
     ),
+    "outer-steps": Study(
+        about="2,000 outer steps or 5,000",
+        tasks=("fashion-mlp",),
+        methods=("lolo", "lolo outer.steps=5000"),
+        meta_seeds=3,
+        baselines=("adamw:1e-3", "adamw:grid"),
+        changes=(("outer.steps", 2000), ("validation.every", 0)),
+    ),
     "transfer": Study(
         about="meta-trained on two small tasks at once, used unchanged on models that were never seen",
         tasks=("fashion-mlp+books-mlp",),
@@ -271,7 +279,7 @@ def meta_train(
         else:
             result = training.train(recipe, run, stop=stop, told=progress, say=say)
     if not result.finished:
-        raise Interrupted(f"stopped. Go on with the same command: what is done in {runs.parent} is kept.")
+        raise Interrupted(stopped(runs.parent))
     return run / "last.safetensors"
 
 
@@ -282,7 +290,23 @@ def finished(run: Path, recipe: Recipe) -> bool:
 
 
 class Interrupted(RuntimeError):
-    """A study was asked to stop."""
+    """A study or an evaluation was asked to stop."""
+
+
+def stopped(out: Path) -> str:
+    """What to tell who stopped it."""
+    return f"stopped. Go on with the same command: what is done in {out} is kept."
+
+
+def heeding(stop: training.Stop, told: Told, out: Path) -> Told:
+    """`told`, which raises Interrupted once a stop was asked for."""
+
+    def heard(what: str, done: int, total: int, word: str) -> None:
+        told(what, done, total, word)
+        if stop.requested is not None:
+            raise Interrupted(stopped(out))
+
+    return heard
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -309,14 +333,11 @@ def evaluate(
     """
     unique = contestants.distinct(names)  # what is wrong with a name is said now rather than after hours
     splits, named = tasks_.resolve(task), contestants.named_weights(unique, methods)
-    groups: dict[str, list[str]] = {}
-    for name in unique:
-        groups.setdefault(named[name].label if name in named else name, []).append(name)
+    groups = _groups(unique, named)
 
     def size(name: str) -> int:
         return (seeds + evaluation.grid_size(name)) * steps
 
-    place = file_name(task) + "".join(tasks_.pin(task).partition("@")[1:])[:9]  # of a user's file: how its sum begins
     total, done, rows = sum(map(size, unique)), 0, list[Row]()
 
     def advanced(count: int) -> None:
@@ -325,7 +346,7 @@ def evaluate(
         told(f"evaluating on {task}", done, total, "")
 
     for group, members in groups.items():
-        file = None if parts is None else parts / place / _part_name(group, members, named)
+        file = None if parts is None else parts / _place(task) / _part_name(group, members, named)
         seeds_of_label = [named[member].meta_seed if member in named else None for member in members]
         kept = None if file is None else _kept(file, task, steps, seeds, seeds_of_label)
         if kept is not None:
@@ -338,6 +359,19 @@ def evaluate(
                 save_rows(file, kept)
         rows += kept
     return rows, {f"{label}, meta-seed {seed}": weights for label, seed, weights, _ in named.values()}
+
+
+def _groups(names: Sequence[str], named: dict[str, contestants.Named]) -> dict[str, list[str]]:
+    """Names by what their rows are called: those of one label are evaluated, and kept, together."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(named[name].label if name in named else name, []).append(name)
+    return groups
+
+
+def _place(task: str) -> str:
+    """The folder of a task's parts; of a user's file it has how its sum begins."""
+    return file_name(task) + "".join(tasks_.pin(task).partition("@")[1:])[:9]
 
 
 def _part_name(group: str, members: Sequence[str], named: dict[str, contestants.Named]) -> str:
@@ -498,14 +532,41 @@ def file_name(task: str) -> str:
     return "-".join(filter(None, words)).replace("/", "-")
 
 
-def check_free(out: Path, task: str) -> None:
-    """Raise RunError unless an evaluation of a task may be written into `out`."""
-    for name in ("recipe.json", f"rows-{file_name(task)}.jsonl"):
-        if (out / name).exists():
-            raise training.RunError(f"{out} already holds {name} of another run; give another --out.")
+def check_out(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) -> None:
+    """Raise RunError unless an evaluation may be written into `out`.
+
+    It may where nothing is, and where an evaluation of the same task, steps and seeds is whose optimizers are all
+    named again: then it is gone on with, or further optimizers come to it.
+    """
+    if (out / "recipe.json").exists():
+        raise training.RunError(f"{out} already holds recipe.json of a run; give another --out.")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise training.RunError(f"{out} can't be written ({nearest} is in the way); give another --out.")
+    path = out / f"rows-{file_name(task)}.jsonl"
+    if not path.exists():
+        return
+    there = load_rows(path)
+    if (there[0].steps, {row.seed for row in there}) != (steps, set(range(seeds))):
+        long, count = f"{there[0].steps:,} steps", len({row.seed for row in there})
+        raise training.RunError(f"{out} already holds rows of {long} and seeds 0 to {count - 1}; give another --out.")
+    about = out / f"about-{file_name(task)}.json"
+    if about.exists():
+        read = files.fields(versions=files.named(files.text))
+        made_with = files.checked(read, files.read_json(about), str(about))["versions"]
+        if made_with != training.versions():
+            words = ", ".join(f"{name} {version}" for name, version in made_with.items())
+            raise training.RunError(f"{out} already holds rows made with {words}; give another --out.")
+    unique = contestants.distinct(names)
+    named = contestants.named_weights(unique)
+    kept = [out / "parts" / _place(task) / _part_name(*group, named) for group in _groups(unique, named).items()]
+    again = {(row.optimizer, row.meta_seed) for file in kept if file.is_file() for row in load_rows(file)}
+    lost = sorted({row.optimizer for row in there if (row.optimizer, row.meta_seed) not in again})
+    if lost:
+        raise training.RunError(
+            f"{out} already holds rows of {', '.join(lost)}, which this command does not name, or whose weights have "
+            "changed; name all that it holds and what is to come to it, or give another --out."
+        )
 
 
 def write_report(
@@ -621,11 +682,7 @@ def run_study(
         study = dataclasses.replace(study, meta_seeds=1, eval_steps=200, eval_seeds=2, fixed=(*study.fixed, *SMOKE))
     tables: dict[str, str] = {}
 
-    def heard(what: str, done: int, total: int, word: str) -> None:
-        told(what, done, total, word)
-        if stop.requested is not None:
-            raise Interrupted(f"stopped. Go on with the same command: what is done in {out} is kept.")
-
+    heard = heeding(stop, told, out)
     for task in study.tasks:
         wanted = {
             (method, seed): recipe_of(study, method, task, seed)

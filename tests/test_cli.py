@@ -1,10 +1,12 @@
 """The command line: bad input is one line that names value and cure, exit status 2, and nothing half-written."""
 
+import re
+
 import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import cli, files, recipes
+from lolo import cli, evaluation, files, recipes, studies, training
 
 
 def run(capsys, *argv):
@@ -98,9 +100,68 @@ def test_an_evaluation_is_refused_before_it_runs_where_it_can_not_be_written(tmp
     status, out, _ = run(capsys, *evaluation, str(tmp_path / "new"))
     report = (tmp_path / "new" / "report-quadratic.md").read_text()
     assert status == 0 and out in report and "inner steps\n\n| optimizer" in report
-    status, _, err = run(capsys, *evaluation, str(tmp_path / "new"))
-    assert status == 2 and "already holds rows-quadratic.jsonl" in err
     assert (tmp_path / "file").read_text() == "mine" and len(list((tmp_path / "run").iterdir())) == 1
+
+
+def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsys):
+    out, made, compare = tmp_path / "out", [], evaluation.compare
+
+    def counting(name, splits, entries, *args, **settings):
+        made.extend(entry.label for entry in entries)
+        return compare(name, splits, entries, *args, **settings)
+
+    def evaluate(*names, steps="100", seeds="2"):
+        made.clear()
+        return run(capsys, "eval", *names, "--task", "quadratic", "--steps", steps, "--seeds", seeds, "--out", str(out))
+
+    def rows():
+        return {(row.optimizer, row.seed): row for row in studies.load_rows(out / "rows-quadratic.jsonl")}
+
+    monkeypatch.setattr(evaluation, "compare", counting)
+    stopped = training.Stop()
+    monkeypatch.setattr(training, "Stop", lambda: stopped)
+    stopped.requested = "SIGTERM"
+    status, _, err = evaluate("adam:1e-3", "sgdm:0.1")
+    assert status == 3 and "Go on with the same command" in err and not (out / "rows-quadratic.jsonl").exists()
+    stopped.requested = None
+
+    assert evaluate("adam:1e-3", "sgdm:0.1")[0] == 0 and made == ["adam 0.001", "sgdm 0.1"]
+    before = rows()
+    assert evaluate("adam:1e-3", "sgdm:0.1")[0] == 0 and made == [] and rows() == before
+    assert evaluate("adamw:0.01", "sgdm:0.1", "adam:1e-3")[0] == 0 and made == ["adamw 0.01"]
+    assert len(rows()) == 6 and before.items() <= rows().items()
+    report = (out / "report-quadratic.md").read_bytes()
+    assert b"adamw 0.01" in report and b"adam 0.001" in report
+
+    about = files.read_json(out / "about-quadratic.json")
+    for asked, words in (
+        ({"names": ["adam:1e-3", "sgdm:0.1"]}, "rows of adamw 0.01, which this command does not name"),
+        ({"steps": "200"}, "rows of 100 steps and seeds 0 to 1"),
+        ({"seeds": "3"}, "rows of 100 steps and seeds 0 to 1"),
+        ({"versions": {"lolo": "0.0.1", "jax": "0.9"}}, "rows made with lolo 0.0.1, jax 0.9"),
+    ):
+        versions = asked.pop("versions", about["versions"])
+        files.write_json(out / "about-quadratic.json", about | {"versions": versions})
+        status, _, err = evaluate(*asked.pop("names", ["adam:1e-3", "sgdm:0.1", "adamw:0.01"]), **asked)
+        assert status == 2 and err.count("\n") == 1 and words in err and "another --out" in err
+        assert made == [] and (out / "report-quadratic.md").read_bytes() == report
+
+
+def test_rows_of_weights_that_have_changed_are_not_lost(tmp_path, capsys):
+    path, out = tmp_path / "w.safetensors", tmp_path / "out"
+    command = ["eval", str(path), "--task", "quadratic", "--steps", "100", "--seeds", "1", "--out", str(out)]
+    files.write_weights(path, meta_params(), learner=LEARNER)
+    assert run(capsys, *command)[0] == 0
+    files.write_weights(path, {name: 2 * x for name, x in meta_params().items()}, learner=LEARNER)
+    status, _, err = run(capsys, *command)
+    assert status == 2 and "rows of w, which" in err and "changed" in err
+
+
+def test_help_names_every_part_of_the_study(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "--help"])
+    words = re.split(r"[\s,.:]+", re.sub(r"[^\x20-\x7e]", " ", capsys.readouterr().out))
+    assert set(studies.STUDY) | set(studies.STUDIES) <= set(words)
 
 
 def test_help_lists_every_command_and_every_field(capsys):
