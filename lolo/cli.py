@@ -18,7 +18,7 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import files, health, launch, parallel, plan, recipes, report, studies, training
+from lolo import comparisons, files, health, launch, parallel, plan, recipes, report, studies, training
 from lolo import tasks as tasks_
 from lolo.gang import ALONE, Gang, GangError
 from lolo.launch import Processes
@@ -390,21 +390,21 @@ def eval_command(argv: list[str]) -> int:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
         tasks_.pin(task)
         if out is not None and not dry_run:
-            studies.check_out(out, task, optimizers, steps, seeds)
+            comparisons.check_out(out, task, optimizers, steps, seeds)
         training.set_up()
         if dry_run:
             print(plan.report(plan.of_evaluation(task, recipes.Learner(), len(optimizers), seeds, steps)))
             return 0
         if out is None:
             with telling() as teller:
-                rows, weights = studies.evaluate(optimizers, task, steps, seeds, teller)
-            print(studies.table(rows))
+                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, teller)
+            print(comparisons.table(rows))
         else:
             stop = training.Stop()
             with telling() as teller, training.stop_on_signals(stop):
-                told = studies.heeding(stop, teller, out)
-                rows, weights = studies.evaluate(optimizers, task, steps, seeds, told, out / "parts")
-            print(studies.write_report(out, task, rows, weights, shlex.join(["lolo", "eval", *argv])))
+                told = comparisons.heeding(stop, teller, out)
+                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, told, out / "parts")
+            print(comparisons.write_report(out, task, rows, weights, shlex.join(["lolo", "eval", *argv])))
         return 0
 
     return call(evaluate_, argv, "lolo eval")
@@ -611,7 +611,7 @@ def main(argv: list[str] | None = None) -> int:
     except GangError as error:
         say(str(error))
         return launch.LOST
-    except studies.Interrupted as error:
+    except comparisons.Interrupted as error:
         say(str(error))
         return 3
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lolo import charts, evaluation, files, health, pages, recipes, studies, training
+from lolo import charts, comparisons, evaluation, files, health, pages, recipes, studies, training
 from lolo.charts import Series
 from lolo.evaluation import Row
 from lolo.files import FileError, WeightsFile
@@ -295,7 +295,7 @@ def study_part(folder: Path) -> list[Html]:
 
 def comparison(folder: Path, path: Path) -> list[Html]:
     """One task: table with intervals, curves, start steps, every run, how to reproduce it."""
-    rows = studies.load_rows(path)
+    rows = comparisons.load_rows(path)
     labels = list(dict.fromkeys(row.optimizer for row in rows))
     if len(labels) > MAX_OPTIMIZERS:
         raise FileError(f"{path}: {len(labels)} optimizers; at most {MAX_OPTIMIZERS} are drawn.")
@@ -324,7 +324,7 @@ EXPLANATION = (
 def summary_table(rows: Sequence[Row]) -> Html:
     """The study's table."""
     with np.errstate(all="ignore"):  # losses of diverged runs may be infinite
-        header, *lines = studies.cells(rows, studies.reference_of(rows))
+        header, *lines = comparisons.cells(rows, comparisons.reference_of(rows))
     # "0.3261 ± 0.0112" and "(n=5 seeds)" stay on one line each.
     unbroken = [[line[0], *(re.sub(r" (?!\()", "\u00a0", cell) for cell in line[1:])] for line in lines]
     return table("Means, and differences paired by seed; negative: better than that optimizer", header, unbroken)

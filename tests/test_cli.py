@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import cli, evaluation, files, recipes, studies, training
+from lolo import cli, comparisons, evaluation, files, recipes, studies, training
 
 
 def run(capsys, *argv):
@@ -115,7 +115,7 @@ def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsy
         return run(capsys, "eval", *names, "--task", "quadratic", "--steps", steps, "--seeds", seeds, "--out", str(out))
 
     def rows():
-        return {(row.optimizer, row.seed): row for row in studies.load_rows(out / "rows-quadratic.jsonl")}
+        return {(row.optimizer, row.seed): row for row in comparisons.load_rows(out / "rows-quadratic.jsonl")}
 
     monkeypatch.setattr(evaluation, "compare", counting)
     stopped = training.Stop()

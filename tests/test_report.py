@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import charts, cli, evaluation, files, health, pages, recipes, report, studies, training
+from lolo import charts, cli, comparisons, evaluation, files, health, pages, recipes, report, training
 
 EVIL = "</title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&$x^{$\ud800\u202e\0"
 NUMBERS = ("alpha_mix", "alpha_loss", "gradient_ratio", "gradient_norm", "signal_to_noise", "inner_steps_per_second")
@@ -72,7 +72,7 @@ def make_rows(task="books-mlp", labels=("lolo", "adamw 0.001"), steps=400):
 def make_study(path, task="books-mlp", labels=("lolo", "adamw 0.001")):
     """A study's folder: rows, what is known about them, one meta-training."""
     make_run(path / "runs" / "books-mlp-lolo-seed0", task)
-    studies.save_rows(path / "rows-books.jsonl", make_rows(task, labels))
+    comparisons.save_rows(path / "rows-books.jsonl", make_rows(task, labels))
     about = {"command": f"lolo eval {task}", "note": task, "unroll": 200, "commit": task, "versions": {task: task}}
     about["weights"] = {task: {"card": {"start_steps_per_250": {"0": 5, "250": 3}}}}
     files.write_json(path / "about-books.json", about)
@@ -169,7 +169,7 @@ def test_a_study_and_an_evaluation_say_what_the_table_says(tmp_path):
     make_study(tmp_path / "study")
     page = assert_complete_in_itself(report.build([tmp_path / "study"]))
     said = page.said()
-    for line in studies.cells(make_rows(), "lolo"):
+    for line in comparisons.cells(make_rows(), "lolo"):
         assert " ".join(" ".join(line).split()) in said
     assert "books-mlp, 400 inner steps" in said and "Meta-trainings" in said and "6 of 6 outer steps done" in said
     assert "the unroll in meta-training, 200 steps" in said and "lolo eval books-mlp" in said
@@ -182,7 +182,7 @@ def test_a_study_and_an_evaluation_say_what_the_table_says(tmp_path):
 def test_a_study_with_parts_shows_the_comparisons_of_each(tmp_path):
     make_study(tmp_path)
     for part in ("long", "figure2"):
-        studies.save_rows(tmp_path / part / "rows-books.jsonl", make_rows())
+        comparisons.save_rows(tmp_path / part / "rows-books.jsonl", make_rows())
         files.write_json(tmp_path / part / "about-books.json", {"command": f"made {part}"})
     said = assert_complete_in_itself(report.build([tmp_path])).said()
     assert said.index("Part figure2") < said.index("made figure2") < said.index("Part long") < said.index("made long")
@@ -195,7 +195,7 @@ def test_the_kept_quickstart(tmp_path):
 
 
 def test_what_an_evaluation_writes_is_read(tmp_path):
-    studies.write_report(tmp_path, "books", make_rows(), {}, "lolo eval adamw:1e-3")
+    comparisons.write_report(tmp_path, "books", make_rows(), {}, "lolo eval adamw:1e-3")
     said = assert_complete_in_itself(report.build([tmp_path])).said()
     assert "command given lolo eval adamw:1e-3" in said and f"lolo {training.versions()['lolo']}" in said
 
@@ -325,12 +325,14 @@ def test_a_damaged_folder_is_one_line_that_names_the_file(tmp_path, capsys, name
 
 def test_optimizers_without_a_common_seed_are_shown_without_a_difference(tmp_path):
     rows = make_rows()
-    studies.save_rows(tmp_path / "rows-a.jsonl", [row for row in rows if (row.optimizer == "lolo") == (row.seed == 0)])
+    comparisons.save_rows(
+        tmp_path / "rows-a.jsonl", [row for row in rows if (row.optimizer == "lolo") == (row.seed == 0)]
+    )
     assert "no\u00a0pairs" in report.build([tmp_path])
 
 
 def test_more_optimizers_than_can_be_told_apart_are_an_error(tmp_path):
-    studies.save_rows(tmp_path / "rows-a.jsonl", make_rows(labels=tuple(map(str, range(33)))))
+    comparisons.save_rows(tmp_path / "rows-a.jsonl", make_rows(labels=tuple(map(str, range(33)))))
     with pytest.raises(files.FileError, match="33 optimizers"):
         report.build([tmp_path])
 

@@ -1,306 +1,13 @@
-"""Named optimizers, tables, reports and whole studies, on the smallest task."""
+"""Whole studies, on the smallest task."""
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_training import SMALL, small
 
-from lolo import contestants, evaluation, plots, pretrained, recipes, studies, tasks, training
+from lolo import comparisons, contestants, evaluation, plots, recipes, studies, training
 from lolo.data.errors import DataError
-from lolo.evaluation import Row
-
-QUADRATIC = tasks.quadratic()
-
-
-def write(path, recipe, learner=None):
-    """A weights file that says it comes from a recipe."""
-    learner = learner or recipe.learner
-    phi = recipes.build_learner(learner).init(jax.random.key(recipe.seed))
-    pretrained.save(path, pretrained.Weights(phi, learner, recipes.to_dict(recipe), {}))
-    return str(path)
-
-
-def labels(*names):
-    named = contestants.named_weights(names)
-    entries = [contestants.contestant(name, named, QUADRATIC, 100) for name in names]
-    assert len(named) == sum("w0" in entry.setting for entry in entries)
-    return [(entry.label, entry.meta_seed) for entry in entries]
-
-
-def test_meta_seeds_of_one_recipe_are_rows_of_one_method(tmp_path):
-    a, b = (write(tmp_path / f"{seed}.safetensors", small("lolo", seed=seed)) for seed in (0, 1))
-    c = write(tmp_path / "naive.safetensors", small("naive", seed=1))
-    assert labels(a, "adamw:1e-3", b, c) == [("lolo", 0), ("adamw 0.001", None), ("lolo", 1), ("naive", 1)]
-
-
-def test_a_baseline_spelled_twice_is_evaluated_once():
-    names = ["adamw:1e-3", "lolo-small", "adamw:0.001", "sgdm:1e-3", "adamw:grid", "lolo-small", "adamw:grid"]
-    assert contestants.distinct(names) == ["adamw:1e-3", "lolo-small", "sgdm:1e-3", "adamw:grid"]
-    with pytest.raises(ValueError, match="adamw:fast: give a learning rate"):
-        contestants.distinct(["adamw:fast"])
-
-
-@pytest.mark.parametrize("change", [{"outer.steps": 9}, {"tasks": ("books-mlp",)}, {"estimator.sigma": 0.02}])
-def test_weights_of_another_recipe_are_no_meta_seed_of_the_first(tmp_path, change):
-    a = write(tmp_path / "a.safetensors", small("lolo"))
-    b = write(tmp_path / "b.safetensors", small("lolo", seed=1, **change))
-    assert labels(a, b) == [("lolo", 0), (b, 1)]
-
-
-def test_a_method_with_other_settings_than_in_meta_training_is_a_row_of_its_own(tmp_path):
-    recipe = small("lolo")
-    mended = dataclasses.replace(recipe.learner, clock_limit=10.0)
-    a, b = write(tmp_path / "plain.safetensors", recipe), write(tmp_path / "mended.safetensors", recipe, mended)
-    assert labels(a, b) == [("lolo", 0), ("mended", 0)]
-
-
-def test_weights_with_one_name_and_seed_are_told_apart(tmp_path):
-    for folder in "ab":
-        (tmp_path / folder).mkdir()
-    a, b = (write(tmp_path / folder / "last.safetensors", small("lolo")) for folder in "ab")
-    assert labels(a, b) == [("lolo", 0), (b, 0)]
-
-
-def test_blocks_chosen_for_the_machine_make_no_other_recipe(tmp_path):
-    a, b = (
-        write(tmp_path / f"{size}.safetensors", small("lolo", seed=size, **{"estimator.slots_per_block": size}))
-        for size in (1, 2)
-    )
-    assert labels(a, b) == [("lolo", 1), ("lolo", 2)]
-
-
-# --- weights in use with other settings -------------------------------------------------------------------------------
-
-
-def test_weights_in_use_with_other_settings_are_rows_of_their_own(tmp_path):
-    a, b = (write(tmp_path / f"{seed}.safetensors", small("lolo", seed=seed)) for seed in (0, 1))
-    mends = "clock_limit=10,weight_decay=0.1"
-    expected = "lolo weight_decay=0.1 clock_limit=10.0"
-    assert labels(a, f"{a}:{mends}", b, f"{b}:{mends}", f"{a}:schedule=cosine") == [
-        ("lolo", 0),
-        (expected, 0),
-        ("lolo", 1),
-        (expected, 1),
-        ("lolo schedule=cosine", 0),
-    ]
-
-
-def first_updates(path, steps):
-    """The updates of the first `steps` steps on a constant gradient, as `compare` would make them."""
-    entry = contestants.contestant(path, contestants.named_weights([path]), QUADRATIC, steps)
-    optimizer, params = entry.make(entry.setting), {"x": jnp.full(8, 0.5)}
-    state, updates = optimizer.init(params), []
-    for _ in range(steps):
-        update, state = optimizer.update({"x": jnp.ones(8)}, state, params)
-        updates.append(np.asarray(update["x"]))
-    return np.stack(updates)
-
-
-def test_settings_in_use_do_what_they_say(tmp_path):
-    path = write(tmp_path / "a.safetensors", small("lolo"))
-    plain = first_updates(path, 8)
-    cosine = first_updates(f"{path}:schedule=cosine", 8)
-    np.testing.assert_allclose(cosine, plain * 0.5 * (1 + np.cos(np.pi * np.arange(8) / 8))[:, None], rtol=1e-5)
-    scaled = [first_updates(f"{path}:step_scale=3{more}", 8) for more in ("", ",schedule=cosine")]
-    np.testing.assert_allclose(scaled, 3 * np.stack([plain, cosine]), rtol=1e-5)
-    shrinking = first_updates(f"{path}:step_decay=2", 8)
-    np.testing.assert_allclose(shrinking, plain / np.sqrt(1 + np.arange(8) / 2)[:, None], rtol=1e-5)
-    decayed = first_updates(f"{path}:weight_decay=2", 8)
-    np.testing.assert_allclose(decayed, plain - 1e-3 * 2 * 0.5, atol=1e-7)
-    frozen = first_updates(f"{path}:clock_limit=3", 8)
-    np.testing.assert_array_equal(frozen[:4], plain[:4])
-    assert not np.array_equal(frozen[4:], plain[4:])
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("clock=3", "did you mean 'clock_limit'"),
-        ("weight_decay=-1", "weight_decay='-1' must be 0 or a positive number"),
-        ("weight_decay=nan", "must be 0 or a positive number"),
-        ("weight_decay=inf", "must be 0 or a positive number"),
-        ("step_scale=0", "step_scale='0' must be a positive number"),
-        ("step_decay=0", "step_decay='0' must be a positive number"),
-        ("step_scale=inf", "must be a positive number"),
-        ("clock_limit", "clock_limit='' must be"),
-        ("cosine", "unknown setting of .*'cosine'"),
-        ("schedule=linear", "unknown .*schedule 'linear'"),
-        ("weight_decay=", "weight_decay='' must be"),
-    ],
-)
-def test_unknown_settings_in_use_are_refused(tmp_path, words, message):
-    path = write(tmp_path / "a.safetensors", small("lolo"))
-    with pytest.raises(ValueError, match=message):
-        contestants.named_weights([f"{path}:{words}"])
-
-
-def test_a_learner_without_a_clock_refuses_a_limit(tmp_path):
-    path = write(tmp_path / "a.safetensors", small("lolo", **{"learner.name": "sgd"}))
-    with pytest.raises(ValueError, match="'sgd' has no clock_limit"):
-        contestants.named_weights([f"{path}:clock_limit=3"])
-
-
-@pytest.mark.parametrize("name", ["adamw:fast", "adamw:0", "adamw:inf", "sgdm:-1", "lion:1e-3"])
-def test_a_bad_baseline_is_refused_before_the_first_run(name, monkeypatch):
-    monkeypatch.setattr(evaluation, "compare", lambda *args, **kwargs: pytest.fail("ran"))
-    with pytest.raises(ValueError, match=name.partition(":")[0]):
-        studies.evaluate(["adamw:1e-3", name], "quadratic", 100, 1)
-
-
-def test_rows_kept_from_before_are_not_made_again_unless_something_changed(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.safetensors", small("lolo"))
-    made, compare = [], evaluation.compare
-
-    def counting(task, splits, entries, *args, **kwargs):
-        made.extend(entry.label for entry in entries)
-        return compare(task, splits, entries, *args, **kwargs)
-
-    monkeypatch.setattr(evaluation, "compare", counting)
-    told = []
-
-    def evaluate(*names, steps=100):
-        made.clear()
-        told.clear()
-        rows, _ = studies.evaluate(
-            names, "quadratic", steps, 2, lambda what, done, total, word: told.append((done, total)), tmp_path / "parts"
-        )
-        return rows
-
-    first = evaluate(path, "sgdm:grid")
-    assert made == ["lolo", "best sgdm 0.3"] and told[-1][0] == told[-1][1] == (2 + 2 + 10) * 100
-    assert evaluate(path, "sgdm:grid") == first and made == []
-    assert evaluate(path, "adam:1e-3", "sgdm:grid")[:2] == first[:2] and made == ["adam 0.001"]
-    evaluate(path, steps=200)
-    assert made == ["lolo"]
-    write(tmp_path / "a.safetensors", small("lolo", seed=1))
-    evaluate(path)
-    assert made == ["lolo"]
-
-
-def test_rows_that_do_not_fit_are_made_again(tmp_path):
-    file, rows = tmp_path / "part.jsonl", [row("lolo", meta_seed, seed, 1.0) for meta_seed in (0, 1) for seed in (0, 1)]
-    studies.save_rows(file, rows)
-    assert studies._kept(file, "q", 200, 2, [0, 1]) == rows
-    for other in [("p", 200, 2, [0, 1]), ("q", 100, 2, [0, 1]), ("q", 200, 1, [0, 1]), ("q", 200, 2, [0, 2])]:
-        assert studies._kept(file, *other) is None
-    file.write_bytes(file.read_bytes()[:-20])  # the last row is half there: it would be left out
-    assert studies._kept(file, "q", 200, 2, [0, 1]) is None
-
-
-def test_names_of_parts_tell_weights_by_the_settings_they_came_with(tmp_path):
-    recipe, path = small("lolo"), tmp_path / "a.safetensors"
-
-    def part(use, learner=None):
-        name = f"{write(path, recipe, learner)}{use}"
-        return studies._part_name("group", [name], contestants.named_weights([name]))
-
-    mended = [part("", dataclasses.replace(recipe.learner, clock_limit=limit)) for limit in (10.0, 20.0)]
-    assert len({part(""), *mended}) == 3 and part(":clock_limit=3,schedule=cosine") == part("")
-    now, older = part(""), recipes.to_dict(recipe)
-    del older["learner"]["step_decay"]  # as recipes were before there was one
-    pretrained.save(path, pretrained.load(path)._replace(recipe=older))
-    assert studies._part_name("group", [str(path)], contestants.named_weights([str(path)])) == now
-
-
-def test_rows_of_a_users_task_are_not_kept_when_its_file_changes(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(evaluation, "compare", lambda *args, **_: made.append(1) or [row("adam 0.1", None, 0, 1.0)])
-    file = tmp_path / "mine.py"
-    for content in ("from lolo.tasks import quadratic", "from lolo.tasks import quadratic  # changed"):
-        file.write_text(content)
-        studies.evaluate(["adam:0.1"], f"{file}:quadratic", 200, 1, parts=tmp_path / "parts")
-    assert len(made) == 2 and len(list((tmp_path / "parts").iterdir())) == 2
-
-
-def test_an_optimizer_that_is_named_twice_is_run_once(tmp_path, monkeypatch):
-    path, run = write(tmp_path / "a.safetensors", small("lolo")), []
-    monkeypatch.setattr(evaluation, "compare", lambda name, splits, entries, *args, **_: run.extend(entries) or [])
-    studies.evaluate([path, "adam:0.1", path, "adam:0.1"], "quadratic", 100, 1)
-    assert [entry.label for entry in run] == ["lolo", "adam 0.1"]
-
-
-# --- tables and reports ---------------------------------------------------------------------------------------------
-
-
-def row(optimizer, meta_seed, seed, loss, diverged=False):
-    return Row(
-        "q", optimizer, meta_seed, seed, 200, loss, loss, loss, {"loss": loss}, diverged, [9.0, loss], [9.0, loss]
-    )
-
-
-def test_a_table_names_units_pairs_and_what_diverged():
-    lines = studies.table(
-        [row("adamw", None, seed, 1.0 + seed) for seed in (0, 1)]
-        + [row("lolo", 0, seed, 0.5 + seed) for seed in (0, 1)]
-        + [row("wild", 1, seed, float("inf"), diverged=True) for seed in (0, 1)]
-    ).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| lolo", "| adamw", "| wild"]
-    assert "| 1.0000 ± 6.3531 (n=2 seeds) |" in lines[0]  # t of 1 degree of freedom: 12.706, deviation 1 / √2
-    assert "| -0.5000 ± 0.0000 (n=2 seeds) |" in lines[1] and lines[1].endswith("| 0 of 2 |")
-    assert "| inf (n=2 seeds) |" in lines[2] and lines[2].endswith("| 2 of 2 |")
-
-
-def test_several_meta_seeds_without_one_in_common_are_no_pairs():
-    sides = [row("lolo", m, 0, 1.0) for m in (0, 1)] + [row("naive", m, 0, 2.0) for m in (2, 3)]
-    assert "| no pairs | no pairs |" in studies.table(sides)
-
-
-def test_a_report_of_runs_that_all_diverged_is_written(tmp_path):
-    lost = dataclasses.replace(
-        row("wild", None, 0, float("inf"), diverged=True), train_curve=[np.nan], held_curve=[np.nan]
-    )
-    studies.write_report(tmp_path, "quadratic", [lost], {}, "lolo eval")
-    assert "1 of 1 runs diverged" in (tmp_path / "report-quadratic.md").read_text()
-
-
-def test_rows_are_kept_whatever_happens_to_the_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "curves", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        studies.write_report(tmp_path, "quadratic", [row("adamw", None, 0, 1.0)], {}, "lolo eval")
-    assert studies.load_rows(tmp_path / "rows-quadratic.jsonl") == [row("adamw", None, 0, 1.0)]
-
-
-def test_start_steps_are_summed_over_meta_seeds_and_drawn_once_for_each_weights(tmp_path, monkeypatch):
-    drawn, rows = {}, [row("adamw", None, 0, 1.0)]
-    monkeypatch.setattr(plots, "start_steps", lambda counts: drawn.update(counts) or plots.curves(rows, None, ""))
-
-    def weights(value, **changes):
-        card = {"start_steps_per_250": {"0": 8, "250": 2}}  # alike for every method without a buffer
-        return pretrained.Weights(
-            {"w0": jnp.full(2, value)}, recipes.Learner(), changes | {"unroll": {"length": 9}}, card
-        )
-
-    methods = {
-        "naive, meta-seed 0": weights(1.0),
-        "naive, meta-seed 1": weights(2.0),
-        "naive schedule=cosine, meta-seed 0": weights(1.0),  # the same weights
-        "bc-only, meta-seed 0": weights(3.0),
-        "newest, meta-seed 0": weights(3.0, read="newest"),  # other recipes may give the same bytes
-    }
-    studies.write_report(tmp_path, "quadratic", rows, methods, "lolo eval")
-    assert drawn == {
-        "naive": {"0": 16, "250": 4},
-        "bc-only": {"0": 8, "250": 2},
-        "newest": {"0": 8, "250": 2},
-    }
-    assert "(start-steps-quadratic.png)" in (tmp_path / "report-quadratic.md").read_text()
-    many = {f"lolo {i}, meta-seed 0": weights(float(i))._replace(recipe={}) for i in range(len(plots.COLOURS) + 1)}
-    studies.write_report(tmp_path / "many", "quadratic", rows, many, "lolo eval")
-    assert "start-steps" not in (tmp_path / "many" / "report-quadratic.md").read_text()
-
-
-def test_files_of_a_users_task_are_named_after_file_and_function():
-    assert studies.file_name("fashion-mlp") == "fashion-mlp"
-    assert studies.file_name("fashion-mlp:widths=64-32") == "fashion-mlp-widths=64-32"
-    assert studies.file_name("some/where/mine.py:easy") == "mine-easy"
-    assert studies.file_name("mine.py:easy:size=3,data=a/b") == "mine-easy-size=3,data=a-b"
-    assert studies.file_name(f"mine.py:easy@{'0' * 64}") == "mine-easy"
-
-
-# --- studies --------------------------------------------------------------------------------------------------------
 
 TINY = studies.Study(
     about="the smallest study",
@@ -327,19 +34,19 @@ def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, mo
 
     for word in ("lolo on quadratic, T = 3, meta-seed 1", "evaluating"):
         stop.requested = None
-        with pytest.raises(studies.Interrupted, match="same command"):
+        with pytest.raises(comparisons.Interrupted, match="same command"):
             studies.reproduce("tiny", tmp_path, stop=stop, told=stop_in(word), say=lambda text: None)
         assert not (tmp_path / "report-quadratic.md").exists()
     trained = []
     tables = studies.reproduce("tiny", tmp_path, told=lambda what, *rest: trained.append(what))
     assert set(trained) == {"evaluating on quadratic"}  # nothing is meta-trained twice
-    found = studies.load_rows(tmp_path / "rows-quadratic.jsonl")
+    found = comparisons.load_rows(tmp_path / "rows-quadratic.jsonl")
     assert len(found) == 2 * 2 + 2 and "(n=2 meta-seeds)" in tables["quadratic"]
     report = (tmp_path / "report-quadratic.md").read_text()
     assert tables["quadratic"] in report and "The smallest study. Meta-training took 0.0" in report
     for picture in ("curves", "start-steps"):
         assert (tmp_path / f"{picture}-quadratic.png").stat().st_size > 5000 and f"{picture}-quadratic.png" in report
-    again, _ = studies.evaluate(
+    again, _ = comparisons.evaluate(
         [str(tmp_path / "runs/quadratic-lolo-T3-seed1/last.safetensors"), "adamw:1e-2"], "quadratic", 100, 2
     )
     expected = [r for r in found if (r.optimizer, r.meta_seed) in (("lolo", 1), ("adamw 0.01", None))]
@@ -399,54 +106,6 @@ def test_meta_losses_are_pictured_against_the_median_time_of_a_step(tmp_path, mo
     (tmp_path / "run" / "log.jsonl").unlink()  # logs of finished runs need not be kept
     studies.picture_meta_losses(tmp_path / "b.png", "quadratic", {("lolo", 0): tmp_path / "run"})
     assert not (tmp_path / "b.png").exists()
-
-
-def test_optimizers_too_many_for_curves_are_also_shown_by_their_last_losses(tmp_path):
-    rows = [row(f"adamw {i}", None, seed, 1.0 + i + seed) for i in range(len(plots.COLOURS) + 1) for seed in (0, 1)]
-    for name, shown in (("few", rows[:-2]), ("many", rows)):
-        studies.write_report(tmp_path / name, "quadratic", shown, {}, "lolo eval")
-        pictured = (tmp_path / name / "finals-quadratic.png").is_file()
-        assert pictured == ("(finals-quadratic.png)" in (tmp_path / name / "report-quadratic.md").read_text())
-        assert pictured == (name == "many")
-
-
-def test_runs_that_diverged_leave_a_picture_through_the_top():
-    good, bad = np.linspace(0.3, 0.5, 100), np.array([5.0, 40.0, np.inf, np.nan] * 8)
-    low, high = plots._range(np.concatenate([good, bad]))
-    assert 0.1 < low < 0.3 and 0.5 < high < 2
-    low, high = plots._range(good)
-    assert low < 0.3 and high > 0.5  # nothing is cut where nothing diverged
-    assert plots._range(np.array([2.0, 2.0]))[1] > 2
-    assert plots._range(np.array([1e-6] * 60 + [0.3] * 40))[1] > 0.3  # most at the floor, others not diverged
-
-
-def test_the_range_of_curves_shorter_than_the_unroll_is_their_own():
-    figure = plots.curves([row("adamw", None, 0, 2.3)], 1000, "")  # 200 steps
-    low, high = figure.axes[0].get_ylim()
-    assert low < 2.3 < high and low > 1
-
-
-def test_long_curves_are_thinned_evenly_on_a_log_axis():
-    short = np.arange(5.0)[None]
-    steps, means = plots._thinned(short)
-    assert list(steps) == [100, 200, 300, 400, 500] and (means == short).all()
-    steps, means = plots._thinned(np.arange(1.0, 1001.0)[None])
-    assert len(steps) < 150 and (steps[0], steps[-1]) == (100, 100_000)
-    assert np.ptp(np.diff(np.log(steps[-60:]))) < 0.03 < np.diff(np.log(steps[-60:])).min()
-    holes = np.arange(1.0, 1001.0)
-    holes[[0, 500, 999]] = np.nan, np.inf, np.nan
-    with_holes = plots._thinned(holes[None])[1][0]
-    assert np.isnan(with_holes[0]) and np.isfinite(with_holes[1:]).all()
-    bounds = np.concatenate([[0], steps // 100])
-    np.testing.assert_allclose(means[0], (bounds[:-1] + 1 + bounds[1:]) / 2)  # of whole numbers in a row
-
-
-def test_last_losses_are_pictured_best_first_with_mean_and_range():
-    axes = plots.finals([row(name, None, s, x + s) for name, x in (("b", 3.0), ("a", 1.0)) for s in (0, 2)], "").axes
-    ticks = zip(axes[0].get_yticks(), axes[0].get_yticklabels(), strict=True)
-    assert [text.get_text() for _, text in sorted(ticks, reverse=True, key=lambda tick: tick[0])] == ["a", "b"]
-    (first, mean_of_first, *_) = axes[0].get_lines()
-    assert (list(first.get_xdata()), list(mean_of_first.get_xdata())) == ([1.0, 3.0], [2.0])
 
 
 def test_an_unknown_part_of_a_study_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from test_interop import draw
 from test_training import small
 from test_untrusted_files import mutated
 
-from lolo import evaluation, files, health, interop, meta, pretrained, recipes, studies, tasks, training
+from lolo import comparisons, evaluation, files, health, interop, meta, pretrained, recipes, tasks, training
 
 OURS = (files.FileError, recipes.RecipeError, training.RunError)
 STEP = 2
@@ -64,7 +64,7 @@ def run(tmp_path_factory):
     training.train(small(**{"outer.steps": STEP, "validation.every": 1, "validation.steps": 100}), folder)
     curve = [1.0, float("nan")]
     row = evaluation.Row("quadratic", "lolo", 0, 1, 200, 1.0, 0.9, 1.1, {"loss": 1.1}, False, curve, curve)
-    studies.save_rows(folder / "rows.jsonl", [row, dataclasses.replace(row, seed=2, meta_seed=None)])
+    comparisons.save_rows(folder / "rows.jsonl", [row, dataclasses.replace(row, seed=2, meta_seed=None)])
     interop.export_learned_optimization(draw(2), folder / "theta.state")
     interop.export_pylo(draw(2), folder / "model.safetensors")
     return folder
@@ -99,7 +99,7 @@ READERS = [
     Reader("recipe.json", lambda folder, _: training.read_recipe(folder), mutated),
     Reader("log.jsonl", lambda folder, _: health.report(health.examine(folder)), lines_mutated),
     Reader("log.jsonl", lambda folder, _: health.report(health.examine(folder)), mutated),
-    Reader("rows.jsonl", lambda folder, _: studies.load_rows(folder / "rows.jsonl"), lines_mutated),
+    Reader("rows.jsonl", lambda folder, _: comparisons.load_rows(folder / "rows.jsonl"), lines_mutated),
     Reader(f"{CHECKPOINT}/manifest.json", lambda folder, _: files.read_checkpoint(folder, STEP), json_mutated),
     Reader(f"{CHECKPOINT}/state.safetensors", lambda folder, _: files.read_checkpoint(folder, STEP), mutated),
     Reader(f"{CHECKPOINT}/state.safetensors", read_state, mutated),

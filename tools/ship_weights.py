@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lolo import contestants, evaluation, files, pretrained, studies
+from lolo import comparisons, contestants, evaluation, files, pretrained
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
 
 def measured(file: Path) -> tuple[str, dict[str, Any]]:
     """What rows are of, in words, and the losses of each optimizer."""
-    rows = studies.load_rows(file)
+    rows = comparisons.load_rows(file)
     results = {}
     for label in dict.fromkeys(row.optimizer for row in rows):
         train, held = (evaluation.summary(rows, label, field) for field in ("train_loss", "held_loss"))

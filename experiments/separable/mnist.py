@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lolo import contestants, evaluation, files, inner, models, problem, studies, tasks, training
+from lolo import comparisons, contestants, evaluation, files, inner, models, problem, tasks, training
 from lolo.trees import PyTree
 
 STEPS, SEEDS = 10_000, 3
@@ -93,8 +93,8 @@ def main() -> None:
     names = [*(asked.weights + use for use in uses), "adamw:1e-3", "adamw:3e-3", "adamw-cosine:3e-3"]
     task = f"{Path(__file__).relative_to(Path.cwd())}:mnist"
     command = f"python experiments/separable/mnist.py --weights {asked.weights} --out {asked.out}"
-    rows, loaded = studies.evaluate(names, task, STEPS, SEEDS)
-    print(studies.write_report(asked.out, task, rows, loaded, command, "A task that can be fitted exactly."))
+    rows, loaded = comparisons.evaluate(names, task, STEPS, SEEDS)
+    print(comparisons.write_report(asked.out, task, rows, loaded, command, "A task that can be fitted exactly."))
     seen = {name: updates(name, STEPS) for name in (*names[:2], "adamw:1e-3")}
     files.write_json(asked.out / "updates.json", seen)
 

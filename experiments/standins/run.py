@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from lolo import contestants, evaluation, files, plots, studies, tasks, training
+from lolo import comparisons, contestants, evaluation, files, plots, tasks, training
 
 SEED = 0
 WINDOW = evaluation.WINDOW
@@ -100,7 +100,7 @@ def part_file(out: Path, name: str, optimizer: str) -> Path:
     of = optimizer
     if path.suffix == ".safetensors":
         of = f"{path.parent.name}-{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
-    return out / "parts" / f"{name}-{studies.slug(of)}.json"
+    return out / "parts" / f"{name}-{comparisons.slug(of)}.json"
 
 
 def write_reports(out: Path, names: list[str], optimizers: list[str], command: str) -> None:
@@ -119,7 +119,7 @@ def write_reports(out: Path, names: list[str], optimizers: list[str], command: s
     for name in names:
         found = [json.loads(part_file(out, name, optimizer).read_text()) for optimizer in optimizers]
         rows = [evaluation.Row(**part["row"]) for part in found]
-        studies.save_rows(out / f"rows-{name}.jsonl", rows)
+        comparisons.save_rows(out / f"rows-{name}.jsonl", rows)
         if all(part["window"] == WINDOW for part in found):
             plots.save_figure(plots.curves(rows, None, name), out / f"curves-{name}.png")
         for part, row in zip(found, rows, strict=True):

@@ -1,0 +1,402 @@
+"""Optimizers compared on a task: their rows, kept as they come, and the report on them.
+
+A comparison's folder holds rows (`rows-TASK.jsonl`), what is known about them (`about-TASK.json`), table, report and
+pictures, named alike; `parts/` keeps the rows of each optimizer as they come, `spent.jsonl` the time that each piece
+of work took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import math
+import os
+import re
+import time
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lolo import contestants, evaluation, files, parallel, plots, pretrained, recipes, training
+from lolo import tasks as tasks_
+from lolo.evaluation import Row
+
+Told = Callable[[str, int, int, str], None]
+"""Progress: what is under way, units done, units in all, and a word on how it goes."""
+
+
+def silent(what: str, done: int, total: int, word: str) -> None:
+    """Tells nobody."""
+
+
+class Interrupted(RuntimeError):
+    """A study or an evaluation was asked to stop."""
+
+
+def stopped(out: Path) -> str:
+    """What to tell who stopped it."""
+    return f"stopped. Go on with the same command: what is done in {out} is kept."
+
+
+def heeding(stop: training.Stop, told: Told, out: Path) -> Told:
+    """`told`, which raises Interrupted once a stop was asked for."""
+
+    def heard(what: str, done: int, total: int, word: str) -> None:
+        told(what, done, total, word)
+        if stop.requested is not None:
+            raise Interrupted(stopped(out))
+
+    return heard
+
+
+def slug(text: str) -> str:
+    """A text as part of a file's name: "lolo replay.read=pop" -> "lolo-replay.read-pop"."""
+    return re.sub(r"[^\w.+]+", "-", text).strip("-")
+
+
+@contextlib.contextmanager
+def timed(out: Path, what: str) -> Iterator[None]:
+    """Adds the time that a piece of work took, finished or not, to `spent.jsonl`."""
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        row = {"what": what, "seconds": round(time.monotonic() - began, 1), "cores": parallel.cores()}
+        files.append_json_line(out / "spent.jsonl", row)
+
+
+def hours(folder: Path, what: Sequence[str]) -> str:
+    """The time that this work took by `spent.jsonl`, in words. What was made elsewhere is not there."""
+    file, by_cores = folder / "spent.jsonl", dict[int, float]()
+    for row in files.read_json_lines(file, _SPENT_ROW) if file.is_file() else ():
+        if row["what"] in what:
+            by_cores[row["cores"]] = by_cores.get(row["cores"], 0.0) + row["seconds"] / 3600
+    return " and ".join(f"{took:.2f} h on {n} core{'s' * (n > 1)}" for n, took in by_cores.items()) or "no time here"
+
+
+_SPENT_ROW = files.fields(what=files.text, seconds=files.number, cores=files.whole)
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    names: Sequence[str | Path],
+    task: str,
+    steps: int,
+    seeds: int,
+    told: Told = silent,
+    parts: Path | None = None,
+    methods: Mapping[str, str] = types.MappingProxyType({}),
+) -> tuple[list[Row], dict[str, pretrained.Weights]]:
+    """Every named optimizer on a task, from the same inits and batches.
+
+    Args:
+      names: weights (a shipped name or a file, `:clock_limit=10000,weight_decay=0.1,schedule=cosine` after it for other
+        use than they came with), `adamw:1e-3`, `adam:…`, `sgdm:…`, `adamw:grid`.
+      parts: a folder that keeps the rows of each method as they come; those found there are not made again.
+      methods: as `named_weights` takes them.
+
+    Returns: the rows, and the weights by label and meta-seed. Raises ValueError, FileError.
+    """
+    unique = contestants.distinct(names)  # what is wrong with a name is said now rather than after hours
+    splits, named = tasks_.resolve(task), contestants.named_weights(unique, methods)
+    groups = _groups(unique, named)
+
+    def size(name: str) -> int:
+        return (seeds + evaluation.grid_size(name)) * steps
+
+    total, done, rows = sum(map(size, unique)), 0, list[Row]()
+
+    def advanced(count: int) -> None:
+        nonlocal done
+        done += count
+        told(f"evaluating on {task}", done, total, "")
+
+    for group, members in groups.items():
+        file = None if parts is None else parts / _place(task) / _part_name(group, members, named)
+        seeds_of_label = [named[member].meta_seed if member in named else None for member in members]
+        kept = None if file is None else _kept(file, task, steps, seeds, seeds_of_label)
+        if kept is not None:
+            done += sum(map(size, members))
+        else:
+            with timed(parts.parent, f"evaluating {file_name(task)}") if parts else contextlib.nullcontext():
+                entries = [contestants.contestant(name, named, splits, steps, advanced) for name in members]
+                kept = evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
+            if file is not None:
+                save_rows(file, kept)
+        rows += kept
+    return rows, {f"{label}, meta-seed {seed}": weights for label, seed, weights, _ in named.values()}
+
+
+def _groups(names: Sequence[str], named: dict[str, contestants.Named]) -> dict[str, list[str]]:
+    """Names by what their rows are called: those of one label are evaluated, and kept, together."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(named[name].label if name in named else name, []).append(name)
+    return groups
+
+
+def _place(task: str) -> str:
+    """The folder of a task's parts; of a user's file it has how its sum begins."""
+    return file_name(task) + "".join(tasks_.pin(task).partition("@")[1:])[:9]
+
+
+def _part_name(group: str, members: Sequence[str], named: dict[str, contestants.Named]) -> str:
+    """A file's name for the rows of these weights (by what is in them) or this baseline."""
+    digests = [_contents(named[member]) for member in members if member in named]
+    mark = f"-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}" if digests else ""
+    return f"{slug(group)}{mark}.jsonl"
+
+
+def _digest(weights: pretrained.Weights) -> str:
+    """Of φ alone."""
+    return files.digest({name: np.asarray(x) for name, x in weights.meta_params.items()})
+
+
+def _contents(named: contestants.Named) -> str:
+    """A digest of weights in use: φ, and the settings that they came with where these are not their recipe's."""
+    weights, changes = named.weights, named.use.changes
+    digest = _digest(weights)
+    learner, own = dataclasses.asdict(weights.learner), weights.recipe.get("learner", {})
+    meta_trained = dataclasses.asdict(recipes.learner_from_dict(own, "recipe")) if own else {}
+    return digest if learner | changes == meta_trained | changes else f"{digest} {learner}"
+
+
+def _kept(file: Path, task: str, steps: int, seeds: int, meta_seeds: Sequence[int | None]) -> list[Row] | None:
+    """Rows of a part, if it is there and holds this task's, so many steps long, one for each meta-seed and seed."""
+    if not file.is_file():
+        return None
+    rows = load_rows(file)
+    wanted = Counter((task, steps, meta_seed, seed) for meta_seed in meta_seeds for seed in range(seeds))
+    return rows if Counter((row.task, row.steps, row.meta_seed, row.seed) for row in rows) == wanted else None
+
+
+# --- reports ------------------------------------------------------------------------------------------------------
+
+
+def shown(i: evaluation.Interval, signed: bool = False) -> str:
+    """An interval in a cell of a table."""
+    mean = f"{i.mean:+.4f}" if signed else f"{i.mean:.4f}"
+    half = f" ± {i.half:.4f}" if math.isfinite(i.half) else ""
+    return f"{mean}{half} (n={i.n} {i.unit})" if i.n > 1 else f"{mean} (single run)"
+
+
+def meta_seed_tables(rows: Sequence[Row]) -> str:
+    """Markdown: each φ by itself, and paired differences within each meta-seed; "" without several meta-seeds."""
+    seeds = sorted({row.meta_seed for row in rows if row.meta_seed is not None})
+    learned = list(dict.fromkeys(row.optimizer for row in rows if row.meta_seed is not None))
+    if len(seeds) < 2:
+        return ""
+    heads = [f"meta-seed {seed}" for seed in seeds]
+
+    def lines(what: str, cells: dict[str, list[str]]) -> list[str]:
+        body = [f"| {name} | {' | '.join(values)} |" for name, values in cells.items()]
+        return [f"| {what} | {' | '.join(heads)} |", "| --- |" + " --- |" * len(seeds), *body]
+
+    def only(seed: int) -> list[Row]:
+        return [row for row in rows if row.meta_seed == seed]
+
+    def in_each(cell: Callable[[list[Row]], str]) -> list[str]:
+        return [cell(only(seed)) for seed in seeds]
+
+    def losses(label: str, mine: list[Row]) -> str:
+        end, lowest = (evaluation.summary(mine, label, field).mean for field in ("train_loss", "train_minimum"))
+        return f"{end:.4f} ({end - lowest:+.4f})"
+
+    def gap(a: str, b: str, mine: list[Row]) -> str:
+        return shown(evaluation.paired_difference(mine, a, b), signed=True)
+
+    def have(labels: Sequence[str]) -> bool:
+        return all(any(row.optimizer == label for row in only(seed)) for label in labels for seed in seeds)
+
+    each = {label: in_each(partial(losses, label)) for label in learned if have([label])}
+    pairs = {f"{a} − {b}": in_each(partial(gap, a, b)) for a, b in itertools.combinations(learned, 2) if have([a, b])}
+    first = lines("train loss (above its own lowest mean of 100 steps)", each)
+    return "\n".join([*first, "", *lines("difference in train loss, within a meta-seed", pairs)] if pairs else first)
+
+
+def cells(rows: Sequence[Row], reference: str | None = None) -> list[list[str]]:
+    """Header and one row per optimizer: means with 95 % intervals, and paired differences with `reference`."""
+    labels = list(dict.fromkeys(row.optimizer for row in rows))
+    reference = reference or labels[0]
+    differences = [f"{reference} − it, train", f"{reference} − it, held-out"]
+    found = [["optimizer", "train loss", "held-out loss", *differences, "diverged"]]
+
+    def difference(label: str, field: str) -> str:
+        if label == reference:
+            return ""
+        try:
+            return shown(evaluation.paired_difference(rows, reference, label, field), signed=True)
+        except ValueError:  # several meta-seeds on either side, and none in common
+            return "no pairs"
+
+    for label in sorted(labels, key=lambda name: evaluation.summary(rows, name).mean):
+        mine = [row for row in rows if row.optimizer == label]
+        line = [label, shown(evaluation.summary(rows, label)), shown(evaluation.summary(rows, label, "held_loss"))]
+        line += [difference(label, field) for field in ("train_loss", "held_loss")]
+        found.append([*line, f"{sum(row.diverged for row in mine)} of {len(mine)}"])
+    return found
+
+
+def reference_of(rows: Sequence[Row]) -> str:
+    """The optimizer that the others are compared with: lolo, else the first."""
+    labels = [row.optimizer for row in rows]
+    return "lolo" if "lolo" in labels else labels[0]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """`cells` as Markdown, compared with LoLO, or with the first optimizer."""
+    header, *lines = cells(rows, reference_of(rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
+
+
+def save_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Rows as JSON lines, whole or not at all."""
+    files.write_bytes(path, "".join(files.json_line(dataclasses.asdict(row)) + "\n" for row in rows).encode())
+
+
+_ROW_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "task": files.text,
+    "optimizer": files.text,
+    "meta_seed": lambda value: None if value is None else files.whole(value),
+    "seed": files.whole,
+    "steps": files.whole,
+    "train_loss": files.number,
+    "train_minimum": files.number,
+    "held_loss": files.number,
+    "held": files.named(files.number),
+    "diverged": files.flag,
+    "train_curve": files.listed(files.number),
+    "held_curve": files.listed(files.number),
+}
+
+
+def _row(row: Any) -> dict[str, Any]:
+    row = files.fields(**_ROW_FIELDS)(row)
+    other = sorted(set(row) - set(_ROW_FIELDS))
+    if other:
+        raise ValueError(f"field {other[0]!r} is not of this version of lolo")
+    if {len(row["train_curve"]) * evaluation.WINDOW, len(row["held_curve"]) * evaluation.WINDOW} != {row["steps"]}:
+        raise ValueError(f"its curves have no number for each {evaluation.WINDOW} of {row['steps']} steps")
+    return row
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Rows of `save_rows`, checked: one task, at least one row, curves of one length. Raises FileError."""
+    rows = [Row(**row) for row in files.read_json_lines(path, _row)]
+    shapes = {(row.task, row.steps, len(row.train_curve), len(row.held_curve)) for row in rows}
+    if len(shapes) != 1:
+        raise files.FileError(f"{path}: expected rows of one task and one number of steps, found {len(shapes)} kinds.")
+    return rows
+
+
+def file_name(task: str) -> str:
+    """What the files of a task are named after: its name, or the name of the user's file and function; its settings."""
+    match = tasks_.NAME.fullmatch(task)
+    if not match:
+        return task
+    words = (match["path"] and Path(match["path"]).stem, match["function"], match["settings"])
+    return "-".join(filter(None, words)).replace("/", "-")
+
+
+def check_out(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) -> None:
+    """Raise RunError unless an evaluation may be written into `out`.
+
+    It may where nothing is, and where an evaluation of the same task, steps and seeds is whose optimizers are all
+    named again: then it is gone on with, or further optimizers come to it.
+    """
+    if (out / "recipe.json").exists():
+        raise training.RunError(f"{out} already holds recipe.json of a run; give another --out.")
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise training.RunError(f"{out} can't be written ({nearest} is in the way); give another --out.")
+    path = out / f"rows-{file_name(task)}.jsonl"
+    if not path.exists():
+        return
+    there = load_rows(path)
+    if (there[0].steps, {row.seed for row in there}) != (steps, set(range(seeds))):
+        long, count = f"{there[0].steps:,} steps", len({row.seed for row in there})
+        raise training.RunError(f"{out} already holds rows of {long} and seeds 0 to {count - 1}; give another --out.")
+    about = out / f"about-{file_name(task)}.json"
+    if about.exists():
+        read = files.fields(versions=files.named(files.text))
+        made_with = files.checked(read, files.read_json(about), str(about))["versions"]
+        if made_with != training.versions():
+            words = ", ".join(f"{name} {version}" for name, version in made_with.items())
+            raise training.RunError(f"{out} already holds rows made with {words}; give another --out.")
+    unique = contestants.distinct(names)
+    named = contestants.named_weights(unique)
+    kept = [out / "parts" / _place(task) / _part_name(*group, named) for group in _groups(unique, named).items()]
+    again = {(row.optimizer, row.meta_seed) for file in kept if file.is_file() for row in load_rows(file)}
+    lost = sorted({row.optimizer for row in there if (row.optimizer, row.meta_seed) not in again})
+    if lost:
+        raise training.RunError(
+            f"{out} already holds rows of {', '.join(lost)}, which this command does not name, or whose weights have "
+            "changed; name all that it holds and what is to come to it, or give another --out."
+        )
+
+
+def write_report(
+    out: Path,
+    task: str,
+    rows: Sequence[Row],
+    weights: dict[str, pretrained.Weights],
+    command: str,
+    note: str = "",
+    pictures: Sequence[str] = (),
+) -> str:
+    """Rows, table, pictures and a short report in `out`, named after the task. Returns the table.
+
+    `pictures`: further ones for the report, Markdown.
+    """
+    name = file_name(task)
+    save_rows(out / f"rows-{name}.jsonl", rows)  # first: whatever goes wrong below, they took the time
+    text = table(rows)
+    unrolls = {w.recipe["unroll"]["length"] for w in weights.values() if w.recipe}
+    unroll = unrolls.pop() if len(unrolls) == 1 else None
+    title = f"{task}, {rows[0].steps:,} steps"
+    plots.save_figure(plots.curves(rows, unroll, title), out / f"curves-{name}.png")
+    pictures = [f"![curves](curves-{name}.png)", *pictures]
+    if len({row.optimizer for row in rows}) > len(plots.COLOURS):  # too many for an eye to follow
+        plots.save_figure(plots.finals(rows, title), out / f"finals-{name}.png")
+        pictures.insert(0, f"![losses at the last step](finals-{name}.png)")
+    digests = {label: _digest(one) for label, one in weights.items()}
+    started: dict[str, Counter[str]] = {}  # of each method, over its meta-seeds
+    seen = set()
+    for label, one in weights.items():
+        counts, key = one.card.get("start_steps_per_250"), (digests[label], repr(one.recipe))
+        if counts and key not in seen:  # the same weights may be there in several uses
+            started.setdefault(label.partition(", meta-seed ")[0], Counter()).update(counts)
+            seen.add(key)
+    if 0 < len(started) <= len(plots.COLOURS):
+        plots.save_figure(plots.start_steps(started), out / f"start-steps-{name}.png")
+        pictures.append(f"![realised start steps](start-steps-{name}.png)")
+    about = {"command": command, "note": note, "unroll": unroll, **training.provenance()}
+    kept = {label: {"sha256": digests[label], "card": w.card} for label, w in weights.items()}
+    files.write_json(out / f"about-{name}.json", files.json_safe({**about, "weights": kept}))
+    diverged = sum(row.diverged for row in rows)
+    paragraphs = [
+        f"# {task}, {rows[0].steps:,} inner steps",
+        note,
+        text,
+        f"Train loss: mean over the last {evaluation.WINDOW} steps. ±: 95 % t interval. All optimizers start from the "
+        f"same inits and see the same batches; {diverged} of {len(rows)} runs diverged. The grid's learning rate was "
+        "picked on other seeds.",
+        meta_seed_tables(rows),
+        *pictures,
+        f"Command: `{command}`. Versions: {about['versions']}. Commit: {about['commit']}. "
+        f"Machine: {about['machine']['device']}, {about['machine']['cores']} cores.",
+    ]
+    report = "\n\n".join(filter(None, paragraphs)) + "\n"
+    files.write_bytes(out / f"report-{name}.md", report.encode())
+    files.write_bytes(out / f"table-{name}.md", (text + "\n").encode())
+    return text
