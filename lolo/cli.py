@@ -389,8 +389,6 @@ def eval_command(argv: list[str]) -> int:
         if seeds < 1:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
         tasks_.pin(task)
-        if out is not None and not dry_run:
-            comparisons.check_out(out, task, optimizers, steps, seeds)
         training.set_up()
         if dry_run:
             print(plan.report(plan.of_evaluation(task, recipes.Learner(), len(optimizers), seeds, steps)))
@@ -401,10 +399,15 @@ def eval_command(argv: list[str]) -> int:
             print(comparisons.table(rows))
         else:
             stop = training.Stop()
-            with telling() as teller, training.stop_on_signals(stop):
+            with (
+                comparisons.kept_in(out, task, optimizers, steps, seeds) as parts,
+                telling() as teller,
+                training.stop_on_signals(stop),
+            ):
                 told = comparisons.heeding(stop, teller, out)
-                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, told, out / "parts")
-            print(comparisons.write_report(out, task, rows, weights, shlex.join(["lolo", "eval", *argv])))
+                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, told, parts)
+                command = shlex.join(["lolo", "eval", *argv])
+                print(comparisons.write_report(out, task, rows, weights, command))
         return 0
 
     return call(evaluate_, argv, "lolo eval")

@@ -108,53 +108,54 @@ def evaluate(
     Returns: the rows, and the weights by label and meta-seed. Raises ValueError, FileError.
     """
     unique = contestants.distinct(names)  # what is wrong with a name is said now rather than after hours
+    evaluation.check_steps(steps)
     splits, named = tasks_.resolve(task), contestants.named_weights(unique, methods)
-    groups = _groups(unique, named)
+    files_of = {} if parts is None else _part_files(parts, task, unique, named)
+    for file in files_of.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
 
     def size(name: str) -> int:
         return (seeds + evaluation.grid_size(name)) * steps
 
-    total, done, rows = sum(map(size, unique)), 0, list[Row]()
+    found = {name: _kept(file, task, steps, seeds, named.get(name)) for name, file in files_of.items()}
+    rows_of = {name: rows for name, rows in found.items() if rows}
+    total, done = sum(map(size, unique)), sum(map(size, rows_of))
 
     def advanced(count: int) -> None:
         nonlocal done
         done += count
         told(f"evaluating on {task}", done, total, "")
 
-    for group, members in groups.items():
-        file = None if parts is None else parts / _place(task) / _part_name(group, members, named)
-        seeds_of_label = [named[member].meta_seed if member in named else None for member in members]
-        kept = None if file is None else _kept(file, task, steps, seeds, seeds_of_label)
-        if kept is not None:
-            done += sum(map(size, members))
-        else:
-            with timed(parts.parent, f"evaluating {file_name(task)}") if parts else contextlib.nullcontext():
-                entries = [contestants.contestant(name, named, splits, steps, advanced) for name in members]
-                kept = evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
-            if file is not None:
-                save_rows(file, kept)
-        rows += kept
+    groups: dict[str, list[str]] = {}  # those of one label run together
+    for name in unique:
+        if name not in rows_of:
+            groups.setdefault(named[name].label if name in named else name, []).append(name)
+    for members in groups.values():
+        with timed(parts.parent, f"evaluating {file_name(task)}") if parts else contextlib.nullcontext():
+            entries = [contestants.contestant(name, named, splits, steps, advanced) for name in members]
+            made = evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
+        for name, entry in zip(members, entries, strict=True):
+            rows_of[name] = [row for row in made if (row.optimizer, row.meta_seed) == (entry.label, entry.meta_seed)]
+            if name in files_of:
+                save_rows(files_of[name], rows_of[name])
+    rows = [row for name in unique for row in rows_of[name]]
     return rows, {f"{label}, meta-seed {seed}": weights for label, seed, weights, _ in named.values()}
 
 
-def _groups(names: Sequence[str], named: dict[str, contestants.Named]) -> dict[str, list[str]]:
-    """Names by what their rows are called: those of one label are evaluated, and kept, together."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(named[name].label if name in named else name, []).append(name)
-    return groups
+def _part_files(
+    parts: Path, task: str, names: Sequence[str], named: Mapping[str, contestants.Named]
+) -> dict[str, Path]:
+    """Where the rows of each name are kept: weights by what is in them, a baseline by what it is."""
+    place = file_name(task) + "".join(tasks_.pin(task).partition("@")[1:])[:9]  # of a user's file: how its sum begins
 
+    def part(name: str) -> str:
+        if name in named:
+            digest = hashlib.sha256(_contents(named[name]).encode()).hexdigest()[:8]
+            return f"{slug(named[name].label)[:160]}-{digest}.jsonl"
+        lr = contestants.learning_rate(name)
+        return slug(f"{name.partition(':')[0]}-{lr if isinstance(lr, str) else f'{lr:g}'}") + ".jsonl"
 
-def _place(task: str) -> str:
-    """The folder of a task's parts; of a user's file it has how its sum begins."""
-    return file_name(task) + "".join(tasks_.pin(task).partition("@")[1:])[:9]
-
-
-def _part_name(group: str, members: Sequence[str], named: dict[str, contestants.Named]) -> str:
-    """A file's name for the rows of these weights (by what is in them) or this baseline."""
-    digests = [_contents(named[member]) for member in members if member in named]
-    mark = f"-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}" if digests else ""
-    return f"{slug(group)}{mark}.jsonl"
+    return {name: parts / place / part(name) for name in names}
 
 
 def _digest(weights: pretrained.Weights) -> str:
@@ -171,13 +172,22 @@ def _contents(named: contestants.Named) -> str:
     return digest if learner | changes == meta_trained | changes else f"{digest} {learner}"
 
 
-def _kept(file: Path, task: str, steps: int, seeds: int, meta_seeds: Sequence[int | None]) -> list[Row] | None:
-    """Rows of a part, if it is there and holds this task's, so many steps long, one for each meta-seed and seed."""
-    if not file.is_file():
+def _part_rows(file: Path) -> list[Row]:
+    try:
+        return load_rows(file)
+    except files.FileError as error:
+        raise files.FileError(f"{error} Remove it, and its rows are made again.") from error
+
+
+def _kept(file: Path, task: str, steps: int, seeds: int, named: contestants.Named | None) -> list[Row] | None:
+    """Rows of a part, if it is there and holds this task's, so many steps long, one for each seed, of these weights."""
+    if not file.exists():
         return None
-    rows = load_rows(file)
-    wanted = Counter((task, steps, meta_seed, seed) for meta_seed in meta_seeds for seed in range(seeds))
-    return rows if Counter((row.task, row.steps, row.meta_seed, row.seed) for row in rows) == wanted else None
+    rows = _part_rows(file)
+    whose = {(row.task, row.steps, row.meta_seed) for row in rows}
+    ours = whose == {(task, steps, None if named is None else named.meta_seed)}
+    ours = ours and (named is None or {row.optimizer for row in rows} == {named.label})
+    return rows if ours and sorted(row.seed for row in rows) == list(range(seeds)) else None
 
 
 # --- reports ------------------------------------------------------------------------------------------------------
@@ -293,6 +303,8 @@ def _row(row: Any) -> dict[str, Any]:
 def load_rows(path: Path) -> list[Row]:
     """Rows of `save_rows`, checked: one task, at least one row, curves of one length. Raises FileError."""
     rows = [Row(**row) for row in files.read_json_lines(path, _row)]
+    if not rows:
+        raise files.FileError(f"{path}: holds no whole row.")
     shapes = {(row.task, row.steps, len(row.train_curve), len(row.held_curve)) for row in rows}
     if len(shapes) != 1:
         raise files.FileError(f"{path}: expected rows of one task and one number of steps, found {len(shapes)} kinds.")
@@ -308,41 +320,69 @@ def file_name(task: str) -> str:
     return "-".join(filter(None, words)).replace("/", "-")
 
 
-def check_out(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) -> None:
-    """Raise RunError unless an evaluation may be written into `out`.
+@contextlib.contextmanager
+def kept_in(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) -> Iterator[Path]:
+    """Keep a folder to one evaluation by `lolo eval`. Gives the folder of its parts.
 
-    It may where nothing is, and where an evaluation of the same task, steps and seeds is whose optimizers are all
-    named again: then it is gone on with, or further optimizers come to it.
+    The folder may be empty, or hold an evaluation of the same task, steps and seeds: this one goes on with it, and
+    further optimizers come to it. Raises RunError where rows would be lost or mixed with others, FileError for damaged
+    ones. What a user's task reads besides its own file is not looked at.
     """
+    unique = contestants.distinct(names)
+    named = contestants.named_weights(unique)
+    evaluation.check_steps(steps)
     if (out / "recipe.json").exists():
         raise training.RunError(f"{out} already holds recipe.json of a run; give another --out.")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise training.RunError(f"{out} can't be written ({nearest} is in the way); give another --out.")
-    path = out / f"rows-{file_name(task)}.jsonl"
-    if not path.exists():
-        return
-    there = load_rows(path)
-    if (there[0].steps, {row.seed for row in there}) != (steps, set(range(seeds))):
-        long, count = f"{there[0].steps:,} steps", len({row.seed for row in there})
-        raise training.RunError(f"{out} already holds rows of {long} and seeds 0 to {count - 1}; give another --out.")
-    about = out / f"about-{file_name(task)}.json"
-    if about.exists():
-        read = files.fields(versions=files.named(files.text))
-        made_with = files.checked(read, files.read_json(about), str(about))["versions"]
-        if made_with != training.versions():
-            words = ", ".join(f"{name} {version}" for name, version in made_with.items())
+    out.mkdir(parents=True, exist_ok=True)
+    with files.locked(out) as free:
+        if not free:
+            raise training.RunError(
+                f"another process is at work on {out}; wait for it, stop it, or give another --out."
+            )
+        if (command := command_of(out, task)) and not command.startswith("lolo eval "):
+            raise training.RunError(f"{out} already holds what {command!r} wrote; give another --out.")
+        kept = _part_files(out / "parts", task, unique, named)
+        path = out / f"rows-{file_name(task)}.jsonl"
+        before = [file for file in kept.values() if file.exists()]
+        found = [*map(_part_rows, before), *([load_rows(path)] if path.exists() else ())]
+        for rows in found:
+            there = rows[0].task, rows[0].steps, len({row.seed for row in rows})
+            if there != (task, steps, seeds):
+                words = f"{there[0]}, {there[1]:,} steps, seeds 0 to {there[2] - 1}"
+                raise training.RunError(f"{out} already holds rows of {words}; give another --out.")
+        if path.exists():
+            _require_all(out, found[-1], found[:-1])
+        made_with = out / "parts" / "versions.json"
+        if not made_with.exists():
+            files.write_json(made_with, training.versions())
+        versions = files.checked(files.named(files.text), files.read_json(made_with), str(made_with))
+        if versions != training.versions():
+            words = ", ".join(f"{name} {version}" for name, version in versions.items())
             raise training.RunError(f"{out} already holds rows made with {words}; give another --out.")
-    unique = contestants.distinct(names)
-    named = contestants.named_weights(unique)
-    kept = [out / "parts" / _place(task) / _part_name(*group, named) for group in _groups(unique, named).items()]
-    again = {(row.optimizer, row.meta_seed) for file in kept if file.is_file() for row in load_rows(file)}
-    lost = sorted({row.optimizer for row in there if (row.optimizer, row.meta_seed) not in again})
+        yield out / "parts"
+
+
+def _require_all(out: Path, reported: Sequence[Row], kept: Sequence[Sequence[Row]]) -> None:
+    """Raise RunError unless all rows of a report are kept."""
+    again = {files.json_line(dataclasses.asdict(row)) for rows in kept for row in rows}
+    lost = {row.optimizer for row in reported if files.json_line(dataclasses.asdict(row)) not in again}
     if lost:
         raise training.RunError(
-            f"{out} already holds rows of {', '.join(lost)}, which this command does not name, or whose weights have "
-            "changed; name all that it holds and what is to come to it, or give another --out."
+            f"{out} already holds rows of {', '.join(sorted(lost))} that this command would drop: it does not name "
+            "them, or weights or task have changed, or parts/ is incomplete. Name all that it holds and what is to "
+            "come to it, or give another --out."
         )
+
+
+def command_of(out: Path, task: str) -> str | None:
+    """The command that wrote the report on a task in `out`; None where there is none. Raises FileError."""
+    about = out / f"about-{file_name(task)}.json"
+    if not about.exists():
+        return None
+    return files.checked(files.fields(command=files.text), files.read_json(about), str(about))["command"]
 
 
 def write_report(

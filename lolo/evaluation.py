@@ -114,6 +114,12 @@ def compiled_window(task: Task, held: Task, make: Make, setting: Any, count: int
     return advance.lower(task, held, stacked, keys, states).compile(), states
 
 
+def check_steps(steps: int, window: int = WINDOW) -> None:
+    """Raise ValueError unless `steps` can be run in whole windows."""
+    if steps < window or steps % window:
+        raise ValueError(f"steps={steps} must be a multiple of {window}; try {max(round(steps / window), 1) * window}.")
+
+
 def run(
     task: Task,
     held: Task,
@@ -134,8 +140,7 @@ def run(
       advanced: told the number of steps done by each window, all runs together (for progress bars).
       window: steps between two scores, and that a point of the train curve is the mean of.
     """
-    if steps < window or steps % window:
-        raise ValueError(f"steps={steps} must be a multiple of {window}; try {max(round(steps / window), 1) * window}.")
+    check_steps(steps, window)
     if task.stream is not None and len(set(seeds)) > 1:
         return _by_seed(task, held, make, settings, seeds, steps, advanced, window)
     count = len(settings)

@@ -309,6 +309,9 @@ def run_study(
     tables: dict[str, str] = {}
 
     heard = comparisons.heeding(stop, told, out)
+    for where in study.eval_tasks or study.tasks:
+        if (comparisons.command_of(out, where) or "").startswith("lolo eval "):
+            raise training.RunError(f"{out} already holds an evaluation on {where} by `lolo eval`; give another --out.")
     for task in study.tasks:
         wanted = {
             (method, seed): recipe_of(study, method, task, seed)

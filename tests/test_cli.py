@@ -1,12 +1,14 @@
 """The command line: bad input is one line that names value and cure, exit status 2, and nothing half-written."""
 
+import dataclasses
 import re
 
+import jax
 import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import cli, comparisons, evaluation, files, recipes, studies, training
+from lolo import cli, comparisons, evaluation, files, pretrained, recipes, studies, training
 
 
 def run(capsys, *argv):
@@ -133,18 +135,73 @@ def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsy
     report = (out / "report-quadratic.md").read_bytes()
     assert b"adamw 0.01" in report and b"adam 0.001" in report
 
-    about = files.read_json(out / "about-quadratic.json")
+    assert evaluate("adamw:1e-2", "sgdm:1e-1", "adam:0.001")[0] == 0 and made == []  # other words for the same
+    report = (out / "report-quadratic.md").read_bytes()
     for asked, words in (
-        ({"names": ["adam:1e-3", "sgdm:0.1"]}, "rows of adamw 0.01, which this command does not name"),
-        ({"steps": "200"}, "rows of 100 steps and seeds 0 to 1"),
-        ({"seeds": "3"}, "rows of 100 steps and seeds 0 to 1"),
+        ({"names": ["adam:1e-3", "sgdm:0.1"]}, "rows of adamw 0.01 that this command would drop: it does not name"),
+        ({"steps": "200"}, "rows of quadratic, 100 steps, seeds 0 to 1"),
+        ({"seeds": "3"}, "rows of quadratic, 100 steps, seeds 0 to 1"),
+        ({"steps": "150"}, "steps=150 must be a multiple of 100"),
         ({"versions": {"lolo": "0.0.1", "jax": "0.9"}}, "rows made with lolo 0.0.1, jax 0.9"),
     ):
-        versions = asked.pop("versions", about["versions"])
-        files.write_json(out / "about-quadratic.json", about | {"versions": versions})
+        files.write_json(out / "parts" / "versions.json", asked.pop("versions", training.versions()))
         status, _, err = evaluate(*asked.pop("names", ["adam:1e-3", "sgdm:0.1", "adamw:0.01"]), **asked)
-        assert status == 2 and err.count("\n") == 1 and words in err and "another --out" in err
+        assert status == 2 and err.count("\n") == 1 and words in err
         assert made == [] and (out / "report-quadratic.md").read_bytes() == report
+
+    files.write_json(out / "parts" / "versions.json", training.versions())
+    with files.locked(out):
+        status, _, err = evaluate("adam:1e-3", "sgdm:0.1", "adamw:0.01")
+    assert status == 2 and "another process is at work" in err
+    files.write_json(out / "about-quadratic.json", {"command": "lolo reproduce quick"})
+    status, _, err = evaluate("adam:1e-3", "sgdm:0.1", "adamw:0.01")
+    assert status == 2 and "already holds what 'lolo reproduce quick' wrote" in err
+
+
+def test_meta_seeds_come_to_an_evaluation_one_by_one(tmp_path, monkeypatch, capsys):
+    def weights(seed):
+        recipe = dataclasses.replace(recipes.LOLO, tasks=("quadratic",), seed=seed)
+        path = tmp_path / f"{seed}.safetensors"
+        phi = recipes.build_learner(recipe.learner).init(jax.random.key(seed))
+        pretrained.save(path, pretrained.Weights(phi, recipe.learner, recipes.to_dict(recipe), {}))
+        return str(path)
+
+    def evaluate(*seeds):
+        names = [weights(seed) for seed in seeds]
+        settings = ["--task", "quadratic", "--steps", "100", "--seeds", "1", "--out", str(tmp_path / "out")]
+        assert run(capsys, "eval", *names, *settings)[0] == 0
+        rows = comparisons.load_rows(tmp_path / "out" / "rows-quadratic.jsonl")
+        assert {row.optimizer for row in rows} == {"lolo"}
+        return {row.meta_seed: row.train_loss for row in rows}
+
+    first = evaluate(0)
+    both = evaluate(1, 0)
+    assert set(both) == {0, 1} and both[0] == first[0] and both[1] != both[0]
+    (tmp_path / "out" / "parts" / "quadratic").rename(tmp_path / "elsewhere")
+    status, _, err = run(
+        capsys,
+        "eval",
+        weights(0),
+        "--task",
+        "quadratic",
+        "--steps",
+        "100",
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    )
+    assert status == 2 and "rows of lolo that this command would drop" in err and "parts/ is incomplete" in err
+
+
+def test_a_task_of_the_same_words_elsewhere_is_another_task(tmp_path, capsys):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text("from lolo.tasks import quadratic")
+    settings = ["--steps", "100", "--seeds", "1", "--out", str(tmp_path / "out")]
+    assert run(capsys, "eval", "adam:1e-3", "--task", f"{tmp_path}/a/mine.py:quadratic", *settings)[0] == 0
+    status, _, err = run(capsys, "eval", "adam:1e-3", "--task", f"{tmp_path}/b/mine.py:quadratic", *settings)
+    assert status == 2 and f"rows of {tmp_path}/a/mine.py:quadratic" in err
 
 
 def test_rows_of_weights_that_have_changed_are_not_lost(tmp_path, capsys):
@@ -154,7 +211,7 @@ def test_rows_of_weights_that_have_changed_are_not_lost(tmp_path, capsys):
     assert run(capsys, *command)[0] == 0
     files.write_weights(path, {name: 2 * x for name, x in meta_params().items()}, learner=LEARNER)
     status, _, err = run(capsys, *command)
-    assert status == 2 and "rows of w, which" in err and "changed" in err
+    assert status == 2 and "rows of w that" in err and "changed" in err
 
 
 def test_help_names_every_part_of_the_study(capsys):

@@ -1,6 +1,7 @@
 """Named optimizers, their rows, tables, reports and pictures, on the smallest task."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from test_training import small
 
 from lolo import comparisons, contestants, evaluation, plots, pretrained, recipes, tasks
 from lolo.evaluation import Row
+from lolo.files import FileError
 
 QUADRATIC = tasks.quadratic()
 
@@ -180,13 +182,32 @@ def test_rows_kept_from_before_are_not_made_again_unless_something_changed(tmp_p
 
 
 def test_rows_that_do_not_fit_are_made_again(tmp_path):
-    file, rows = tmp_path / "part.jsonl", [row("lolo", meta_seed, seed, 1.0) for meta_seed in (0, 1) for seed in (0, 1)]
+    path = write(tmp_path / "a.safetensors", small("lolo"))
+    named = contestants.named_weights([path])[path]
+    file, rows = tmp_path / "part.jsonl", [row("lolo", 0, seed, 1.0) for seed in (0, 1)]
     comparisons.save_rows(file, rows)
-    assert comparisons._kept(file, "q", 200, 2, [0, 1]) == rows
-    for other in [("p", 200, 2, [0, 1]), ("q", 100, 2, [0, 1]), ("q", 200, 1, [0, 1]), ("q", 200, 2, [0, 2])]:
+    assert comparisons._kept(file, "q", 200, 2, named) == rows
+    others = [
+        ("p", 200, 2, named),
+        ("q", 100, 2, named),
+        ("q", 200, 1, named),
+        ("q", 200, 3, named),
+        ("q", 200, 2, None),
+        ("q", 200, 2, named._replace(meta_seed=1)),
+        ("q", 200, 2, named._replace(label="bc-only")),
+    ]
+    for other in others:
         assert comparisons._kept(file, *other) is None
     file.write_bytes(file.read_bytes()[:-20])  # the last row is half there: it would be left out
-    assert comparisons._kept(file, "q", 200, 2, [0, 1]) is None
+    assert comparisons._kept(file, "q", 200, 2, named) is None
+    file.write_bytes(b"")
+    with pytest.raises(FileError, match=r"no whole row.*Remove it, and its rows are made again"):
+        comparisons._kept(file, "q", 200, 2, named)
+
+
+def part_of(name):
+    (file,) = comparisons._part_files(Path("parts"), "quadratic", [name], contestants.named_weights([name])).values()
+    return file.name
 
 
 def test_names_of_parts_tell_weights_by_the_settings_they_came_with(tmp_path):
@@ -194,14 +215,16 @@ def test_names_of_parts_tell_weights_by_the_settings_they_came_with(tmp_path):
 
     def part(use, learner=None):
         name = f"{write(path, recipe, learner)}{use}"
-        return comparisons._part_name("group", [name], contestants.named_weights([name]))
+        return part_of(name)
 
     mended = [part("", dataclasses.replace(recipe.learner, clock_limit=limit)) for limit in (10.0, 20.0)]
-    assert len({part(""), *mended}) == 3 and part(":clock_limit=3,schedule=cosine") == part("")
+    assert len({part(""), *mended}) == 3
+    assert part(":clock_limit=3,schedule=cosine") == part("").replace("lolo-", "lolo-clock_limit-3.0-schedule-cosine-")
     now, older = part(""), recipes.to_dict(recipe)
     del older["learner"]["step_decay"]  # as recipes were before there was one
     pretrained.save(path, pretrained.load(path)._replace(recipe=older))
-    assert comparisons._part_name("group", [str(path)], contestants.named_weights([str(path)])) == now
+    assert part_of(str(path)) == now
+    assert part_of("adamw:1e-3") == part_of("adamw:0.001") == "adamw-0.001.jsonl" != part_of("adamw:wide-grid")
 
 
 def test_rows_of_a_users_task_are_not_kept_when_its_file_changes(tmp_path, monkeypatch):

@@ -62,6 +62,15 @@ def test_a_study_refuses_runs_of_another_recipe(tmp_path, monkeypatch):
         studies.reproduce("tiny", tmp_path)
 
 
+def test_a_study_does_not_overwrite_an_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "tiny", TINY)
+    rows, _ = comparisons.evaluate(["adam:0.1"], "quadratic", 100, 1)
+    comparisons.write_report(tmp_path, "quadratic", rows, {}, "lolo eval adam:0.1")
+    with pytest.raises(training.RunError, match=r"holds an evaluation on quadratic.*another --out"):
+        studies.reproduce("tiny", tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_parts_of_a_study_share_their_meta_trainings(tmp_path, monkeypatch):
     second = dataclasses.replace(TINY, methods=("lolo", "lolo replay.read=pop"), uses=(("lolo", "schedule=cosine"),))
     second = dataclasses.replace(second, changes=(*TINY.changes, ("learner.name", "small_fc")), baselines=())
