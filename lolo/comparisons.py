@@ -355,14 +355,18 @@ def kept_in(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) 
                 raise training.RunError(f"{out} already holds rows of {words}; give another --out.")
         if path.exists():
             _require_all(out, found[-1], found[:-1])
-        made_with = out / "parts" / "versions.json"
-        if not made_with.exists():
-            files.write_json(made_with, training.versions())
-        versions = files.checked(files.named(files.text), files.read_json(made_with), str(made_with))
-        if versions != training.versions():
-            words = ", ".join(f"{name} {version}" for name, version in versions.items())
-            raise training.RunError(f"{out} already holds rows made with {words}; give another --out.")
+        _require_versions(out, out / "parts" / "versions.json")
         yield out / "parts"
+
+
+def _require_versions(out: Path, file: Path) -> None:
+    """Raise RunError unless `file` names the versions of today; write it where there is none."""
+    if not file.exists():
+        files.write_json(file, training.versions())
+    versions = files.checked(files.named(files.text), files.read_json(file), str(file))
+    if versions != training.versions():
+        words = ", ".join(f"{name} {version}" for name, version in versions.items())
+        raise training.RunError(f"{out} already holds rows made with {words}; give another --out.")
 
 
 def _require_all(out: Path, reported: Sequence[Row], kept: Sequence[Sequence[Row]]) -> None:
