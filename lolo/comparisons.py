@@ -331,6 +331,7 @@ def kept_in(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) 
     unique = contestants.distinct(names)
     named = contestants.named_weights(unique)
     evaluation.check_steps(steps)
+    tasks_.resolve(task)  # where data are missing, nothing is written
     if (out / "recipe.json").exists():
         raise training.RunError(f"{out} already holds recipe.json of a run; give another --out.")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())

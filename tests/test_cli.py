@@ -153,6 +153,8 @@ def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsy
     with files.locked(out):
         status, _, err = evaluate("adam:1e-3", "sgdm:0.1", "adamw:0.01")
     assert status == 2 and "another process is at work" in err
+    status, _, err = run(capsys, "eval", "adam:1e-3", "--task", "textures-mlp", "--out", str(tmp_path / "new"))
+    assert status == 2 and "lolo data prepare textures" in err and not (tmp_path / "new").exists()
     files.write_json(out / "about-quadratic.json", {"command": "lolo reproduce quick"})
     status, _, err = evaluate("adam:1e-3", "sgdm:0.1", "adamw:0.01")
     assert status == 2 and "already holds what 'lolo reproduce quick' wrote" in err
