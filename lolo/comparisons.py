@@ -27,6 +27,7 @@ import numpy as np
 from lolo import contestants, evaluation, files, parallel, plots, pretrained, recipes, training
 from lolo import tasks as tasks_
 from lolo.evaluation import Row
+from lolo.gang import ALONE
 
 Told = Callable[[str, int, int, str], None]
 """Progress: what is under way, units done, units in all, and a word on how it goes."""
@@ -338,11 +339,7 @@ def kept_in(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) 
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise training.RunError(f"{out} can't be written ({nearest} is in the way); give another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    with files.locked(out) as free:
-        if not free:
-            raise training.RunError(
-                f"another process is at work on {out}; wait for it, stop it, or give another --out."
-            )
+    with training.alone_in(out, ALONE):
         if (command := command_of(out, task)) and not command.startswith("lolo eval "):
             raise training.RunError(f"{out} already holds what {command!r} wrote; give another --out.")
         kept = _part_files(out / "parts", task, unique, named)
