@@ -393,9 +393,10 @@ def eval_command(argv: list[str]) -> int:
         if dry_run:
             print(plan.report(plan.of_evaluation(task, recipes.Learner(), len(optimizers), seeds, steps)))
             return 0
+        splits = tasks_.resolve(task)  # first: where data are missing, nothing is written
         if out is None:
             with telling() as teller:
-                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, teller)
+                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, teller, splits=splits)
             print(comparisons.table(rows))
         else:
             stop = training.Stop()
@@ -405,7 +406,7 @@ def eval_command(argv: list[str]) -> int:
                 training.stop_on_signals(stop),
             ):
                 told = comparisons.heeding(stop, teller, out)
-                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, told, parts)
+                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, told, parts, splits=splits)
                 command = shlex.join(["lolo", "eval", *argv])
                 print(comparisons.write_report(out, task, rows, weights, command))
         return 0

@@ -97,6 +97,7 @@ def evaluate(
     told: Told = silent,
     parts: Path | None = None,
     methods: Mapping[str, str] = types.MappingProxyType({}),
+    splits: tasks_.Splits | None = None,
 ) -> tuple[list[Row], dict[str, pretrained.Weights]]:
     """Every named optimizer on a task, from the same inits and batches.
 
@@ -105,12 +106,14 @@ def evaluate(
         use than they came with), `adamw:1e-3`, `adam:…`, `sgdm:…`, `adamw:grid`.
       parts: a folder that keeps the rows of each method as they come; those found there are not made again.
       methods: as `named_weights` takes them.
+      splits: of the task, by whoever has resolved it before: a user's task may take long to make.
 
     Returns: the rows, and the weights by label and meta-seed. Raises ValueError, FileError.
     """
     unique = contestants.distinct(names)  # what is wrong with a name is said now rather than after hours
     evaluation.check_steps(steps)
-    splits, named = tasks_.resolve(task), contestants.named_weights(unique, methods)
+    named = contestants.named_weights(unique, methods)
+    splits = splits or tasks_.resolve(task)
     files_of = {} if parts is None else _part_files(parts, task, unique, named)
     for file in files_of.values():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -185,10 +188,10 @@ def _kept(file: Path, task: str, steps: int, seeds: int, named: contestants.Name
     if not file.exists():
         return None
     rows = _part_rows(file)
-    whose = {(row.task, row.steps, row.meta_seed) for row in rows}
-    ours = whose == {(task, steps, None if named is None else named.meta_seed)}
-    ours = ours and (named is None or {row.optimizer for row in rows} == {named.label})
-    return rows if ours and sorted(row.seed for row in rows) == list(range(seeds)) else None
+    label, meta_seed = (rows[0].optimizer, None) if named is None else (named.label, named.meta_seed)
+    wanted = [(task, steps, label, meta_seed, seed) for seed in range(seeds)]
+    there = [(row.task, row.steps, row.optimizer, row.meta_seed, row.seed) for row in rows]
+    return rows if sorted(there, key=lambda of: of[-1]) == wanted else None
 
 
 # --- reports ------------------------------------------------------------------------------------------------------
@@ -332,7 +335,6 @@ def kept_in(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) 
     unique = contestants.distinct(names)
     named = contestants.named_weights(unique)
     evaluation.check_steps(steps)
-    tasks_.resolve(task)  # where data are missing, nothing is written
     if (out / "recipe.json").exists():
         raise training.RunError(f"{out} already holds recipe.json of a run; give another --out.")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
