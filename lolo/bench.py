@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from lolo import files, learned, meta, models, parallel, plots, recipes, tasks, textbook, training
+from lolo import files, learned, meta, models, parallel, plots, problem, recipes, textbook, training
 from lolo.gang import ALONE
 from lolo.offload import Offloaded
 from lolo.trees import PyTree, count_bytes
@@ -68,7 +68,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], seconds: float = 6.0, least
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def synthetic(widths: tuple[int, ...]) -> tasks.Splits:
+def synthetic(widths: tuple[int, ...]) -> problem.Splits:
     """A classifier of random bytes with an MLP of these widths."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2048, widths[0]), np.uint8)
@@ -77,17 +77,17 @@ def synthetic(widths: tuple[int, ...]) -> tasks.Splits:
     def pick(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (data[0][indices].astype(jnp.float32) - 127.5) / 73.6, data[1][indices]
 
-    parts = {split: (images, labels) for split in tasks.Splits._fields}
+    parts = {split: (images, labels) for split in problem.Splits._fields}
     sizes = {split: 2048 for split in parts}
-    return tasks.classification(parts, models.mlp(widths), pick, classes=widths[-1], batch=BATCH, sizes=sizes)
+    return problem.classification(parts, models.mlp(widths), pick, classes=widths[-1], batch=BATCH, sizes=sizes)
 
 
-def lanes(task: tasks.Task, optimizer: Callable, steps: int, sequential: bool) -> tuple[Callable, tuple]:
+def lanes(task: problem.Task, optimizer: Callable, steps: int, sequential: bool) -> tuple[Callable, tuple]:
     """16 trajectories (8 pairs, both signs) of `steps` inner steps, spread over the devices as one program."""
     over = parallel.mesh(PAIRS)
     everywhere, spread = PartitionSpec(), PartitionSpec(parallel.AXIS)
 
-    def one(task: tasks.Task, meta_params: PyTree, params: PyTree, key: jax.Array) -> jax.Array:
+    def one(task: problem.Task, meta_params: PyTree, params: PyTree, key: jax.Array) -> jax.Array:
         transformation = optimizer(meta_params)
 
         def step(carry: tuple, n: jax.Array) -> tuple[tuple, jax.Array]:
@@ -99,7 +99,7 @@ def lanes(task: tasks.Task, optimizer: Callable, steps: int, sequential: bool) -
 
         return jax.lax.scan(step, (params, transformation.init(params)), jnp.arange(steps))[1]
 
-    def all_lanes(task: tasks.Task, *args: Any) -> jax.Array:
+    def all_lanes(task: problem.Task, *args: Any) -> jax.Array:
         if sequential:
             return jax.lax.map(lambda lane: one(task, *lane), args)
         return jax.vmap(partial(one, task))(*args)
@@ -168,7 +168,7 @@ class OuterStep(NamedTuple):
 
 
 def outer_step(
-    recipe: recipes.Recipe, splits: dict[str, tasks.Splits] | None = None, devices: int | None = None
+    recipe: recipes.Recipe, splits: dict[str, problem.Splits] | None = None, devices: int | None = None
 ) -> OuterStep:
     """Build and compile what `lolo train` would run. Every call sees the same segment of streamed data."""
     run = training.prepare(recipe, None, splits, devices, ALONE)
@@ -241,7 +241,7 @@ def bench_growth(rounds: int = 10) -> Iterator[Line]:
 
 def block_times(
     recipe: recipes.Recipe,
-    splits: dict[str, tasks.Splits] | None = None,
+    splits: dict[str, problem.Splits] | None = None,
     devices: int | None = None,
     rounds: int = 5,
 ) -> dict[int, float]:

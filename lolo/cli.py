@@ -18,8 +18,23 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import comparisons, files, health, launch, parallel, plan, recipes, report, studies, training
-from lolo import tasks as tasks_
+from lolo import (
+    bench,
+    comparisons,
+    files,
+    health,
+    launch,
+    parallel,
+    plan,
+    problem,
+    recipes,
+    report,
+    studies,
+    sweep,
+    tasks,
+    training,
+)
+from lolo.data import prepare
 from lolo.gang import ALONE, Gang, GangError
 from lolo.launch import Processes
 from lolo.recipes import Recipe
@@ -185,7 +200,7 @@ def train_command(argv: list[str]) -> int:
         # Before anything starts JAX, which connects the processes' XLA: it must be of one version.
         training.require_alike(gang, training.pinned(recipe), {})
         # What is wrong with these is said before anything else.
-        splits = [tasks_.resolve(task) for task in recipe.tasks]
+        splits = [tasks.resolve(task) for task in recipe.tasks]
         if arguments.init is not None:
             files.read_weights(arguments.init)
         training.sink_openers(arguments.log)
@@ -204,10 +219,8 @@ def train_command(argv: list[str]) -> int:
     return in_processes(["train", *argv], name, recipe, arguments.several, arguments.devices, run)
 
 
-def with_fastest_block(recipe: Recipe, splits: dict[str, tasks_.Splits], devices: int | None) -> Recipe:
+def with_fastest_block(recipe: Recipe, splits: dict[str, problem.Splits], devices: int | None) -> Recipe:
     """The recipe with the `slots_per_block` whose outer step is the fastest here; says all times."""
-    from lolo import bench
-
     times = bench.block_times(recipe, splits, devices)
     fastest = min(times, key=lambda size: times[size])
     words = ", ".join(f"{size}: {1000 * seconds:.1f} ms" for size, seconds in times.items())
@@ -319,9 +332,8 @@ def resume_command(argv: list[str]) -> int:
 
 def sweep_command(argv: list[str]) -> int:
     """lolo sweep FILE"""
-    from lolo import sweep as sweeps
 
-    def sweep(
+    def sweep_(
         file: tyro.conf.Positional[Path],
         workers: int | None = None,
         only: int | None = None,
@@ -337,24 +349,24 @@ def sweep_command(argv: list[str]) -> int:
           slurm: print an array script, and run nothing.
           table: print the table of what is there, and run nothing.
         """
-        plan, stop = sweeps.read(file), training.Stop()
+        grid, stop = sweep.read(file), training.Stop()
         if slurm:
-            print(sweeps.slurm_script(file, plan), end="")
+            print(sweep.slurm_script(file, grid), end="")
             return 0
         if not table:
             with training.stop_on_signals(stop):
-                sweeps.run_all(plan, workers, only, stop, say)
+                sweep.run_all(grid, workers, only, stop, say)
         if only is not None:
-            states = [sweeps.row(plan.runs[only])["state"]]
+            states = [sweep.row(grid.runs[only])["state"]]
         else:
-            print(sweeps.gather(plan))
-            states = [sweeps.row(run)["state"] for run in plan.runs]
+            print(sweep.gather(grid))
+            states = [sweep.row(run)["state"] for run in grid.runs]
         if stop.requested is not None:
             say(f"stopped by {stop.requested}. Go on with: {shlex.join(['lolo', 'sweep', *argv])}")
             return 3
         return 4 if "failed" in states else 0
 
-    return call(sweep, argv, "lolo sweep")
+    return call(sweep_, argv, "lolo sweep")
 
 
 def eval_command(argv: list[str]) -> int:
@@ -388,12 +400,12 @@ def eval_command(argv: list[str]) -> int:
             raise ValueError("name at least one optimizer, for instance: lolo eval adamw:1e-3 --task fashion-mlp")
         if seeds < 1:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
-        tasks_.pin(task)
+        tasks.pin(task)
         training.set_up()
         if dry_run:
             print(plan.report(plan.of_evaluation(task, recipes.Learner(), len(optimizers), seeds, steps)))
             return 0
-        splits = tasks_.resolve(task)  # first: where data are missing, nothing is written
+        splits = tasks.resolve(task)  # first: where data are missing, nothing is written
         if out is None:
             with telling() as teller:
                 rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, teller, splits=splits)
@@ -458,8 +470,6 @@ def bench_command(argv: list[str]) -> int:
             truncation, tasks, parameters); all if none is named.
           out: JSON file for the numbers; a picture of the growth goes beside it.
         """
-        from lolo import bench
-
         training.set_up()
         bench.run(parts or tuple(bench.PARTS), out)
         return 0
@@ -486,7 +496,7 @@ def tasks_command(argv: list[str]) -> int:
 
     def list_tasks() -> int:
         """The tasks that come with lolo."""
-        for name, make in tasks_.TASKS.items():
+        for name, make in tasks.TASKS.items():
             print(f"{name}: {(make.__doc__ or '').splitlines()[0]}")
         return 0
 
@@ -526,9 +536,8 @@ def report_command(argv: list[str]) -> int:
 
 def data_command(argv: list[str]) -> int:
     """lolo data prepare|list|verify"""
-    from lolo.data import prepare as preparation
 
-    def prepare(
+    def prepare_(
         name: tyro.conf.Positional[str], to: Path, source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     ) -> int:
         """Read a data set once and keep it as memory-mapped arrays; goes on where it was stopped.
@@ -539,7 +548,7 @@ def data_command(argv: list[str]) -> int:
           source: the folder or file that holds the data; not needed for textures and books.
         """
         with telling() as teller:
-            manifest = preparation.prepare(
+            manifest = prepare.prepare(
                 name, source, to, lambda done, total, line: teller(f"preparing {name}", done, total, line)
             )
         counts = {split: content["count"] for split, content in manifest["splits"].items()}
@@ -548,18 +557,18 @@ def data_command(argv: list[str]) -> int:
 
     def list_(folder: tyro.conf.Positional[Path]) -> int:
         """What was prepared in a folder: in itself and in those directly in it."""
-        for found in preparation.list_prepared(folder):
+        for found in prepare.list_prepared(folder):
             print(f"{found.folder}: {found.problem or f'{found.name}, {found.counts}, {found.data_bytes:,} bytes'}")
         return 0
 
-    def verify(folder: tyro.conf.Positional[Path]) -> int:
+    def verify_(folder: tyro.conf.Positional[Path]) -> int:
         """Compare every array of a prepared data set with its sha256."""
         with telling() as teller:
-            preparation.verify(folder, lambda done, total, line: teller("verifying", done, total, line))
+            prepare.verify(folder, lambda done, total, line: teller("verifying", done, total, line))
         print(f"{folder}: every file is as it was written.")
         return 0
 
-    commands = {"prepare": deferred(prepare), "list": deferred(list_), "verify": deferred(verify)}
+    commands = {"prepare": deferred(prepare_), "list": deferred(list_), "verify": deferred(verify_)}
     return one_line(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="lolo data"))()
 
 

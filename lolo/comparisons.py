@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lolo import contestants, evaluation, files, parallel, plots, pretrained, recipes, training
-from lolo import tasks as tasks_
+from lolo import contestants, evaluation, files, parallel, plots, pretrained, problem, recipes, tasks, training
 from lolo.evaluation import Row
 from lolo.gang import ALONE
 
@@ -97,7 +96,7 @@ def evaluate(
     told: Told = silent,
     parts: Path | None = None,
     methods: Mapping[str, str] = types.MappingProxyType({}),
-    splits: tasks_.Splits | None = None,
+    splits: problem.Splits | None = None,
 ) -> tuple[list[Row], dict[str, pretrained.Weights]]:
     """Every named optimizer on a task, from the same inits and batches.
 
@@ -113,7 +112,7 @@ def evaluate(
     unique = contestants.distinct(names)  # what is wrong with a name is said now rather than after hours
     evaluation.check_steps(steps)
     named = contestants.named_weights(unique, methods)
-    splits = splits or tasks_.resolve(task)
+    splits = splits or tasks.resolve(task)
     files_of = {} if parts is None else _part_files(parts, task, unique, named)
     for file in files_of.values():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +149,7 @@ def _part_files(
     parts: Path, task: str, names: Sequence[str], named: Mapping[str, contestants.Named]
 ) -> dict[str, Path]:
     """Where the rows of each name are kept: weights by what is in them, a baseline by what it is."""
-    place = file_name(task) + "".join(tasks_.pin(task).partition("@")[1:])[:9]  # of a user's file: how its sum begins
+    place = file_name(task) + "".join(tasks.pin(task).partition("@")[1:])[:9]  # of a user's file: how its sum begins
 
     def part(name: str) -> str:
         if name in named:
@@ -317,7 +316,7 @@ def load_rows(path: Path) -> list[Row]:
 
 def file_name(task: str) -> str:
     """What the files of a task are named after: its name, or the name of the user's file and function; its settings."""
-    match = tasks_.NAME.fullmatch(task)
+    match = tasks.NAME.fullmatch(task)
     if not match:
         return task
     words = (match["path"] and Path(match["path"]).stem, match["function"], match["settings"])

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from lolo import evaluation, files, pretrained, recipes
-from lolo import tasks as tasks_
+from lolo import evaluation, files, pretrained, problem, recipes
 from lolo.evaluation import Contestant
 from lolo.recipes import Learner
 
@@ -155,7 +154,7 @@ def _make_of(learner: Learner, step_scale: float, cosine_steps: int | None) -> e
 def contestant(
     name: str,
     named: dict[str, Named],
-    splits: tasks_.Splits,
+    splits: problem.Splits,
     steps: int,
     advanced: Callable[[int], None] = lambda count: None,
 ) -> Contestant:

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from lolo import inner, parallel
-from lolo.problem import Feed
-from lolo.tasks import Splits, Task
+from lolo.problem import Feed, Splits, Task
 from lolo.trees import PyTree
 
 WINDOW = 100  # steps that a reported loss is the mean of, and between two scores

@@ -10,7 +10,7 @@ import optax
 
 from lolo import imitation
 from lolo.experts import Expert
-from lolo.tasks import Task
+from lolo.problem import Task
 from lolo.trees import PyTree
 
 

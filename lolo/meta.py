@@ -23,7 +23,7 @@ from lolo.experts import Expert
 from lolo.imitation import Losses
 from lolo.inner import InnerState, StepRecord, begin, inner_step
 from lolo.learned import LearnedOptimizer
-from lolo.tasks import Task
+from lolo.problem import Task
 from lolo.trees import PyTree, both_signs, select
 
 

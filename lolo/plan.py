@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from lolo import cost, evaluation, inner, meta, parallel, pretrained, recipes
-from lolo import tasks as tasks_
 from lolo.offload import check as check_offload
+from lolo.problem import Splits, Task
 from lolo.recipes import Recipe
-from lolo.tasks import Splits, Task
+from lolo.tasks import outline
 from lolo.trees import PyTree, count_bytes
 
 GPU_BYTES = 80e9
@@ -170,7 +170,7 @@ def of_training(recipe: Recipe, devices: int | None = 1, offload: bool = False) 
     if offload:
         check_offload(recipe)
         setup = setup._replace(capacity=1)
-    splits = [tasks_.outline(name) for name in recipe.tasks]
+    splits = [outline(name) for name in recipe.tasks]
     steps = recipe.unroll.truncation * recipe.unroll.truncations_per_update
     tasks = tuple(segment(s.train, steps) for s in splits)
     over = parallel.mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
@@ -213,7 +213,7 @@ def of_evaluation(name: str, learner: recipes.Learner, optimizers: int, seeds: i
     The states of all seeds are held at once; those of a streamed task are run seed by seed.
     """
     setup = recipes.build(dataclasses.replace(recipes.NAIVE, learner=learner, tasks=(name,)))
-    splits = tasks_.outline(name)
+    splits = outline(name)
     task = segment(splits.train, evaluation.WINDOW)
     make = pretrained.architecture(learner).optimizer
     phi = jax.eval_shape(setup.learned.init, jax.random.key(0))

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lolo import comparisons, files, plots, recipes, training
-from lolo import tasks as tasks_
+from lolo import comparisons, files, plots, recipes, tasks, training
 from lolo.recipes import Recipe
 
 
@@ -289,7 +288,7 @@ def check_data(study: Study) -> None:
     """Raise TaskError or DataError where data are missing: now rather than after hours."""
     for task in (*study.tasks, *study.eval_tasks):
         for one in task.split("+"):
-            tasks_.resolve(one)
+            tasks.resolve(one)
 
 
 def run_study(

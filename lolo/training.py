@@ -27,13 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lolo import evaluation, files, meta, parallel, pretrained, recipes, sinks
-from lolo import tasks as tasks_
+from lolo import evaluation, files, meta, parallel, pretrained, problem, recipes, sinks
 from lolo.gang import ALONE, Gang
 from lolo.offload import Offloaded
 from lolo.offload import check as check_offload
 from lolo.problem import Feed
 from lolo.recipes import Recipe
+from lolo.tasks import pin, resolve
 from lolo.trees import count_bytes
 
 META_STREAM = 0  # streams of meta-trainings: their order is drawn from (this, seed, task, epoch)
@@ -275,7 +275,7 @@ def go_on(run: Path, recipe: Recipe, gang: Gang) -> bool:
 
 def pinned(recipe: Recipe) -> Recipe:
     """The recipe with its tasks named as they are stored."""
-    return dataclasses.replace(recipe, tasks=tuple(tasks_.pin(name) for name in recipe.tasks))
+    return dataclasses.replace(recipe, tasks=tuple(pin(name) for name in recipe.tasks))
 
 
 def log_rows(run: Path) -> list[dict[str, Any]]:
@@ -305,7 +305,7 @@ class Run:
     """A meta-training under way."""
 
     recipe: Recipe
-    tasks: dict[str, tasks_.Splits]
+    tasks: dict[str, problem.Splits]
     setup: meta.Setup
     over: Any  # the mesh
     step: parallel.Step | Offloaded
@@ -336,7 +336,7 @@ class Run:
         else:
             self.state = parallel.place(state, self.over, parallel.state_specs(state))
 
-    def train_tasks(self) -> tuple[tasks_.Task, ...]:
+    def train_tasks(self) -> tuple[problem.Task, ...]:
         return tuple(splits.train for splits in self.tasks.values())
 
     @contextmanager
@@ -353,7 +353,7 @@ class Run:
             for feed in self.feeds:
                 feed.close()
 
-    def next_tasks(self) -> tuple[tasks_.Task, ...]:
+    def next_tasks(self) -> tuple[problem.Task, ...]:
         """The tasks with the data of the next outer step."""
         return tuple(feed.next(lambda data: parallel.place(data, self.over)) for feed in self.feeds)
 
@@ -382,7 +382,7 @@ def check_init(init: files.WeightsFile, learner: recipes.Learner) -> None:
 def prepare(
     recipe: Recipe,
     init: files.WeightsFile | None,
-    tasks: dict[str, tasks_.Splits] | None,
+    tasks: dict[str, problem.Splits] | None,
     devices: int | None,
     gang: Gang = ALONE,
     offload: bool = False,
@@ -394,7 +394,7 @@ def prepare(
             raise RunError("offload=True keeps replay buffers with one process; leave it out with several.")
         check_offload(recipe)
         setup = setup._replace(capacity=1)
-    splits = {name: tasks_.resolve(name) for name in recipe.tasks} if tasks is None else tasks
+    splits = {name: resolve(name) for name in recipe.tasks} if tasks is None else tasks
     over = parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
     own_tasks = tuple(s.train for s in splits.values())
     meta_params = None
@@ -407,7 +407,7 @@ def prepare(
     compiled = Offloaded(recipe, setup, state, over) if offload else parallel.compile_step(setup, state, over)
     train_tasks = parallel.place(own_tasks, over)
     placed = {
-        name: tasks_.Splits(task, s.validation, s.test)
+        name: problem.Splits(task, s.validation, s.test)
         for (name, s), task in zip(splits.items(), train_tasks, strict=True)
     }
     return Run(recipe, placed, setup, over, compiled, state, None, [], gang)
@@ -638,7 +638,7 @@ def train(
     out: Path | str | None = None,
     *,
     init: str | Path | None = None,
-    tasks: dict[str, tasks_.Splits] | None = None,
+    tasks: dict[str, problem.Splits] | None = None,
     devices: int | None = None,
     gang: Gang = ALONE,
     offload: bool = False,
@@ -727,7 +727,7 @@ def require_shared(gang: Gang, out: Path) -> None:
 def resume(
     out: Path | str,
     *,
-    tasks: dict[str, tasks_.Splits] | None = None,
+    tasks: dict[str, problem.Splits] | None = None,
     devices: int | None = None,
     gang: Gang = ALONE,
     offload: bool = False,

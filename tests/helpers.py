@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lolo import meta, recipes, tasks, training
+from lolo import meta, problem, recipes, training
 from lolo.learned import LearnedOptimizer
 
 # N = 12, L = 3: four truncations in an unroll, and nothing that takes long to compile.
@@ -68,7 +68,7 @@ def make_task(init, loss, data=None, size=64, batch=2, loss_limit=None):
     """A Task from `init(key)` and `loss(params, stats, batch)`, each with stats; data default to N(0, 1) of [size]."""
     if data is None:
         data = jax.random.normal(jax.random.key(5), (size,))
-    return tasks.Task(
+    return problem.Task(
         data,
         init,
         lambda data, indices: data[indices],

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from test_readers import rng, write_bin
 
-from lolo.data import DataError, npy, prepare
+from lolo.data import npy, prepare
 from lolo.data import tokens as gpt2
+from lolo.data.errors import DataError
 from lolo.data.plan import Part, Plan
 
 ROOT = Path(__file__).resolve().parent.parent

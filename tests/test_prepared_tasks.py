@@ -10,7 +10,8 @@ import pytest
 from helpers import assert_close, make_task
 
 from lolo import inner, prepared_tasks, tasks
-from lolo.data import DataError, imagenet, prepare, stream
+from lolo.data import imagenet, prepare, stream
+from lolo.data.errors import DataError
 from lolo.data.plan import Part, Plan
 from lolo.problem import Feed, TaskError
 

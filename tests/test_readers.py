@@ -20,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lolo.data import DataError, batch_pickle, embedded, fineweb, idx, imagenet, npy, prepare, sandbox, text, textures
+from lolo.data import batch_pickle, embedded, fineweb, idx, imagenet, npy, prepare, sandbox, textures
 from lolo.data import tokens as gpt2
+from lolo.data.errors import DataError
 from lolo.data.plan import grouped
+from lolo.data.text import alphabet, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -751,11 +753,11 @@ def test_characters_are_those_of_the_embedded_books(tmp_path):
         (tmp_path / f"{split}.txt").write_bytes(content[:400_000].encode())
     opened, manifest = prepared("characters", tmp_path, tmp_path / "out")
     letters = manifest["alphabet"]
-    assert len(letters) == 47 and letters == text.alphabet(embedded.books_text()["train"][:400_000])
+    assert len(letters) == 47 and letters == alphabet(embedded.books_text()["train"][:400_000])
     for split, content in embedded.books_text().items():
         spelled = "".join((letters + "?")[symbol] for symbol in opened[split]["symbols"])
         assert spelled == "".join(c if c in letters else "?" for c in content[:400_000].lower())
-    assert text.alphabet(embedded.books_text()["train"]) == embedded.books_alphabet()
+    assert alphabet(embedded.books_text()["train"]) == embedded.books_alphabet()
 
 
 @pytest.mark.parametrize(
@@ -774,7 +776,7 @@ def test_a_text_of_more_than_a_gigabyte_is_refused_unread(tmp_path):
     path.touch()
     os.truncate(path, (1 << 30) + 1)  # a hole: no disk, and no memory if it is refused in time
     with pytest.raises(DataError, match="1,073,741,825 bytes"):
-        text.read_text(path)
+        read_text(path)
 
 
 # Textures

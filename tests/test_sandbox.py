@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lolo.data import DataError, sandbox
+from lolo.data import sandbox
+from lolo.data.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lolo import evaluation, files, recipes, tasks, training
-from lolo.data import DataError, npy, stream
+from lolo.data import npy, stream
+from lolo.data.errors import DataError
 from lolo.data.stream import Cursor, Feed, Rows, Stream
 from lolo.problem import Splits
 

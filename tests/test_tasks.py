@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lolo import tasks
-from lolo.tasks import TASKS, Splits, TaskError
+from lolo.problem import Splits, TaskError
+from lolo.tasks import TASKS
 
 # Tasks whose data come with the package; those on prepared data are in test_prepared_tasks.py.
 EMBEDDED = ("fashion-mlp", "books-mlp", "quadratic")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import StopAfter
 
-from lolo import files, health, pretrained, recipes, tasks, training
+from lolo import files, health, pretrained, problem, recipes, tasks, training
 
 SMALL = {
     "tasks": ("quadratic",),
@@ -210,7 +210,7 @@ def test_own_tasks_are_named_in_the_weights_and_asked_for_again(tmp_path):
     assert first.weights.recipe["tasks"] == ("mine",)
     with pytest.raises(training.RunError, match=r"tasks=\('mine',\), not \('yours',\)"):
         training.resume(tmp_path / "run", tasks={"yours": tasks.quadratic(3)})
-    with pytest.raises(tasks.TaskError, match="unknown task 'mine'"):
+    with pytest.raises(problem.TaskError, match="unknown task 'mine'"):
         training.resume(tmp_path / "run", say=lambda text: None)
     assert training.resume(tmp_path / "run", tasks=own(), say=lambda text: None).finished
 

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_readers import batch, drain, idx_bytes, write_hdf5, write_parquet
 
-from lolo.data import DataError, batch_pickle, fineweb, idx, imagenet, prepare, text
+from lolo.data import batch_pickle, fineweb, idx, imagenet, prepare, text
+from lolo.data.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from lolo import bench, meta, parallel, recipes, tasks, training
+from lolo import bench, meta, parallel, problem, recipes, tasks, training
 from lolo.gang import ALONE
 from lolo.inner import StepRecord
 from lolo.recipes import Recipe
@@ -144,7 +144,7 @@ def simulate(
     print(table(task, measured, {n: n * pairs_per_device for n in sizes}))
 
 
-def replicated_work(setup: meta.Setup, task: tasks.Task, pairs: int, key: jax.Array) -> jax.Array:
+def replicated_work(setup: meta.Setup, task: problem.Task, pairs: int, key: jax.Array) -> jax.Array:
     """What every device does for all pairs in one truncation: draw noise and direction, contract them with Δs."""
     phi = setup.learned.init(key)
     keys = jax.random.split(key, pairs)
