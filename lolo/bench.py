@@ -27,9 +27,11 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from lolo import files, learned, meta, models, parallel, plots, problem, recipes, textbook, training
+from lolo import meta, models, parallel, plots, problem, recipes, textbook, training
+from lolo.files import disk, jsonl, settings
 from lolo.gang import ALONE
 from lolo.offload import Offloaded
+from lolo.optimizers import small_fc
 from lolo.trees import PyTree, count_bytes
 
 PAIRS, BATCH = 8, 128
@@ -104,7 +106,7 @@ def lanes(task: problem.Task, optimizer: Callable, steps: int, sequential: bool)
             return jax.lax.map(lambda lane: one(task, *lane), args)
         return jax.vmap(partial(one, task))(*args)
 
-    phi = learned.small_fc().init(jax.random.key(0))
+    phi = small_fc.small_fc().init(jax.random.key(0))
     many = 2 * PAIRS
     noise = jax.random.split(jax.random.key(1), many)
     perturbed = jax.vmap(lambda key: jax.tree.map(lambda x: x + 0.01 * jax.random.normal(key, x.shape), phi))(noise)
@@ -123,7 +125,7 @@ def bench_update(names: Sequence[str] = tuple(SIZES), seconds: float = 10.0) -> 
         task = synthetic(widths).train
         parameters = sum(a * b + b for a, b in zip(widths, widths[1:], strict=False))
         forms = {
-            "ours": (learned.small_fc().optimizer, True),
+            "ours": (small_fc.small_fc().optimizer, True),
             "textbook, vmap": (textbook.small_fc, False),
             "textbook, lax.map": (textbook.small_fc, True),
         }
@@ -189,7 +191,7 @@ def outer_step(
 
 def on(task: str, name: str = "lolo") -> recipes.Recipe:
     """A recipe by its name, on one task."""
-    return recipes.with_field(recipes.RECIPES[name], "tasks", (task,))
+    return settings.with_field(recipes.RECIPES[name], "tasks", (task,))
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -212,10 +214,10 @@ def bench_methods(rounds: int = 200) -> list[Line]:
 
 
 GROWTH: dict[str, dict[str, recipes.Recipe | tuple[int, ...]]] = {
-    "pairs": {str(n): recipes.with_field(on("fashion-mlp"), "estimator.pairs", n) for n in (2, 4, 8, 16)},
-    "truncation": {str(n): recipes.with_field(on("fashion-mlp"), "unroll.truncation", n) for n in (10, 25, 50, 100)},
+    "pairs": {str(n): settings.with_field(on("fashion-mlp"), "estimator.pairs", n) for n in (2, 4, 8, 16)},
+    "truncation": {str(n): settings.with_field(on("fashion-mlp"), "unroll.truncation", n) for n in (10, 25, 50, 100)},
     "tasks": {
-        str(n): recipes.with_field(recipes.LOLO, "tasks", ("fashion-mlp", "books-mlp", "quadratic")[:n])
+        str(n): settings.with_field(recipes.LOLO, "tasks", ("fashion-mlp", "books-mlp", "quadratic")[:n])
         for n in (1, 2, 3)
     },
     "parameters": {
@@ -232,7 +234,7 @@ def bench_growth(rounds: int = 10) -> Iterator[Line]:
         for value, variant in variants.items():
             if isinstance(variant, tuple):
                 splits = {"synthetic": synthetic(variant)}
-                calls[value] = outer_step(recipes.with_field(on("synthetic"), "unroll.truncation", 10), splits).call
+                calls[value] = outer_step(settings.with_field(on("synthetic"), "unroll.truncation", 10), splits).call
             else:
                 calls[value] = outer_step(variant).call
         for value, seconds in in_turns(calls, rounds).items():
@@ -250,7 +252,7 @@ def block_times(
     workers = len(parallel.mesh(pairs, devices).devices)
     sizes = [size for size in (1 << i for i in range(pairs.bit_length())) if pairs % (size * workers) == 0]
     calls = {
-        str(size): outer_step(recipes.with_field(recipe, "estimator.slots_per_block", size), splits, devices).call
+        str(size): outer_step(settings.with_field(recipe, "estimator.slots_per_block", size), splits, devices).call
         for size in sizes or [1]
     }
     return {int(size): seconds for size, seconds in in_turns(calls, rounds).items()}
@@ -271,8 +273,8 @@ def bench_use() -> list[Line]:
         params = models.mlp(widths).init(jax.random.key(0))[0]
         grads = jax.tree.map(lambda x: 0.01 * x, params)
         calls: dict[str, Callable[[], Any]] = {}
-        phi = learned.small_fc().init(jax.random.key(0))
-        for name, optimizer in {"lolo": learned.small_fc().optimizer(phi), "adamw": optax.adamw(1e-3)}.items():
+        phi = small_fc.small_fc().init(jax.random.key(0))
+        for name, optimizer in {"lolo": small_fc.small_fc().optimizer(phi), "adamw": optax.adamw(1e-3)}.items():
             state = optimizer.init(params)
             calls[name] = partial(jax.jit(optimizer.update), grads, state, params)
         times = interleaved(calls, 6.0)
@@ -366,7 +368,7 @@ def torch_steps(device: str, size: str, seconds: float) -> Iterator[Line]:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    phi = {name: np.array(x) for name, x in learned.small_fc().init(jax.random.key(0)).items()}
+    phi = {name: np.array(x) for name, x in small_fc.small_fc().init(jax.random.key(0)).items()}
     steps = {"lolo": LoLO(parameters(), weights=phi).step}
     if device == "cpu":
         steps["textbook"] = Textbook(parameters(), phi).step
@@ -395,7 +397,7 @@ PARTS: dict[str, Callable[[], Iterable[Line]]] = {
 def run(parts: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> list[Line]:
     """Measure, tell each line as it comes; with `out` (a JSON file) write them, and a picture of the growth beside."""
     lines: list[Line] = []
-    chosen = [recipes.pick(PARTS, "part of the benchmark", part) for part in parts]
+    chosen = [settings.pick(PARTS, "part of the benchmark", part) for part in parts]
     for part in chosen:
         for line in part():
             say(f"{line.what:60} {line.value:12.3f} {line.unit}  {line.note}".rstrip())
@@ -403,7 +405,7 @@ def run(parts: Sequence[str], out: Path | None, say: Callable[[str], None] = pri
     if out is not None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         about = {"lines": [dataclasses.asdict(line) for line in lines], "peak_memory_mb": peak}
-        files.write_json(out, json.loads(files.json_line({**about, **training.provenance()})))
+        disk.write_json(out, json.loads(jsonl.json_line({**about, **training.provenance()})))
         grown = growth_curves(lines)
         if grown:
             plots.save_figure(plots.growth(grown), out.with_suffix(".png"))

@@ -21,7 +21,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lolo import (
     bench,
     comparisons,
-    files,
     health,
     launch,
     parallel,
@@ -35,9 +34,13 @@ from lolo import (
     training,
 )
 from lolo.data import prepare
+from lolo.files import settings
+from lolo.files.settings import RecipeError
 from lolo.gang import ALONE, Gang, GangError
 from lolo.launch import Processes
+from lolo.optimizers import architecture, weights_file
 from lolo.recipes import Recipe
+from lolo.training import DivergedError
 
 T = TypeVar("T")
 
@@ -160,11 +163,11 @@ def train_command(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         argv = ["lolo", *argv]
         if "--help" not in argv and "-h" not in argv:
-            raise recipes.RecipeError(
+            raise RecipeError(
                 f"name a recipe: {', '.join(recipes.RECIPES)}. For instance: lolo train lolo --task fashion-mlp"
             )
     name, *options = argv
-    recipe = recipes.pick(recipes.RECIPES, "recipe", name)
+    recipe = settings.pick(recipes.RECIPES, "recipe", name)
     arguments = one_line(
         lambda: tyro.cli(
             TrainArguments,
@@ -202,7 +205,7 @@ def train_command(argv: list[str]) -> int:
         # What is wrong with these is said before anything else.
         splits = [tasks.resolve(task) for task in recipe.tasks]
         if arguments.init is not None:
-            files.read_weights(arguments.init)
+            weights_file.read_weights(arguments.init)
         training.sink_openers(arguments.log)
         parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, arguments.devices)
         if gang.leads:
@@ -225,7 +228,7 @@ def with_fastest_block(recipe: Recipe, splits: dict[str, problem.Splits], device
     fastest = min(times, key=lambda size: times[size])
     words = ", ".join(f"{size}: {1000 * seconds:.1f} ms" for size, seconds in times.items())
     say(f"an outer step by slots-per-block: {words}. Storing {fastest} in the recipe.")
-    return recipes.with_field(recipe, "estimator.slots_per_block", fastest)
+    return settings.with_field(recipe, "estimator.slots_per_block", fastest)
 
 
 def in_processes(
@@ -253,14 +256,14 @@ def in_processes(
 
 def known_options(options: list[str], more: list[str]) -> list[str]:
     """Options with `--task` spelled as the field `--tasks`; raises for names that are no field."""
-    known = [*recipes.fields(), *more, "help"]
+    known = [*settings.fields(recipes.LOLO), *more, "help"]
     spelled = []
     for option in options:
         if option.startswith("--"):
             name, separator, value = option[2:].partition("=")
             name = "tasks" if name == "task" else name.replace("-", "_")
             if name not in known:
-                raise recipes.unknown("option", f"--{name}", [f"--{field}" for field in known])
+                raise settings.unknown("option", f"--{name}", [f"--{field}" for field in known])
             if option in ("--dry-run", "--offload", "--measure-blocks"):
                 separator, value = "=", "True"
             option = f"--{name}{separator}{value}"
@@ -403,7 +406,7 @@ def eval_command(argv: list[str]) -> int:
         tasks.pin(task)
         training.set_up()
         if dry_run:
-            print(plan.report(plan.of_evaluation(task, recipes.Learner(), len(optimizers), seeds, steps)))
+            print(plan.report(plan.of_evaluation(task, architecture.Learner(), len(optimizers), seeds, steps)))
             return 0
         splits = tasks.resolve(task)  # first: where data are missing, nothing is written
         if out is None:
@@ -444,7 +447,7 @@ def reproduce_command(argv: list[str]) -> int:
             settings, settings-confirmed, outer-steps, transfer.
           smoke: the smallest form, to see that everything runs; in a folder `smoke` inside, so that no rows are lost.
         """
-        recipes.pick({**studies.STUDIES, "study": None}, "study", study)
+        settings.pick({**studies.STUDIES, "study": None}, "study", study)
         training.set_up()
         stop, folder = training.Stop(), out or Path("runs") / study
         folder = folder / "smoke" if smoke else folder
@@ -483,7 +486,7 @@ def recipes_command(argv: list[str]) -> int:
     def list_recipes() -> int:
         """The recipes, and how each differs from LoLO."""
         for name, recipe in recipes.RECIPES.items():
-            changed = recipes.diff(recipes.LOLO, recipe)
+            changed = settings.diff(recipes.LOLO, recipe)
             words = ", ".join(f"{field}={new!r}" for field, (_, new) in changed.items()) or "the paper's method"
             print(f"{name}: {words}")
         return 0
@@ -577,9 +580,9 @@ def weights_command(argv: list[str]) -> int:
 
     def list_weights() -> int:
         """The weights inside the package."""
-        for name in files.shipped_weights():
-            card = files.read_weights(name).card
-            default = " (the default)" if name == files.DEFAULT_WEIGHTS else ""
+        for name in weights_file.shipped_weights():
+            card = weights_file.read_weights(name).card
+            default = " (the default)" if name == weights_file.DEFAULT_WEIGHTS else ""
             print(f"{name}{default}: {card.get('summary', '')}")
         return 0
 
@@ -610,12 +613,12 @@ def main(argv: list[str] | None = None) -> int:
         print(HELP)
         return 0 if argv else 2
     try:
-        command = recipes.pick(COMMANDS, "command", argv[0])
+        command = settings.pick(COMMANDS, "command", argv[0])
         return command(argv[1:])
     except ValueError as error:  # ours: RecipeError, TaskError, FileError, RunError
         say(" ".join(str(error).split()))
         return 2
-    except training.DivergedError as error:
+    except DivergedError as error:
         say(str(error))
         return 4
     except OSError as error:  # a full disk, a folder without permission: whatever was written before is whole

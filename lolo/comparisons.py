@@ -24,9 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from lolo import contestants, evaluation, files, parallel, plots, pretrained, problem, recipes, tasks, training
+from lolo import contestants, evaluation, parallel, plots, problem, tasks, training
 from lolo.evaluation import Row
+from lolo.files import disk, jsonl, tensors
+from lolo.files.disk import FileError
 from lolo.gang import ALONE
+from lolo.optimizers import architecture, pretrained
+from lolo.training import RunError
 
 Told = Callable[[str, int, int, str], None]
 """Progress: what is under way, units done, units in all, and a word on how it goes."""
@@ -70,19 +74,19 @@ def timed(out: Path, what: str) -> Iterator[None]:
         yield
     finally:
         row = {"what": what, "seconds": round(time.monotonic() - began, 1), "cores": parallel.cores()}
-        files.append_json_line(out / "spent.jsonl", row)
+        jsonl.append_json_line(out / "spent.jsonl", row)
 
 
 def hours(folder: Path, what: Sequence[str]) -> str:
     """The time that this work took by `spent.jsonl`, in words. What was made elsewhere is not there."""
     file, by_cores = folder / "spent.jsonl", dict[int, float]()
-    for row in files.read_json_lines(file, _SPENT_ROW) if file.is_file() else ():
+    for row in jsonl.read_json_lines(file, _SPENT_ROW) if file.is_file() else ():
         if row["what"] in what:
             by_cores[row["cores"]] = by_cores.get(row["cores"], 0.0) + row["seconds"] / 3600
     return " and ".join(f"{took:.2f} h on {n} core{'s' * (n > 1)}" for n, took in by_cores.items()) or "no time here"
 
 
-_SPENT_ROW = files.fields(what=files.text, seconds=files.number, cores=files.whole)
+_SPENT_ROW = jsonl.fields(what=jsonl.string, seconds=jsonl.number, cores=jsonl.whole_number)
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -163,7 +167,7 @@ def _part_files(
 
 def _digest(weights: pretrained.Weights) -> str:
     """Of φ alone."""
-    return files.digest({name: np.asarray(x) for name, x in weights.meta_params.items()})
+    return tensors.digest({name: np.asarray(x) for name, x in weights.meta_params.items()})
 
 
 def _contents(named: contestants.Named) -> str:
@@ -171,15 +175,15 @@ def _contents(named: contestants.Named) -> str:
     weights, changes = named.weights, named.use.changes
     digest = _digest(weights)
     learner, own = dataclasses.asdict(weights.learner), weights.recipe.get("learner", {})
-    meta_trained = dataclasses.asdict(recipes.learner_from_dict(own, "recipe")) if own else {}
+    meta_trained = dataclasses.asdict(architecture.learner_from_dict(own, "recipe")) if own else {}
     return digest if learner | changes == meta_trained | changes else f"{digest} {learner}"
 
 
 def _part_rows(file: Path) -> list[Row]:
     try:
         return load_rows(file)
-    except files.FileError as error:
-        raise files.FileError(f"{error} Remove it, and its rows are made again.") from error
+    except FileError as error:
+        raise FileError(f"{error} Remove it, and its rows are made again.") from error
 
 
 def _kept(file: Path, task: str, steps: int, seeds: int, named: contestants.Named | None) -> list[Row] | None:
@@ -274,27 +278,27 @@ def table(rows: Sequence[Row]) -> str:
 
 def save_rows(path: Path, rows: Sequence[Row]) -> None:
     """Rows as JSON lines, whole or not at all."""
-    files.write_bytes(path, "".join(files.json_line(dataclasses.asdict(row)) + "\n" for row in rows).encode())
+    disk.write_bytes(path, "".join(jsonl.json_line(dataclasses.asdict(row)) + "\n" for row in rows).encode())
 
 
 _ROW_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "task": files.text,
-    "optimizer": files.text,
-    "meta_seed": lambda value: None if value is None else files.whole(value),
-    "seed": files.whole,
-    "steps": files.whole,
-    "train_loss": files.number,
-    "train_minimum": files.number,
-    "held_loss": files.number,
-    "held": files.named(files.number),
-    "diverged": files.flag,
-    "train_curve": files.listed(files.number),
-    "held_curve": files.listed(files.number),
+    "task": jsonl.string,
+    "optimizer": jsonl.string,
+    "meta_seed": lambda value: None if value is None else jsonl.whole_number(value),
+    "seed": jsonl.whole_number,
+    "steps": jsonl.whole_number,
+    "train_loss": jsonl.number,
+    "train_minimum": jsonl.number,
+    "held_loss": jsonl.number,
+    "held": jsonl.named(jsonl.number),
+    "diverged": jsonl.flag,
+    "train_curve": jsonl.listed(jsonl.number),
+    "held_curve": jsonl.listed(jsonl.number),
 }
 
 
 def _row(row: Any) -> dict[str, Any]:
-    row = files.fields(**_ROW_FIELDS)(row)
+    row = jsonl.fields(**_ROW_FIELDS)(row)
     other = sorted(set(row) - set(_ROW_FIELDS))
     if other:
         raise ValueError(f"field {other[0]!r} is not of this version of lolo")
@@ -305,12 +309,12 @@ def _row(row: Any) -> dict[str, Any]:
 
 def load_rows(path: Path) -> list[Row]:
     """Rows of `save_rows`, checked: one task, at least one row, curves of one length. Raises FileError."""
-    rows = [Row(**row) for row in files.read_json_lines(path, _row)]
+    rows = [Row(**row) for row in jsonl.read_json_lines(path, _row)]
     if not rows:
-        raise files.FileError(f"{path}: holds no whole row.")
+        raise FileError(f"{path}: holds no whole row.")
     shapes = {(row.task, row.steps, len(row.train_curve), len(row.held_curve)) for row in rows}
     if len(shapes) != 1:
-        raise files.FileError(f"{path}: expected rows of one task and one number of steps, found {len(shapes)} kinds.")
+        raise FileError(f"{path}: expected rows of one task and one number of steps, found {len(shapes)} kinds.")
     return rows
 
 
@@ -335,14 +339,14 @@ def kept_in(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) 
     named = contestants.named_weights(unique)
     evaluation.check_steps(steps)
     if (out / "recipe.json").exists():
-        raise training.RunError(f"{out} already holds recipe.json of a run; give another --out.")
+        raise RunError(f"{out} already holds recipe.json of a run; give another --out.")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise training.RunError(f"{out} can't be written ({nearest} is in the way); give another --out.")
+        raise RunError(f"{out} can't be written ({nearest} is in the way); give another --out.")
     out.mkdir(parents=True, exist_ok=True)
     with training.alone_in(out, ALONE):
         if (command := command_of(out, task)) and not command.startswith("lolo eval "):
-            raise training.RunError(f"{out} already holds what {command!r} wrote; give another --out.")
+            raise RunError(f"{out} already holds what {command!r} wrote; give another --out.")
         kept = _part_files(out / "parts", task, unique, named)
         path = out / f"rows-{file_name(task)}.jsonl"
         before = [file for file in kept.values() if file.exists()]
@@ -351,7 +355,7 @@ def kept_in(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) 
             there = rows[0].task, rows[0].steps, len({row.seed for row in rows})
             if there != (task, steps, seeds):
                 words = f"{there[0]}, {there[1]:,} steps, seeds 0 to {there[2] - 1}"
-                raise training.RunError(f"{out} already holds rows of {words}; give another --out.")
+                raise RunError(f"{out} already holds rows of {words}; give another --out.")
         if path.exists():
             _require_all(out, found[-1], found[:-1])
         _require_versions(out, out / "parts" / "versions.json")
@@ -361,19 +365,19 @@ def kept_in(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) 
 def _require_versions(out: Path, file: Path) -> None:
     """Raise RunError unless `file` names the versions of today; write it where there is none."""
     if not file.exists():
-        files.write_json(file, training.versions())
-    versions = files.checked(files.named(files.text), files.read_json(file), str(file))
+        disk.write_json(file, training.versions())
+    versions = jsonl.checked(jsonl.named(jsonl.string), disk.read_json(file), str(file))
     if versions != training.versions():
         words = ", ".join(f"{name} {version}" for name, version in versions.items())
-        raise training.RunError(f"{out} already holds rows made with {words}; give another --out.")
+        raise RunError(f"{out} already holds rows made with {words}; give another --out.")
 
 
 def _require_all(out: Path, reported: Sequence[Row], kept: Sequence[Sequence[Row]]) -> None:
     """Raise RunError unless all rows of a report are kept."""
-    again = {files.json_line(dataclasses.asdict(row)) for rows in kept for row in rows}
-    lost = {row.optimizer for row in reported if files.json_line(dataclasses.asdict(row)) not in again}
+    again = {jsonl.json_line(dataclasses.asdict(row)) for rows in kept for row in rows}
+    lost = {row.optimizer for row in reported if jsonl.json_line(dataclasses.asdict(row)) not in again}
     if lost:
-        raise training.RunError(
+        raise RunError(
             f"{out} already holds rows of {', '.join(sorted(lost))} that this command would drop: it does not name "
             "them, or weights or task have changed, or parts/ is incomplete. Name all that it holds and what is to "
             "come to it, or give another --out."
@@ -385,7 +389,7 @@ def command_of(out: Path, task: str) -> str | None:
     about = out / f"about-{file_name(task)}.json"
     if not about.exists():
         return None
-    return files.checked(files.fields(command=files.text), files.read_json(about), str(about))["command"]
+    return jsonl.checked(jsonl.fields(command=jsonl.string), disk.read_json(about), str(about))["command"]
 
 
 def write_report(
@@ -425,7 +429,7 @@ def write_report(
         pictures.append(f"![realised start steps](start-steps-{name}.png)")
     about = {"command": command, "note": note, "unroll": unroll, **training.provenance()}
     kept = {label: {"sha256": digests[label], "card": w.card} for label, w in weights.items()}
-    files.write_json(out / f"about-{name}.json", files.json_safe({**about, "weights": kept}))
+    disk.write_json(out / f"about-{name}.json", jsonl.json_safe({**about, "weights": kept}))
     diverged = sum(row.diverged for row in rows)
     paragraphs = [
         f"# {task}, {rows[0].steps:,} inner steps",
@@ -440,6 +444,6 @@ def write_report(
         f"Machine: {about['machine']['device']}, {about['machine']['cores']} cores.",
     ]
     report = "\n\n".join(filter(None, paragraphs)) + "\n"
-    files.write_bytes(out / f"report-{name}.md", report.encode())
-    files.write_bytes(out / f"table-{name}.md", (text + "\n").encode())
+    disk.write_bytes(out / f"report-{name}.md", report.encode())
+    disk.write_bytes(out / f"table-{name}.md", (text + "\n").encode())
     return text

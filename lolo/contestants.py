@@ -16,9 +16,12 @@ from typing import Any, NamedTuple
 
 import optax
 
-from lolo import evaluation, files, pretrained, problem, recipes
+from lolo import evaluation, problem, recipes
 from lolo.evaluation import Contestant
-from lolo.recipes import Learner
+from lolo.files import settings
+from lolo.files.settings import RecipeError
+from lolo.optimizers import pretrained, weights_file
+from lolo.optimizers.architecture import Learner
 
 SCHEDULES = ("constant", "cosine")
 
@@ -44,9 +47,9 @@ def parse_use(words: str, name: str) -> Use:
     for word in words.split(",") if words else ():
         field, _, value = word.partition("=")
         if field not in known:
-            raise recipes.unknown(f"setting of {name}", field, known)
+            raise settings.unknown(f"setting of {name}", field, known)
         if field == "schedule":
-            recipes.pick(dict.fromkeys(SCHEDULES), f"{name}: schedule", value)
+            settings.pick(dict.fromkeys(SCHEDULES), f"{name}: schedule", value)
             found[field] = value
             continue
         try:
@@ -76,9 +79,9 @@ def is_baseline(name: str) -> bool:
     kind, separator, setting = name.partition(":")
     if separator and kind in evaluation.BASELINES:
         return True
-    weights = kind in files.shipped_weights() or Path(name.rpartition(":")[0]).is_file()
+    weights = kind in weights_file.shipped_weights() or Path(name.rpartition(":")[0]).is_file()
     if separator and "=" not in setting and not weights and not Path(name).exists():
-        raise recipes.unknown("optimizer", kind, evaluation.BASELINES)
+        raise settings.unknown("optimizer", kind, evaluation.BASELINES)
     return False
 
 
@@ -126,10 +129,10 @@ def _label(
     if weights.recipe:
         try:
             recipe = recipes.from_dict(weights.recipe)
-        except recipes.RecipeError as error:
-            raise recipes.RecipeError(f"{name}: the recipe in its metadata can't be read: {error}") from error
+        except RecipeError as error:
+            raise RecipeError(f"{name}: the recipe in its metadata can't be read: {error}") from error
         # slots_per_block is chosen for a machine: `lolo train --measure-blocks` may store another for each meta-seed.
-        plain = recipes.with_field(dataclasses.replace(recipe, seed=0), "estimator.slots_per_block", 1)
+        plain = settings.with_field(dataclasses.replace(recipe, seed=0), "estimator.slots_per_block", 1)
         seed, kind = recipe.seed, (plain, weights.learner)
         if weights.learner == recipe.learner:
             label = method or recipes.method_of(recipe) or label

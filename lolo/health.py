@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lolo import files, recipes, training
+from lolo import recipes, run_folder, training
+from lolo.checkpoints import read_checkpoint
+from lolo.files import jsonl
+from lolo.files.disk import FileError
 
 
 class Finding(NamedTuple):
@@ -28,16 +31,16 @@ class Log(NamedTuple):
 def read_log(path: Path, tasks: int) -> Log:
     """The log of a run on so many tasks. Raises FileError for rows that no run writes."""
     log = Log([], [])
-    for count, row in enumerate(files.read_json_lines(path, training.log_row), 1):
+    for count, row in enumerate(jsonl.read_json_lines(path, training.log_row), 1):
         at, step = f"{path}, row {count}: ", row["step"]
         if "validation" in row:
             log.validations.append({"step": step, **row["validation"]})
             continue
         if log.steps and step <= log.steps[-1]["step"]:
-            raise files.FileError(f"{at}step {step} comes after step {log.steps[-1]['step']}.")
+            raise FileError(f"{at}step {step} comes after step {log.steps[-1]['step']}.")
         for name in ("task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms"):
             if len(row[name]) != tasks:
-                raise files.FileError(f"{at}{name} has {len(row[name])} numbers; the recipe has {tasks} tasks.")
+                raise FileError(f"{at}{name} has {len(row[name])} numbers; the recipe has {tasks} tasks.")
         log.steps.append({**row, "first_bad": [bad["first"] for bad in row["first_bad"]] if row["dropped"] else []})
     return log
 
@@ -143,12 +146,12 @@ def alpha(steps: list[dict[str, Any]], recipe: Any) -> Finding:
 
 def checkpoints(run: Path) -> Finding:
     """Whether the newest checkpoint is whole."""
-    steps = files.checkpoints(run)
+    steps = run_folder.checkpoints(run)
     if not steps:
         return Finding(False, "there is no checkpoint.", ("start again with `lolo train`",))
     try:
-        files.read_checkpoint(run, steps[-1])
-    except files.FileError as error:
+        read_checkpoint(run, steps[-1])
+    except FileError as error:
         return Finding(False, f"the newest checkpoint is damaged: {error}", ("lolo resume uses the one before it",))
     return Finding(True, f"{len(steps)} checkpoints, the newest at outer step {steps[-1]} is whole.")
 

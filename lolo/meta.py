@@ -22,7 +22,7 @@ from lolo.estimators import Estimator, antithetic_gradient
 from lolo.experts import Expert
 from lolo.imitation import Losses
 from lolo.inner import InnerState, StepRecord, begin, inner_step
-from lolo.learned import LearnedOptimizer
+from lolo.optimizers.base import LearnedOptimizer
 from lolo.problem import Task
 from lolo.trees import PyTree, both_signs, select
 

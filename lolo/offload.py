@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from lolo import meta, parallel, replay
+from lolo.files.settings import RecipeError
 from lolo.problem import Task
-from lolo.recipes import Recipe, RecipeError
+from lolo.recipes import Recipe
 from lolo.trees import PyTree
 
 AGES = {"oldest": lambda size: np.zeros_like(size), "newest": lambda size: np.maximum(size - 1, 0)}

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lolo import cost, evaluation, inner, meta, parallel, pretrained, recipes
+from lolo import cost, evaluation, inner, meta, parallel, recipes
 from lolo.offload import check as check_offload
+from lolo.optimizers import architecture, pretrained
 from lolo.problem import Splits, Task
 from lolo.recipes import Recipe
 from lolo.tasks import outline
@@ -207,7 +208,7 @@ def _long_run(step: cost.Cost, held: Task, steps: int) -> tuple[float, float]:
     return flops, h100_seconds(step) * flops / step.flops
 
 
-def of_evaluation(name: str, learner: recipes.Learner, optimizers: int, seeds: int, steps: int) -> Plan:
+def of_evaluation(name: str, learner: architecture.Learner, optimizers: int, seeds: int, steps: int) -> Plan:
     """The plan of `lolo eval`, as if every optimizer were a learned one: runs one after the other on one device.
 
     The states of all seeds are held at once; those of a streamed task are run seed by seed.

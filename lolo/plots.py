@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lolo import files
 from lolo.evaluation import WINDOW, Row
+from lolo.files import disk
 
 # Paul Tol's "bright" colours: told apart by readers with any colour vision.
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#000000")
@@ -32,7 +32,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:], dpi=150, bbox_inches="tight")
-    files.write_bytes(path, buffer.getvalue())
+    disk.write_bytes(path, buffer.getvalue())
     _pyplot().close(figure)
 
 

@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -17,23 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lolo import estimators, experts, imitation, learned, meta, replay
+from lolo import estimators, experts, imitation, meta, replay
+from lolo.files.settings import RecipeError, fields, parse, pick, unknown, with_field
+from lolo.optimizers import architecture
 
 FORMAT_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Learner:
-    """The learned optimizer's architecture."""
-
-    name: str = "small_fc"  # small_fc or sgd
-    hidden: int = 32  # width of the two hidden layers
-    step_mult: float = 1e-3  # λ1 of Eq. 7
-    exp_mult: float = 1e-3  # λ2 of Eq. 7
-    learn_decays: bool = False  # meta-learn the accumulators' decays too
-    weight_decay: float = 0.0  # decoupled, times λ1; the expert gets the same
-    clock_limit: float | None = None  # the time features see min(t, this)
-    step_decay: float | None = None  # updates shrink as 1/√(1 + t/this); for use, not for meta-training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +91,7 @@ class Recipe:
     """One meta-training. Equal recipes and versions give equal φ on the same kind of device, byte for byte."""
 
     tasks: tuple[str, ...] = ("fashion-mlp",)  # names of `lolo tasks`, or path.py:function
-    learner: Learner = Learner()
+    learner: architecture.Learner = architecture.Learner()
     imitation: Imitation = Imitation()
     replay: Replay = Replay()
     unroll: Unroll = Unroll()
@@ -180,52 +165,6 @@ def variant(text: str) -> Recipe:
     return recipe
 
 
-class RecipeError(ValueError):
-    """A recipe that can't be built; says which field, which value, and what to do."""
-
-
-def fields(recipe: Any = LOLO, prefix: str = "") -> dict[str, Any]:
-    """Every field by its dotted name: {"tasks": ..., "learner.hidden": 32, ...}."""
-    flat: dict[str, Any] = {}
-    for field in dataclasses.fields(recipe):
-        value = getattr(recipe, field.name)
-        if dataclasses.is_dataclass(value):
-            flat |= fields(value, f"{prefix}{field.name}.")
-        else:
-            flat[prefix + field.name] = value
-    return flat
-
-
-def diff(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two recipes differ: dotted name -> (value in a, value in b)."""
-    ours, theirs = fields(a), fields(b)
-    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
-
-
-def with_field(recipe: Recipe, name: str, value: Any) -> Recipe:
-    """The recipe with one field, named by its dotted name, set to `value`."""
-    if name not in fields(recipe):
-        raise unknown("recipe field", name, fields(recipe))
-    section, _, field = name.rpartition(".")
-    if section:
-        value = dataclasses.replace(getattr(recipe, section), **{field: value})
-    return dataclasses.replace(recipe, **{section or field: value})
-
-
-def unknown(what: str, name: str, known: Any) -> RecipeError:
-    """An error for a name that is not in `known`, with the nearest one that is."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return RecipeError(f"unknown {what} {name!r}; did you mean {near[0]!r}? Known: {', '.join(known)}.")
-
-
-def pick(table: dict[str, Any], field: str, name: str) -> Any:
-    """`table[name]`, or an error that names the field and the nearest name."""
-    if name not in table:
-        raise unknown(f"{field}", name, table)
-    return table[name]
-
-
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON-ready data with its `format_version`."""
     return {"format_version": FORMAT_VERSION, **dataclasses.asdict(recipe)}
@@ -238,52 +177,7 @@ def from_dict(data: Any) -> Recipe:
     version = data.get("format_version")
     if version != FORMAT_VERSION:
         raise RecipeError(f"recipe format_version {version!r} is not {FORMAT_VERSION}; use the lolo that wrote it.")
-    return _parse(Recipe, {name: value for name, value in data.items() if name != "format_version"}, "")
-
-
-def learner_from_dict(data: Any, source: str) -> Learner:
-    """The architecture stored with weights. Raises RecipeError, which names `source`."""
-    try:
-        return _parse(Learner, data, "learner.")
-    except RecipeError as error:
-        raise RecipeError(f"{source}: {error}") from error
-
-
-def _parse(kind: type, data: Any, prefix: str) -> Any:
-    if not isinstance(data, dict):
-        raise RecipeError(f"recipe field {prefix.rstrip('.')!r} must be an object, not {type(data).__name__}.")
-    hints = typing.get_type_hints(kind)
-    for name in data:
-        if name not in hints:
-            raise unknown("recipe field", prefix + str(name), [prefix + known for known in hints])
-    missing = [prefix + name for name in hints if name not in data and prefix + name not in ADDED]
-    if missing:
-        raise RecipeError(f"recipe field {missing[0]!r} is missing.")
-    return kind(**{name: _value(hints[name], data[name], prefix + name) for name in hints if name in data})
-
-
-ADDED = ("learner.step_decay",)
-"""Fields that recipes and weights written before do not have; they mean the default."""
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _parse(typing.cast(type, hint), value, name + ".")
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        return _value(typing.get_args(hint)[0], value, name)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise RecipeError(f"recipe field {name!r} is too large for a float.") from None
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise RecipeError(f"recipe field {name!r} can't be {value!r}: expected {getattr(hint, '__name__', hint)}.")
+    return parse(Recipe, {name: value for name, value in data.items() if name != "format_version"}, "")
 
 
 AT_LEAST_ONE = (
@@ -378,15 +272,6 @@ def check_learner(recipe: Recipe) -> None:
         )
 
 
-def build_learner(learner: Learner, axis_name: str | None = None, sharded_axis: int = 0) -> learned.LearnedOptimizer:
-    """The architecture that a recipe names; inside shard_map, for parameters cut over `axis_name` (see small_fc)."""
-    make = pick(learned.LEARNERS, "learner.name", learner.name)
-    if make is learned.learned_sgd:
-        return make()
-    settings = {name: value for name, value in dataclasses.asdict(learner).items() if name != "name"}
-    return make(**settings, axis_name=axis_name, sharded_axis=sharded_axis)
-
-
 def build_expert(recipe: Recipe) -> experts.Expert | None:
     """The expert, or None where both α ≡ 1: it would only cost time and memory."""
     if recipe.imitation.alpha_mix == recipe.imitation.alpha_loss == "one":
@@ -445,7 +330,7 @@ def build(recipe: Recipe) -> meta.Setup:
         return lambda step: schedule(step, total)
 
     return meta.Setup(
-        learned=build_learner(recipe.learner),
+        learned=architecture.build_learner(recipe.learner),
         expert=build_expert(recipe),
         estimator=pick(estimators.ESTIMATORS, "estimator.kind", recipe.estimator.kind)(recipe.estimator.sigma, pairs),
         outer=build_outer(recipe.outer),

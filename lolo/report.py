@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lolo import charts, comparisons, evaluation, files, health, pages, recipes, studies, training
+from lolo import charts, comparisons, evaluation, health, pages, recipes, studies, training
 from lolo.charts import Series
 from lolo.evaluation import Row
-from lolo.files import FileError, WeightsFile
+from lolo.files import disk, jsonl, settings
+from lolo.files.disk import FileError
+from lolo.files.settings import RecipeError
+from lolo.optimizers import weights_file
+from lolo.optimizers.weights_file import WeightsFile
 from lolo.pages import Html, details, join, table, tag
 from lolo.recipes import Recipe
 
@@ -43,7 +47,7 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     out = out or folders[0] / "report.html"
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"--out {out} must end in .html")
-    files.write_bytes(out, build(folders).encode())
+    disk.write_bytes(out, build(folders).encode())
     return out
 
 
@@ -101,12 +105,12 @@ def read_run(path: Path) -> RunFolder:
     try:
         recipe = training.read_recipe(path)
         recipes.check(recipe)
-    except recipes.RecipeError as error:
+    except RecipeError as error:
         raise FileError(f"{path}/recipe.json: {error}") from error
     logs = [path / name for name in ("log.jsonl", "validation.jsonl") if (path / name).is_file()]
     log = health.read_log(logs[0], len(recipe.tasks)) if logs else health.Log([], [])
     weights = {
-        name: files.read_weights(path / f"{name}.safetensors")
+        name: weights_file.read_weights(path / f"{name}.safetensors")
         for name in ("best", "last")
         if (path / f"{name}.safetensors").is_file()
     }
@@ -198,7 +202,7 @@ def card_starts(card: dict[str, Any], source: str) -> Counts:
     counts = card.get("start_steps_per_250", {})
     if not isinstance(counts, dict) or not all(str(step).isdecimal() and len(str(step)) <= 12 for step in counts):
         raise FileError(f"{source}: start_steps_per_250 must map steps to counts.")
-    weights = files.checked(files.listed(files.whole), list(counts.values()), f"{source}: start_steps_per_250")
+    weights = jsonl.checked(jsonl.listed(jsonl.whole_number), list(counts.values()), f"{source}: start_steps_per_250")
     return np.array([int(step) for step in counts], np.float64), np.array(weights, np.float64)
 
 
@@ -224,10 +228,10 @@ def validation_table(run: RunFolder) -> list[Html]:
 
 def recipe_table(recipe: Recipe) -> Html:
     """Every field, and where it differs from LoLO's default."""
-    changed = recipes.diff(recipes.LOLO, recipe)
+    changed = settings.diff(recipes.LOLO, recipe)
     rows = [
         (name, shown(value), shown(changed[name][0]) if name in changed else "")
-        for name, value in recipes.fields(recipe).items()
+        for name, value in settings.fields(recipe).items()
     ]
     return details(
         f"Recipe: {len(changed)} of {len(rows)} fields differ from LoLO's defaults",
@@ -244,7 +248,7 @@ def train_command(recipe: Recipe) -> str:
     """The command that meta-trains by this recipe."""
     method = recipes.method_of(recipe) or "lolo"
     words = ["lolo", "train", method]
-    for name, (_, value) in recipes.diff(recipes.RECIPES[method], recipe).items():
+    for name, (_, value) in settings.diff(recipes.RECIPES[method], recipe).items():
         words += [f"--{name}", *(value if isinstance(value, tuple) else [str(value)])]
     return shlex.join(words)
 
@@ -303,7 +307,9 @@ def comparison(folder: Path, path: Path) -> list[Html]:
     starts = weight_starts(folder, about, about_path(path))
     histogram = [start_histogram(starts)] if starts else []
     unroll = about.get("unroll")
-    mark = None if unroll is None else float(files.checked(files.whole, unroll, f"{path}: unroll of about-*.json"))
+    mark = (
+        None if unroll is None else float(jsonl.checked(jsonl.whole_number, unroll, f"{path}: unroll of about-*.json"))
+    )
     return [
         tag("h3", f"{rows[0].task}, {rows[0].steps:,} inner steps"),
         tag("p", str(about.get("note") or "")),
@@ -380,11 +386,11 @@ def read_about(rows: Path) -> dict[str, Any]:
     path = about_path(rows)
     older = path.with_name(path.name.replace("about-", "report-", 1)).with_suffix(".md")
     if path.is_file():
-        about = files.read_json(path)
+        about = disk.read_json(path)
         if not isinstance(about, dict):
             raise FileError(f"{path}: expected a JSON object.")
         return about
-    if older.is_file() and older.stat().st_size <= files.MAX_JSON_BYTES:
+    if older.is_file() and older.stat().st_size <= disk.MAX_JSON_BYTES:
         lines = older.read_text(errors="replace").splitlines()
         return {"stated": next((line for line in reversed(lines) if line.startswith("Command: ")), None)}
     return {}
@@ -396,7 +402,7 @@ def weight_starts(folder: Path, about: dict[str, Any], source: Path) -> dict[str
     if isinstance(kept, dict):
         cards = {str(label): one.get("card") for label, one in kept.items() if isinstance(one, dict)}
     else:
-        cards = {path.stem: files.read_weights(path).card for path in sorted(folder.glob("*.safetensors"))}
+        cards = {path.stem: weights_file.read_weights(path).card for path in sorted(folder.glob("*.safetensors"))}
     found = {
         label: card_starts(card, f"{source}: {label}")
         for label, card in list(cards.items())[:MAX_OPTIMIZERS]

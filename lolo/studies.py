@@ -13,8 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from lolo import comparisons, files, plots, recipes, tasks, training
+from lolo import comparisons, plots, recipes, tasks, training
+from lolo.files import settings
+from lolo.files.settings import RecipeError
+from lolo.optimizers import weights_file
 from lolo.recipes import Recipe
+from lolo.training import RunError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +208,7 @@ def recipe_of(study: Study, method: str, task: str, seed: int) -> Recipe:
     """The recipe of one meta-training of a study."""
     recipe, own = recipes.variant(method), [word.partition("=")[0] for word in method.split()]
     for field, value in (*(change for change in study.changes if change[0] not in own), *study.fixed):
-        recipe = recipes.with_field(recipe, field, value)
+        recipe = settings.with_field(recipe, field, value)
     return dataclasses.replace(recipe, tasks=tuple(task.split("+")), seed=seed)
 
 
@@ -230,9 +234,9 @@ def meta_train(
         told(what, p.step, p.total, f"loss {p.task_loss:.3f} α {p.alpha:.2f} K {p.start_step:.0f}")
 
     if (run / "recipe.json").is_file():
-        changed = recipes.diff(training.read_recipe(run), recipe)
+        changed = settings.diff(training.read_recipe(run), recipe)
         if changed:
-            raise training.RunError(f"{run} holds another recipe ({', '.join(changed)} differ); give another --out.")
+            raise RunError(f"{run} holds another recipe ({', '.join(changed)} differ); give another --out.")
         if finished(run, recipe):
             return run / "last.safetensors"
     with comparisons.timed(runs.parent, what):
@@ -248,7 +252,7 @@ def meta_train(
 def finished(run: Path, recipe: Recipe) -> bool:
     """Whether a run's last weights are those of its last outer step. Its checkpoints and log may be gone by then."""
     path = run / "last.safetensors"
-    return path.is_file() and files.read_weights(path).card.get("outer_step") == recipe.outer.steps
+    return path.is_file() and weights_file.read_weights(path).card.get("outer_step") == recipe.outer.steps
 
 
 def reproduce(
@@ -265,16 +269,16 @@ def reproduce(
 
     Returns the table of each task. Raises Interrupted, RecipeError for a study or a part that is none.
     """
-    recipes.pick({**STUDIES, "study": None}, "study", name)
+    settings.pick({**STUDIES, "study": None}, "study", name)
     smoked = " --smoke" * smoke
     if name in STUDIES:
         if only:
-            raise recipes.RecipeError(f"--only {only[0]!r}: {name} is one study; parts are of `lolo reproduce study`.")
+            raise RecipeError(f"--only {only[0]!r}: {name} is one study; parts are of `lolo reproduce study`.")
         check_data(STUDIES[name])
         return run_study(STUDIES[name], f"lolo reproduce {name}{smoked}", out, out / "runs", smoke, stop, told, say)
     tables: dict[str, str] = {}
     for part in only:
-        recipes.pick(STUDY, "--only", part)
+        settings.pick(STUDY, "--only", part)
     for part in only or STUDY:
         check_data(STUDY[part])
     for part in only or STUDY:
@@ -310,7 +314,7 @@ def run_study(
     heard = comparisons.heeding(stop, told, out)
     for where in study.eval_tasks or study.tasks:
         if (comparisons.command_of(out, where) or "").startswith("lolo eval "):
-            raise training.RunError(f"{out} already holds an evaluation on {where} by `lolo eval`; give another --out.")
+            raise RunError(f"{out} already holds an evaluation on {where} by `lolo eval`; give another --out.")
     for task in study.tasks:
         wanted = {
             (method, seed): recipe_of(study, method, task, seed)

@@ -23,8 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from lolo import files, launch, parallel, recipes, training
-from lolo.recipes import Recipe, RecipeError
+from lolo import launch, parallel, recipes, run_folder, training
+from lolo.files import disk, jsonl, settings
+from lolo.files.settings import RecipeError
+from lolo.optimizers import weights_file
+from lolo.recipes import Recipe
 
 LAST_STEPS = 100  # outer steps that the reported loss is the mean of
 KEYS = {"recipe": str, "out": str, "fields": dict, "grid": dict}
@@ -69,10 +72,10 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def changed(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
     """The recipe with these fields, each checked as one read from a file. Raises RecipeError."""
     data = recipes.to_dict(recipe)
-    known = recipes.fields()
+    known = settings.fields(recipes.LOLO)
     for name, value in fields.items():
         if name not in known:
-            raise recipes.unknown("recipe field", name, known)
+            raise settings.unknown("recipe field", name, known)
         *section, last = name.split(".")
         place = data
         for part in section:
@@ -91,12 +94,12 @@ def read(path: Path) -> Sweep:
         raise SweepError(f"{path} can't be read as TOML: {error}.") from error
     for name in described:
         if name not in KEYS:
-            raise recipes.unknown("key of a sweep", name, KEYS)
+            raise settings.unknown("key of a sweep", name, KEYS)
         if not isinstance(described[name], KEYS[name]):
             kind = "a string" if KEYS[name] is str else f"a table: [{name}], then lines of field = value"
             raise SweepError(f"{path}: {name} = {described[name]!r} must be {kind}.")
     base = described.get("recipe", "lolo")
-    recipe = recipes.pick(recipes.RECIPES, "recipe", base)
+    recipe = settings.pick(recipes.RECIPES, "recipe", base)
     tables = [flatten(described.get(name, {})) for name in ("fields", "grid")]
     common, grid = tables
     for name, values in grid.items():
@@ -129,15 +132,15 @@ def state_of(run: Planned) -> str:
     """done, begun or waiting. Raises SweepError: its folder holds another run."""
     if not (run.out / "recipe.json").is_file():
         return "waiting"
-    differs = recipes.diff(training.read_recipe(run.out), run.recipe)
+    differs = settings.diff(training.read_recipe(run.out), run.recipe)
     if differs:
         words = "; ".join(f"{name}: {a!r} there, {b!r} in the file" for name, (a, b) in differs.items())
         raise SweepError(f"{run.out} holds another run ({words}). Give the sweep another `out`, or undo the change.")
     last = run.out / "last.safetensors"
-    done = last.is_file() and files.read_weights(last).card.get("outer_step") == run.recipe.outer.steps
+    done = last.is_file() and weights_file.read_weights(last).card.get("outer_step") == run.recipe.outer.steps
     if done:
         return "done"
-    return "begun" if files.checkpoints(run.out) else "waiting"
+    return "begun" if run_folder.checkpoints(run.out) else "waiting"
 
 
 def failure_file(run: Planned) -> Path:
@@ -186,8 +189,8 @@ def gather(sweep: Sweep) -> str:
     """Write `table.md` and `rows.jsonl` into the sweep's folder; returns the table."""
     rows = [row(run) for run in sweep.runs]
     text = table(rows)
-    files.write_bytes(sweep.out / "rows.jsonl", "".join(f"{files.json_line(r)}\n" for r in rows).encode())
-    files.write_bytes(sweep.out / "table.md", text.encode())
+    disk.write_bytes(sweep.out / "rows.jsonl", "".join(f"{jsonl.json_line(r)}\n" for r in rows).encode())
+    disk.write_bytes(sweep.out / "table.md", text.encode())
     return text
 
 
@@ -199,7 +202,7 @@ def command(run: Planned, base: str, devices: int) -> list[str]:
     if state_of(run) == "begun":
         return ["resume", str(run.out), "--devices", str(devices)]
     options = []
-    for name, (_, value) in recipes.diff(recipes.RECIPES[base], run.recipe).items():
+    for name, (_, value) in settings.diff(recipes.RECIPES[base], run.recipe).items():
         options += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return ["train", base, *options, "--devices", str(devices), "--out", str(run.out)]
 
@@ -238,7 +241,7 @@ class Pool:
             words = [line for line in said.splitlines() if line.strip()]
             ended = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
             reason = f"{ended}: {words[-1] if words else 'it said nothing'}"
-            files.write_bytes(failure_file(run), f"{reason}\n".encode())
+            disk.write_bytes(failure_file(run), f"{reason}\n".encode())
             self.told(f"{run.name} failed ({reason}). All it said: {log}")
         else:
             self.told(f"{run.name} {'is done' if status == 0 else 'stopped'}.")

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lolo import files
-from lolo import small_fc_spec as spec
+from lolo.files.tensors import digest
+from lolo.optimizers import small_fc_spec as spec
+from lolo.optimizers import weights_file
 
 # Entries per block: on a CPU the hidden activations of a block stay in cache; an accelerator wants few launches.
 CPU_BLOCK = 1 << 14
@@ -195,9 +196,9 @@ class Workspace:
         return self.views[key]
 
 
-def as_weights(weights: str | Path | files.WeightsFile | Mapping[str, Any]) -> files.WeightsFile:
+def as_weights(weights: str | Path | weights_file.WeightsFile | Mapping[str, Any]) -> weights_file.WeightsFile:
     """Weights by name, path or value, of the one architecture that this module runs. Raises ValueError."""
-    if isinstance(weights, files.WeightsFile):
+    if isinstance(weights, weights_file.WeightsFile):
         found = weights
     elif isinstance(weights, Mapping):
         arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in weights.items()}
@@ -206,12 +207,12 @@ def as_weights(weights: str | Path | files.WeightsFile | Mapping[str, Any]) -> f
             **{"step_mult": 1e-3, "exp_mult": 1e-3, "learn_decays": "momentum_decays" in arrays},
             **{"weight_decay": 0.0, "clock_limit": None, "step_decay": None},
         }
-        found = files.WeightsFile(arrays, learner, {}, {}, files.digest(arrays))
+        found = weights_file.WeightsFile(arrays, learner, {}, {}, digest(arrays))
     else:
-        found = files.read_weights(weights)
+        found = weights_file.read_weights(weights)
     if found.learner.get("name") != "small_fc":
         raise ValueError(f"lolo.torch runs small_fc; these weights are of {found.learner.get('name')!r}.")
-    files.check_meta_params(found.meta_params, found.learner, "weights")
+    weights_file.check_meta_params(found.meta_params, found.learner, "weights")
     return found
 
 
@@ -463,7 +464,7 @@ class LoLO(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        weights: str | Path | files.WeightsFile | Mapping[str, Any] = files.DEFAULT_WEIGHTS,
+        weights: str | Path | weights_file.WeightsFile | Mapping[str, Any] = weights_file.DEFAULT_WEIGHTS,
         lr: float | torch.Tensor = 1.0,
         weight_decay: float | None = None,
         clock_limit: float | None = None,

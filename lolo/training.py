@@ -27,12 +27,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lolo import evaluation, files, meta, parallel, pretrained, problem, recipes, sinks
+from lolo import checkpoints, evaluation, meta, parallel, problem, recipes, run_folder, sinks
+from lolo.files import disk, jsonl, tensors
+from lolo.files.disk import FileError
+from lolo.files.settings import RecipeError, diff, fields, pick
 from lolo.gang import ALONE, Gang
 from lolo.offload import Offloaded
 from lolo.offload import check as check_offload
+from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.problem import Feed
 from lolo.recipes import Recipe
+from lolo.sinks import SinkError
 from lolo.tasks import pin, resolve
 from lolo.trees import count_bytes
 
@@ -132,16 +137,16 @@ def read_recipe(run: Path) -> Recipe:
     if not (run / "recipe.json").is_file():
         raise RunError(f"{run} holds no run: there is no recipe.json. Start one with `lolo train RECIPE --out {run}`.")
     try:
-        return recipes.from_dict(files.read_json(run / "recipe.json"))
-    except recipes.RecipeError as error:
-        raise recipes.RecipeError(f"{run}/recipe.json: {error}") from error
+        return recipes.from_dict(disk.read_json(run / "recipe.json"))
+    except RecipeError as error:
+        raise RecipeError(f"{run}/recipe.json: {error}") from error
 
 
 def require_free(run: Path, recipe: Recipe) -> None:
     """Raise RunError unless a folder is empty, new, or holds this run and it never came to a checkpoint."""
     holding = (run / "recipe.json").is_file()
-    changed = recipes.diff(read_recipe(run), recipe) if holding else {}
-    if changed or (holding and files.checkpoints(run)):
+    changed = diff(read_recipe(run), recipe) if holding else {}
+    if changed or (holding and run_folder.checkpoints(run)):
         differs = (
             "; ".join(f"{name}: {a!r} there, {b!r} asked" for name, (a, b) in changed.items()) or "the same recipe"
         )
@@ -158,17 +163,17 @@ def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
     require_free(run, recipe)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        files.write_json(run / "run.json", about)
-        files.write_json(run / "recipe.json", recipes.to_dict(recipe))
+        disk.write_json(run / "run.json", about)
+        disk.write_json(run / "recipe.json", recipes.to_dict(recipe))
     except OSError as error:
         raise RunError(f"{run} can't be written ({error.strerror}); give another --out.") from error
 
 
 def read_about(run: Path) -> dict[str, Any]:
     """What run.json says of a run: versions, commit, machine, command; {} without one. Raises FileError."""
-    about = files.read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    about = disk.read_json(run / "run.json") if (run / "run.json").is_file() else {}
     if not isinstance(about, dict):
-        raise files.FileError(f"{run}/run.json: expected a JSON object.")
+        raise FileError(f"{run}/run.json: expected a JSON object.")
     return about
 
 
@@ -176,50 +181,50 @@ def logged_to(run: Path) -> list[str]:
     """The sinks that a run was started with. Raises FileError."""
     names = read_about(run).get("log", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise files.FileError(f"{run}/run.json: log is {names!r}; expected a list of names.")
+        raise FileError(f"{run}/run.json: log is {names!r}; expected a list of names.")
     return names
 
 
-def state_arrays(state: meta.MetaState) -> tuple[files.Arrays, files.Arrays]:
+def state_arrays(state: meta.MetaState) -> tuple[tensors.Arrays, tensors.Arrays]:
     """A MetaState as named arrays, for a checkpoint: what lies on every device, and this process's rows of the rest."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     specs = jax.tree.leaves(parallel.state_specs(state))
-    everywhere: files.Arrays = {}
-    own: files.Arrays = {}
+    everywhere: tensors.Arrays = {}
+    own: tensors.Arrays = {}
     for (path, leaf), spec in zip(leaves, specs, strict=True):
         (own if parallel.AXIS in spec else everywhere)[jax.tree_util.keystr(path)] = parallel.own_part(leaf)
     return everywhere, own
 
 
-def state_from_arrays(arrays: files.Arrays, like: meta.MetaState, source: str) -> meta.MetaState:
+def state_from_arrays(arrays: tensors.Arrays, like: meta.MetaState, source: str) -> meta.MetaState:
     """The MetaState of `state_arrays`; `like` gives names, shapes and dtypes. Raises FileError."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     named = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
     if set(arrays) != {name for name, _ in named}:
         odd = sorted(set(arrays) ^ {name for name, _ in named})
-        raise files.FileError(f"{source}: tensors do not match the recipe; first difference: {odd[0]!r}.")
+        raise FileError(f"{source}: tensors do not match the recipe; first difference: {odd[0]!r}.")
     for name, leaf in named:
         if arrays[name].shape != leaf.shape or arrays[name].dtype != leaf.dtype:
-            raise files.FileError(
+            raise FileError(
                 f"{source}: {name!r} is {arrays[name].dtype}{arrays[name].shape}, expected {leaf.dtype}{leaf.shape}."
             )
     return jax.tree_util.tree_unflatten(structure, [arrays[name] for name, _ in named])
 
 
-_VALIDATION_ROW = files.fields(
-    step=files.whole,
-    validation=files.fields(steps=files.whole, train_loss=files.number, held_loss=files.number),
+_VALIDATION_ROW = jsonl.fields(
+    step=jsonl.whole_number,
+    validation=jsonl.fields(steps=jsonl.whole_number, train_loss=jsonl.number, held_loss=jsonl.number),
 )
-_STEP_ROW = files.fields(
-    step=files.whole,
-    **dict.fromkeys(("task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms"), files.listed(files.number, least=1)),
-    **dict.fromkeys(("alpha_mix", "alpha_loss", "gradient_ratio", "gradient_norm", "signal_to_noise"), files.number),
-    dropped=files.whole,
-    **dict.fromkeys(("starts", "reached"), files.listed(files.whole)),
-    inner_steps_per_second=files.number,
+_STEP_ROW = jsonl.fields(
+    step=jsonl.whole_number,
+    **dict.fromkeys(("task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms"), jsonl.listed(jsonl.number, least=1)),
+    **dict.fromkeys(("alpha_mix", "alpha_loss", "gradient_ratio", "gradient_norm", "signal_to_noise"), jsonl.number),
+    dropped=jsonl.whole_number,
+    **dict.fromkeys(("starts", "reached"), jsonl.listed(jsonl.whole_number)),
+    inner_steps_per_second=jsonl.number,
 )
-_FIRST_BAD = files.listed(
-    files.fields(task=files.text, slot=files.whole, start_step=files.whole, first=files.text), least=1
+_FIRST_BAD = jsonl.listed(
+    jsonl.fields(task=jsonl.string, slot=jsonl.whole_number, start_step=jsonl.whole_number, first=jsonl.string), least=1
 )
 
 
@@ -228,7 +233,7 @@ def log_row(row: Any) -> dict[str, Any]:
     if isinstance(row, dict) and "validation" in row:
         return _VALIDATION_ROW(row)
     row = _STEP_ROW(row)
-    return files.fields(first_bad=_FIRST_BAD)(row) if row["dropped"] else row
+    return jsonl.fields(first_bad=_FIRST_BAD)(row) if row["dropped"] else row
 
 
 def state_shapes(state: meta.MetaState, rows: tuple[int, int]) -> meta.MetaState:
@@ -247,7 +252,7 @@ def require_alike(gang: Gang, recipe: Recipe, more: dict[str, Any]) -> None:
         return
     cure = "Start every process with the same versions, command and files."
     facts = {f"{name}'s version": version for name, version in versions().items()}
-    gang.require_equal(facts | {"the machine": platform.machine()} | recipes.fields(recipe) | more, cure)
+    gang.require_equal(facts | {"the machine": platform.machine()} | fields(recipe) | more, cure)
     device = jax.local_devices()[0]  # only now: it connects the processes' XLA, which must be of one version
     gang.require_equal({"the device": f"{device.platform}: {device.device_kind}"}, cure)
 
@@ -261,11 +266,11 @@ def go_on(run: Path, recipe: Recipe, gang: Gang) -> bool:
     def look(_: list[Any]) -> bool:
         if not (run / "recipe.json").is_file():
             return False
-        changed = recipes.diff(read_recipe(run), pinned(recipe))
+        changed = diff(read_recipe(run), pinned(recipe))
         if changed:
             differs = "; ".join(f"{name}: {a!r} there, {b!r} asked" for name, (a, b) in changed.items())
             raise RunError(f"{run} already holds another run ({differs}); give another --out.")
-        return bool(files.checkpoints(run))
+        return bool(run_folder.checkpoints(run))
 
     going_on = gang.settle(None, look)
     if going_on:
@@ -280,7 +285,7 @@ def pinned(recipe: Recipe) -> Recipe:
 
 def log_rows(run: Path) -> list[dict[str, Any]]:
     """Rows of the log, [] before the first. Raises FileError for a row that is not `log_step`'s or a validation's."""
-    return list(files.read_json_lines(run / "log.jsonl", log_row)) if (run / "log.jsonl").is_file() else []
+    return list(jsonl.read_json_lines(run / "log.jsonl", log_row)) if (run / "log.jsonl").is_file() else []
 
 
 def realised(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -363,10 +368,10 @@ class Run:
         return {name: place for name, place in places.items() if place is not None}
 
 
-def check_init(init: files.WeightsFile, learner: recipes.Learner) -> None:
+def check_init(init: weights_file.WeightsFile, learner: architecture.Learner) -> None:
     """Raise FileError unless φ of a weights file means the same in a recipe's learner."""
     own = init.recipe.get("learner", init.learner)  # φ means what it was meta-trained as, however it is used
-    given = recipes.learner_from_dict(own, "--init weights")
+    given = architecture.learner_from_dict(own, "--init weights")
     of_use: dict[str, Any] = {  # may differ
         name: getattr(learner, name) for name in ("weight_decay", "clock_limit", "step_decay")
     }
@@ -376,12 +381,12 @@ def check_init(init: files.WeightsFile, learner: recipes.Learner) -> None:
             for name, theirs in dataclasses.asdict(given).items()
             if name not in of_use and theirs != (ours := getattr(learner, name))
         ]
-        raise files.FileError(f"--init weights are of another learner: {', '.join(differs)}. Give the same values.")
+        raise FileError(f"--init weights are of another learner: {', '.join(differs)}. Give the same values.")
 
 
 def prepare(
     recipe: Recipe,
-    init: files.WeightsFile | None,
+    init: weights_file.WeightsFile | None,
     tasks: dict[str, problem.Splits] | None,
     devices: int | None,
     gang: Gang = ALONE,
@@ -440,7 +445,7 @@ def save_checkpoint(run: Run) -> None:
     about = {"recipe": recipes.to_dict(run.recipe), "versions": versions(), "streams": run.streams()}
     rows = parallel.own_rows(run.over, run.recipe.estimator.pairs)
     write = partial(
-        files.write_checkpoint, run.out, run.done, arrays, about, own=own, rows=rows, settle=run.gang.settle
+        checkpoints.write_checkpoint, run.out, run.done, arrays, about, own=own, rows=rows, settle=run.gang.settle
     )
     if sum(x.nbytes for x in (*arrays.values(), *own.values())) < LARGE_CHECKPOINT:
         write()
@@ -509,7 +514,7 @@ def log_step(run: Run, metrics: meta.Metrics, seconds: float) -> dict[str, Any]:
 def add_row(run: Run, row: dict[str, Any]) -> None:
     run.rows.append(row)
     if run.out is not None and run.gang.leads:
-        files.append_json_line(run.out / "log.jsonl", row)
+        jsonl.append_json_line(run.out / "log.jsonl", row)
     to_sinks(run, row)
 
 
@@ -525,7 +530,7 @@ def to_sinks(run: Run, row: dict[str, Any]) -> None:
 def sink_openers(names: Sequence[str]) -> dict[str, sinks.Open]:
     """Sinks by name. Raises RecipeError for an unknown one, SinkError for a missing extra."""
     for name in names:
-        recipes.pick(sinks.SINKS, "log", name)
+        pick(sinks.SINKS, "log", name)
     return {name: sinks.opener(name) for name in names}
 
 
@@ -536,9 +541,9 @@ def logging_to(run: Run, openers: dict[str, sinks.Open], say: Callable[[str], No
     try:
         for name, open_ in openers.items() if run.gang.leads else ():
             try:
-                run.sinks[name] = open_(run.out or Path(), recipes.fields(run.recipe))
+                run.sinks[name] = open_(run.out or Path(), fields(run.recipe))
             except Exception as error:  # of whatever kind the other library raises
-                raise sinks.SinkError(f"--log {name} can't be opened ({error}).") from error
+                raise SinkError(f"--log {name} can't be opened ({error}).") from error
         for row in run.rows:
             to_sinks(run, row)
         yield
@@ -672,7 +677,7 @@ def train(
         raise RunError(f"log={tuple(log)} needs a run folder; give `out`.")
     openers = sink_openers(log)
     recipe = pinned(recipe) if tasks is None else dataclasses.replace(recipe, tasks=tuple(tasks))
-    source = None if init is None else files.read_weights(init)
+    source = None if init is None else weights_file.read_weights(init)
     require_alike(gang, recipe, {"--init": source and source.sha256, "--devices": devices})
     run = prepare(recipe, source, tasks, devices, gang, offload)
     run.checkpoint_seconds = checkpoint_seconds
@@ -702,7 +707,7 @@ def claim(gang: Gang, out: Path, recipe: Recipe, about: dict[str, Any]) -> None:
 def alone_in(folder: Path | None, gang: Gang) -> Iterator[None]:
     """Raise RunError, on every process, where other processes write into this run's folder."""
     with ExitStack() as held:
-        free = folder is None or not gang.leads or held.enter_context(files.locked(folder))
+        free = folder is None or not gang.leads or held.enter_context(disk.locked(folder))
 
         def decide(seen: list[bool]) -> None:
             if not all(seen):
@@ -755,7 +760,7 @@ def resume(
     with alone_in(folder, gang):
         over = parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
         rows = parallel.own_rows(over, recipe.estimator.pairs)
-        newest = files.newest_checkpoint(folder, say, rows, gang.settle)
+        newest = checkpoints.newest_checkpoint(folder, say, rows, gang.settle)
         if newest is None and not untouched(folder):
             raise RunError(f"{folder} has no whole checkpoint; start again with `lolo train` and another --out.")
         if newest is not None:
@@ -769,10 +774,10 @@ def resume(
             run.saved, run.saved_at = run.done, time.monotonic()
             run.rows = [row for row in log_rows(folder) if row["step"] < run.done]
         if gang.leads and newest is not None:
-            text = "".join(f"{files.json_line(row)}\n" for row in run.rows)
-            files.write_bytes(folder / "log.jsonl", text.encode())
+            text = "".join(f"{jsonl.json_line(row)}\n" for row in run.rows)
+            disk.write_bytes(folder / "log.jsonl", text.encode())
         if gang.leads and log is not None:
-            files.write_json(folder / "run.json", {**read_about(folder), "log": list(log)})
+            disk.write_json(folder / "run.json", {**read_about(folder), "log": list(log)})
         say(f"resumed {folder} at outer step {run.done} of {recipe.outer.steps}.")
         with logging_to(run, openers, say):
             return to_the_end(run, stop or Stop(), told, say)
@@ -780,15 +785,15 @@ def resume(
 
 def untouched(run: Path) -> bool:
     """Whether a run was killed before its first checkpoint, and its recipe alone says where it starts."""
-    if files.checkpoints(run) or (run / "log.jsonl").exists() or (run / "last.safetensors").exists():
+    if run_folder.checkpoints(run) or (run / "log.jsonl").exists() or (run / "last.safetensors").exists():
         return False
-    about = files.read_json(run / "run.json")
+    about = disk.read_json(run / "run.json")
     return isinstance(about, dict) and "init" in about and about["init"] is None
 
 
 def check_manifest(manifest: dict[str, Any], run: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
     """Raise RunError if a checkpoint is of another recipe; say so if it is of other versions."""
-    changed = recipes.diff(recipes.from_dict(manifest.get("recipe")), recipe)
+    changed = diff(recipes.from_dict(manifest.get("recipe")), recipe)
     if changed:
         differs = "; ".join(f"{name}: {a!r} in the checkpoint, {b!r} now" for name, (a, b) in changed.items())
         raise RunError(f"{run}/recipe.json is not the recipe of the checkpoint ({differs}). Undo the change.")

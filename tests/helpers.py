@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lolo import meta, problem, recipes, training
-from lolo.learned import LearnedOptimizer
+from lolo import meta, problem, training
+from lolo.files import settings
+from lolo.optimizers.base import LearnedOptimizer
 
 # N = 12, L = 3: four truncations in an unroll, and nothing that takes long to compile.
 SMALL = {
@@ -28,7 +29,7 @@ SMALL = {
 def small(recipe, changes=None):
     """The recipe in the sizes of `SMALL`, with `changes`: dotted name -> value."""
     for name, value in (SMALL | (changes or {})).items():
-        recipe = recipes.with_field(recipe, name, value)
+        recipe = settings.with_field(recipe, name, value)
     return recipe
 
 

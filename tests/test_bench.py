@@ -6,7 +6,8 @@ import time
 import pytest
 from test_training import SMALL, small
 
-from lolo import bench, cli, parallel, recipes, training
+from lolo import bench, cli, parallel, training
+from lolo.files.settings import RecipeError
 
 
 def test_calls_take_turns_and_medians_are_theirs():
@@ -44,7 +45,7 @@ def test_numbers_are_written_with_their_machine_and_unknown_parts_refused(tmp_pa
     assert [line["value"] for line in written["lines"]] == [20.0, 40.0, "nan"] and written["machine"]["cores"] >= 1
     assert bench.growth_curves(lines) == {"pairs": [(2.0, 20.0), (4.0, 40.0)]}
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(recipes.RecipeError, match="growth"):
+    with pytest.raises(RecipeError, match="growth"):
         bench.run(["growht"], None)
 
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import cli, comparisons, evaluation, files, pretrained, recipes, studies, training
+from lolo import cli, comparisons, evaluation, recipes, studies, training
+from lolo.files import disk, tensors
+from lolo.files.settings import fields
+from lolo.optimizers import architecture, pretrained, weights_file
 
 
 def run(capsys, *argv):
@@ -65,7 +68,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argv,
 
 def test_corrupted_weights_are_one_line(tmp_path, capsys):
     path = tmp_path / "w.safetensors"
-    files.write_weights(path, meta_params(), learner=LEARNER)
+    weights_file.write_weights(path, meta_params(), learner=LEARNER)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -75,7 +78,7 @@ def test_corrupted_weights_are_one_line(tmp_path, capsys):
 
 def test_foreign_safetensors_are_one_line(tmp_path, capsys):
     path = tmp_path / "model.safetensors"
-    path.write_bytes(files.pack({"layer": np.zeros(3, np.float32)}, {"format": "pt"}))
+    path.write_bytes(tensors.pack({"layer": np.zeros(3, np.float32)}, {"format": "pt"}))
     status, _, err = run(capsys, "eval", str(path))
     assert status == 2 and "not lolo weights" in err
 
@@ -95,22 +98,22 @@ def test_an_evaluation_is_refused_before_it_runs_where_it_can_not_be_written(tmp
     (tmp_path / "file").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text("{}")
-    evaluation = ["eval", "adamw:1e-3", "--task", "quadratic", "--steps", "100", "--seeds", "1", "--out"]
+    command = ["eval", "adamw:1e-3", "--task", "quadratic", "--steps", "100", "--seeds", "1", "--out"]
     for out, word in (("file", "in the way"), ("file/deeper", "in the way"), ("run", "already holds recipe.json")):
-        status, _, err = run(capsys, *evaluation, str(tmp_path / out))
+        status, _, err = run(capsys, *command, str(tmp_path / out))
         assert status == 2 and err.count("\n") == 1 and word in err and "another --out" in err
-    status, out, _ = run(capsys, *evaluation, str(tmp_path / "new"))
+    status, out, _ = run(capsys, *command, str(tmp_path / "new"))
     report = (tmp_path / "new" / "report-quadratic.md").read_text()
     assert status == 0 and out in report and "inner steps\n\n| optimizer" in report
     assert (tmp_path / "file").read_text() == "mine" and len(list((tmp_path / "run").iterdir())) == 1
 
 
 def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsys):
-    out, made, compare = tmp_path / "out", [], evaluation.compare
+    out, made, original = tmp_path / "out", [], evaluation.compare
 
     def counting(name, splits, entries, *args, **settings):
         made.extend(entry.label for entry in entries)
-        return compare(name, splits, entries, *args, **settings)
+        return original(name, splits, entries, *args, **settings)
 
     def evaluate(*names, steps="100", seeds="2"):
         made.clear()
@@ -144,18 +147,18 @@ def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsy
         ({"steps": "150"}, "steps=150 must be a multiple of 100"),
         ({"versions": {"lolo": "0.0.1", "jax": "0.9"}}, "rows made with lolo 0.0.1, jax 0.9"),
     ):
-        files.write_json(out / "parts" / "versions.json", asked.pop("versions", training.versions()))
+        disk.write_json(out / "parts" / "versions.json", asked.pop("versions", training.versions()))
         status, _, err = evaluate(*asked.pop("names", ["adam:1e-3", "sgdm:0.1", "adamw:0.01"]), **asked)
         assert status == 2 and err.count("\n") == 1 and words in err
         assert made == [] and (out / "report-quadratic.md").read_bytes() == report
 
-    files.write_json(out / "parts" / "versions.json", training.versions())
-    with files.locked(out):
+    disk.write_json(out / "parts" / "versions.json", training.versions())
+    with disk.locked(out):
         status, _, err = evaluate("adam:1e-3", "sgdm:0.1", "adamw:0.01")
     assert status == 2 and "another process is at work" in err
     status, _, err = run(capsys, "eval", "adam:1e-3", "--task", "textures-mlp", "--out", str(tmp_path / "new"))
     assert status == 2 and "lolo data prepare textures" in err and not (tmp_path / "new").exists()
-    files.write_json(out / "about-quadratic.json", {"command": "lolo reproduce quick"})
+    disk.write_json(out / "about-quadratic.json", {"command": "lolo reproduce quick"})
     status, _, err = evaluate("adam:1e-3", "sgdm:0.1", "adamw:0.01")
     assert status == 2 and "already holds what 'lolo reproduce quick' wrote" in err
 
@@ -164,7 +167,7 @@ def test_meta_seeds_come_to_an_evaluation_one_by_one(tmp_path, monkeypatch, caps
     def weights(seed):
         recipe = dataclasses.replace(recipes.LOLO, tasks=("quadratic",), seed=seed)
         path = tmp_path / f"{seed}.safetensors"
-        phi = recipes.build_learner(recipe.learner).init(jax.random.key(seed))
+        phi = architecture.build_learner(recipe.learner).init(jax.random.key(seed))
         pretrained.save(path, pretrained.Weights(phi, recipe.learner, recipes.to_dict(recipe), {}))
         return str(path)
 
@@ -209,9 +212,9 @@ def test_a_task_of_the_same_words_elsewhere_is_another_task(tmp_path, capsys):
 def test_rows_of_weights_that_have_changed_are_not_lost(tmp_path, capsys):
     path, out = tmp_path / "w.safetensors", tmp_path / "out"
     command = ["eval", str(path), "--task", "quadratic", "--steps", "100", "--seeds", "1", "--out", str(out)]
-    files.write_weights(path, meta_params(), learner=LEARNER)
+    weights_file.write_weights(path, meta_params(), learner=LEARNER)
     assert run(capsys, *command)[0] == 0
-    files.write_weights(path, {name: 2 * x for name, x in meta_params().items()}, learner=LEARNER)
+    weights_file.write_weights(path, {name: 2 * x for name, x in meta_params().items()}, learner=LEARNER)
     status, _, err = run(capsys, *command)
     assert status == 2 and "rows of w that" in err and "changed" in err
 
@@ -230,7 +233,7 @@ def test_help_lists_every_command_and_every_field(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "lolo", "--help"])
     out = capsys.readouterr().out.replace("-", "_")
-    for field in recipes.fields():
+    for field in fields(recipes.LOLO):
         assert field in out
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from test_training import small
 
-from lolo import comparisons, contestants, evaluation, plots, pretrained, recipes, tasks
+from lolo import comparisons, contestants, evaluation, plots, recipes, tasks
 from lolo.evaluation import Row
-from lolo.files import FileError
+from lolo.files.disk import FileError
+from lolo.optimizers import architecture, pretrained
 
 QUADRATIC = tasks.quadratic()
 
@@ -19,7 +20,7 @@ QUADRATIC = tasks.quadratic()
 def write(path, recipe, learner=None):
     """A weights file that says it comes from a recipe."""
     learner = learner or recipe.learner
-    phi = recipes.build_learner(learner).init(jax.random.key(recipe.seed))
+    phi = architecture.build_learner(learner).init(jax.random.key(recipe.seed))
     pretrained.save(path, pretrained.Weights(phi, learner, recipes.to_dict(recipe), {}))
     return str(path)
 
@@ -292,7 +293,7 @@ def test_start_steps_are_summed_over_meta_seeds_and_drawn_once_for_each_weights(
     def weights(value, **changes):
         card = {"start_steps_per_250": {"0": 8, "250": 2}}  # alike for every method without a buffer
         return pretrained.Weights(
-            {"w0": jnp.full(2, value)}, recipes.Learner(), changes | {"unroll": {"length": 9}}, card
+            {"w0": jnp.full(2, value)}, architecture.Learner(), changes | {"unroll": {"length": 9}}, card
         )
 
     methods = {

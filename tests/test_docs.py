@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from test_readers import write_npz
 
-from lolo import interop
 from lolo.data import prepare
+from lolo.optimizers import interop
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

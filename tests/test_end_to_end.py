@@ -5,7 +5,9 @@ import numpy as np
 import optax
 import pytest
 
-from lolo import evaluation, pretrained, recipes, tasks, training
+from lolo import evaluation, recipes, tasks, training
+from lolo.files import settings
+from lolo.optimizers import architecture, pretrained
 
 STEPS = 100
 SEEDS = (0, 1, 2)
@@ -23,7 +25,7 @@ def recipe():
         "estimator.pairs": 4,
         "validation.every": 0,
     }.items():
-        small = recipes.with_field(small, name, value)
+        small = settings.with_field(small, name, value)
     return small
 
 
@@ -51,7 +53,7 @@ def best_sgd():
 
 @pytest.fixture(scope="module")
 def untrained():
-    learner = recipes.build_learner(recipe().learner)
+    learner = architecture.build_learner(recipe().learner)
     return losses(learner.optimizer, learner.init(jax.random.key(0)))
 
 

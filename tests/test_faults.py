@@ -8,7 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from lolo import files, pretrained
+from lolo import checkpoints, run_folder
+from lolo.files import tensors
+from lolo.optimizers import pretrained
 
 pytestmark = pytest.mark.slow
 
@@ -32,14 +34,14 @@ def stopped(run):
     """A run that was asked to stop once it had a few checkpoints."""
     command = [sys.executable, "-m", "lolo.cli", "train", "lolo", *OPTIONS, "--out", str(run)]
     process, until = subprocess.Popen(command, stderr=subprocess.DEVNULL), time.monotonic() + 200
-    while not files.checkpoints(run)[2:] and time.monotonic() < until:
+    while not run_folder.checkpoints(run)[2:] and time.monotonic() < until:
         time.sleep(0.005)
     process.terminate()
     assert process.wait(60) == 3
 
 
 def digest(path):
-    return files.digest({name: np.asarray(x) for name, x in pretrained.load(path).meta_params.items()})
+    return tensors.digest({name: np.asarray(x) for name, x in pretrained.load(path).meta_params.items()})
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +61,8 @@ def test_a_full_disk_stops_the_run_with_the_reason_and_nothing_is_lost(tmp_path,
     status, words = lolo("train", "lolo", *OPTIONS, "--out", run, before=FULL.format(room=room))
     assert status == 5 and "File too large" in words.splitlines()[-1]
     assert not list(run.rglob("*.tmp"))
-    if files.checkpoints(run):
-        assert files.newest_checkpoint(run, pytest.fail) is not None
+    if run_folder.checkpoints(run):
+        assert checkpoints.newest_checkpoint(run, pytest.fail) is not None
         status, words = lolo("resume", run)
     else:
         shutil.rmtree(run)
@@ -93,15 +95,15 @@ def test_an_exploding_optimizer_is_stopped_with_a_diagnosis(tmp_path):
     explode = ["--learner.step_mult", "1e30", "--imitation.alpha_mix", "one", "--replay.threshold", "1"]
     status, words = lolo("train", "lolo", *OPTIONS, *explode, "--out", tmp_path / "run")
     assert status == 4 and "went bad first" in words and "Try a smaller learner.step_mult" in words
-    arrays, _ = files.newest_checkpoint(tmp_path / "run", pytest.fail)
+    arrays, _ = checkpoints.newest_checkpoint(tmp_path / "run", pytest.fail)
     assert all(np.isfinite(x).all() for name, x in arrays.items() if "meta_params" in name)
 
 
 def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path, whole):
     run = tmp_path / "run"
     stopped(run)
-    *_, before, newest = files.checkpoints(run)
-    path = files.checkpoint_folder(run, newest) / "state.safetensors"
+    *_, before, newest = run_folder.checkpoints(run)
+    path = run_folder.checkpoint_folder(run, newest) / "state.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

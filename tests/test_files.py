@@ -11,7 +11,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from lolo import files, small_fc_spec
+from lolo import checkpoints, run_folder
+from lolo.files import disk, jsonl, tensors
+from lolo.files.disk import FileError
+from lolo.optimizers import small_fc_spec, weights_file
 
 LEARNER = {
     "name": "small_fc",
@@ -33,12 +36,12 @@ def meta_params(hidden=4):
 @pytest.fixture
 def weights_path(tmp_path):
     path = tmp_path / "w.safetensors"
-    files.write_weights(path, meta_params(), learner=LEARNER, recipe={"seed": 3}, card={"summary": "small"})
+    weights_file.write_weights(path, meta_params(), learner=LEARNER, recipe={"seed": 3}, card={"summary": "small"})
     return path
 
 
 def test_weights_come_back_as_they_were(weights_path):
-    read = files.read_weights(weights_path)
+    read = weights_file.read_weights(weights_path)
     assert read.learner == LEARNER and read.recipe == {"seed": 3} and read.card == {"summary": "small"}
     for name, array in meta_params().items():
         np.testing.assert_array_equal(read.meta_params[name], array)
@@ -46,7 +49,9 @@ def test_weights_come_back_as_they_were(weights_path):
 
 def test_strided_arrays_are_stored_right():
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
-    read, _ = files.unpack(files.pack({"t": array.T, "s": array[:, ::2], "scalar": np.array(5.0, np.float32)}), "test")
+    read, _ = tensors.unpack(
+        tensors.pack({"t": array.T, "s": array[:, ::2], "scalar": np.array(5.0, np.float32)}), "test"
+    )
     assert read["scalar"].shape == () and read["scalar"] == 5
     np.testing.assert_array_equal(read["t"], array.T)
     np.testing.assert_array_equal(read["s"], array[:, ::2])
@@ -58,32 +63,32 @@ def test_a_flipped_byte_is_refused_wherever_it_is(weights_path):
         damaged = bytearray(content)
         damaged[position] ^= 0x10
         weights_path.write_bytes(damaged)
-        with pytest.raises(files.FileError, match=r"w\.safetensors"):
-            files.read_weights(weights_path)
+        with pytest.raises(FileError, match=r"w\.safetensors"):
+            weights_file.read_weights(weights_path)
 
 
 def test_weights_of_format_version_1_are_read(weights_path):
-    arrays, metadata = files.unpack(weights_path.read_bytes(), "test")
+    arrays, metadata = tensors.unpack(weights_path.read_bytes(), "test")
     del metadata["about_sha256"]
-    weights_path.write_bytes(files.pack(arrays, metadata | {"format_version": "1"}))
-    assert files.read_weights(weights_path).learner == LEARNER
-    weights_path.write_bytes(files.pack(arrays, metadata))
-    with pytest.raises(files.FileError, match="sha256 of learner"):
-        files.read_weights(weights_path)
+    weights_path.write_bytes(tensors.pack(arrays, metadata | {"format_version": "1"}))
+    assert weights_file.read_weights(weights_path).learner == LEARNER
+    weights_path.write_bytes(tensors.pack(arrays, metadata))
+    with pytest.raises(FileError, match="sha256 of learner"):
+        weights_file.read_weights(weights_path)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 100, 0.5, -1])
 def test_a_truncated_file_is_refused(weights_path, keep):
     content = weights_path.read_bytes()
     weights_path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(files.FileError, match=r"w\.safetensors"):
-        files.read_weights(weights_path)
+    with pytest.raises(FileError, match=r"w\.safetensors"):
+        weights_file.read_weights(weights_path)
 
 
 def rewritten(path, **metadata):
-    arrays, old = files.unpack(path.read_bytes(), "test")
+    arrays, old = tensors.unpack(path.read_bytes(), "test")
     new = old | metadata
-    path.write_bytes(files.pack(arrays, new | {"about_sha256": files.about_digest(new)}))
+    path.write_bytes(tensors.pack(arrays, new | {"about_sha256": weights_file.about_digest(new)}))
 
 
 @pytest.mark.parametrize(
@@ -103,21 +108,21 @@ def rewritten(path, **metadata):
 )
 def test_foreign_and_future_weights_are_refused_by_name(weights_path, metadata, words):
     rewritten(weights_path, **metadata)
-    with pytest.raises(files.FileError, match=words):
-        files.read_weights(weights_path)
+    with pytest.raises(FileError, match=words):
+        weights_file.read_weights(weights_path)
 
 
 def test_weights_with_nan_are_refused(tmp_path):
     bad = meta_params()
     bad["w1"][0, 0] = np.nan
-    files.write_weights(tmp_path / "w.safetensors", bad, learner=LEARNER)
-    with pytest.raises(files.FileError, match="'w1' has numbers that are not finite"):
-        files.read_weights(tmp_path / "w.safetensors")
+    weights_file.write_weights(tmp_path / "w.safetensors", bad, learner=LEARNER)
+    with pytest.raises(FileError, match="'w1' has numbers that are not finite"):
+        weights_file.read_weights(tmp_path / "w.safetensors")
 
 
 def test_a_missing_name_lists_what_ships(tmp_path):
-    with pytest.raises(files.FileError, match="no such weights file"):
-        files.read_weights("no-such-weights")
+    with pytest.raises(FileError, match="no such weights file"):
+        weights_file.read_weights("no-such-weights")
 
 
 def header(entries):
@@ -141,15 +146,15 @@ def header(entries):
     ],
 )
 def test_descriptions_that_lie_are_refused(entries):
-    with pytest.raises(files.FileError):
-        files.unpack(header(entries) + b"\0" * 4, "test")
+    with pytest.raises(FileError):
+        tensors.unpack(header(entries) + b"\0" * 4, "test")
 
 
 @hypothesis.given(st.binary(max_size=200))
 @hypothesis.settings(max_examples=200, deadline=None)
 def test_random_bytes_raise_nothing_but_the_documented_error(content):
-    with pytest.raises(files.FileError):
-        files.unpack(content, "fuzz")
+    with pytest.raises(FileError):
+        tensors.unpack(content, "fuzz")
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
@@ -161,9 +166,9 @@ def arrays(step):
 
 def test_checkpoints_keep_the_newest_and_come_back(tmp_path):
     for step in (10, 20, 30, 40):
-        files.write_checkpoint(tmp_path, step, arrays(step), {"note": step}, keep=2)
-    assert files.checkpoints(tmp_path) == [30, 40]
-    read, manifest = files.read_checkpoint(tmp_path, 40)
+        checkpoints.write_checkpoint(tmp_path, step, arrays(step), {"note": step}, keep=2)
+    assert run_folder.checkpoints(tmp_path) == [30, 40]
+    read, manifest = checkpoints.read_checkpoint(tmp_path, 40)
     np.testing.assert_array_equal(read["a"], arrays(40)["a"])
     assert read["empty"].shape == (0, 2) and manifest["note"] == 40
 
@@ -171,8 +176,8 @@ def test_checkpoints_keep_the_newest_and_come_back(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "bad manifest", "no state"])
 def test_the_checkpoint_before_a_damaged_one_is_used_and_the_user_told(tmp_path, damage):
     for step in (1, 2):
-        files.write_checkpoint(tmp_path, step, arrays(step), {})
-    folder = files.checkpoint_folder(tmp_path, 2)
+        checkpoints.write_checkpoint(tmp_path, step, arrays(step), {})
+    folder = run_folder.checkpoint_folder(tmp_path, 2)
     state, manifest = folder / "state.safetensors", folder / "manifest.json"
     content = state.read_bytes()
     if damage == "flip":
@@ -186,7 +191,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_user_told(tmp_path,
     else:
         state.unlink()
     told = []
-    newest = files.newest_checkpoint(tmp_path, told.append)
+    newest = checkpoints.newest_checkpoint(tmp_path, told.append)
     assert newest is not None and newest[1]["outer_step"] == 1
     assert len(told) == 1 and "00000002" in told[0]
 
@@ -195,40 +200,40 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     left = tmp_path / "checkpoints" / ".00000003.1.tmp"
     left.mkdir(parents=True)
     (left / "slots-00000000.safetensors").write_bytes(b"half")
-    files.write_checkpoint(tmp_path, 4, arrays(4), {})
+    checkpoints.write_checkpoint(tmp_path, 4, arrays(4), {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000004"]
 
 
 def test_no_whole_checkpoint_is_none(tmp_path):
-    assert files.newest_checkpoint(tmp_path, print) is None
+    assert checkpoints.newest_checkpoint(tmp_path, print) is None
 
 
 @pytest.mark.parametrize("when", ["fsync", "replace", "rename"])
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, when):
-    files.write_checkpoint(tmp_path, 1, arrays(1), {})
-    files.write_json(tmp_path / "recipe.json", {"a": 1})
+    checkpoints.write_checkpoint(tmp_path, 1, arrays(1), {})
+    disk.write_json(tmp_path / "recipe.json", {"a": 1})
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, when, full)
     with pytest.raises(OSError, match="No space left"):
-        files.write_json(tmp_path / "recipe.json", {"a": 2})
-        files.write_checkpoint(tmp_path, 2, arrays(2), {})
+        disk.write_json(tmp_path / "recipe.json", {"a": 2})
+        checkpoints.write_checkpoint(tmp_path, 2, arrays(2), {})
     monkeypatch.undo()
-    assert files.checkpoints(tmp_path) == [1]
+    assert run_folder.checkpoints(tmp_path) == [1]
     assert not list(tmp_path.rglob("*.tmp"))
-    files.read_checkpoint(tmp_path, 1)
+    checkpoints.read_checkpoint(tmp_path, 1)
 
 
 def test_a_half_written_last_line_of_a_log_is_skipped_and_one_in_the_middle_is_not(tmp_path):
     log = tmp_path / "log.jsonl"
-    files.append_json_line(log, {"step": 0, "x": float("nan")})
+    jsonl.append_json_line(log, {"step": 0, "x": float("nan")})
     log.write_text(log.read_text() + '{"step": 1, "lo')
-    assert list(files.read_json_lines(log, files.fields(step=files.whole))) == [{"step": 0, "x": "nan"}]
+    assert list(jsonl.read_json_lines(log, jsonl.fields(step=jsonl.whole_number))) == [{"step": 0, "x": "nan"}]
     log.write_text('{"step": 1, "lo\n{"step": 2}\n')
-    with pytest.raises(files.FileError, match="line 1"):
-        list(files.read_json_lines(log, files.fields(step=files.whole)))
+    with pytest.raises(FileError, match="line 1"):
+        list(jsonl.read_json_lines(log, jsonl.fields(step=jsonl.whole_number)))
 
 
 class Together:
@@ -244,7 +249,7 @@ class Together:
             if index == 0:
                 try:
                     self.answers.append(decide(list(self.said)))
-                except files.FileError as error:
+                except FileError as error:
                     self.answers.append(error)
             self.barrier.wait(20)
             if isinstance(self.answers[-1], Exception):
@@ -265,7 +270,7 @@ def write_in_parts(run, step, cuts, differing=False):
         rows = cuts[index], [*cuts[1:], 6][index]
         arrays = {"phi": np.full(3, float(differing and index > 0))}
         own = {"slots": SPREAD[slice(*rows)]}
-        return files.write_checkpoint(run, step, arrays, {}, own=own, rows=rows, settle=together.settle(index))
+        return checkpoints.write_checkpoint(run, step, arrays, {}, own=own, rows=rows, settle=together.settle(index))
 
     with ThreadPoolExecutor(len(cuts)) as threads:
         return list(threads.map(process, range(len(cuts))))
@@ -273,10 +278,10 @@ def write_in_parts(run, step, cuts, differing=False):
 
 @pytest.mark.parametrize("cuts", [[0], [0, 3], [0, 2, 4], [0, 1, 2, 3, 4, 5]])
 def test_a_checkpoint_in_parts_is_read_whole_or_by_any_rows(tmp_path, cuts):
-    assert set(write_in_parts(tmp_path, 5, cuts)) == {files.checkpoint_folder(tmp_path, 5)}
+    assert set(write_in_parts(tmp_path, 5, cuts)) == {run_folder.checkpoint_folder(tmp_path, 5)}
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000005"]
     for rows in (None, (0, 6), (0, 3), (3, 6), (2, 4), (5, 6)):
-        arrays, _ = files.newest_checkpoint(tmp_path, pytest.fail, rows)
+        arrays, _ = checkpoints.newest_checkpoint(tmp_path, pytest.fail, rows)
         np.testing.assert_array_equal(arrays["slots"], SPREAD[slice(*(rows or (0, 6)))])
         np.testing.assert_array_equal(arrays["phi"], np.zeros(3))
 
@@ -284,11 +289,11 @@ def test_a_checkpoint_in_parts_is_read_whole_or_by_any_rows(tmp_path, cuts):
 def test_a_checkpoint_that_lacks_a_part_is_not_whole(tmp_path):
     write_in_parts(tmp_path, 4, [0, 3])
     write_in_parts(tmp_path, 5, [0, 3])
-    part = files.checkpoint_folder(tmp_path, 5) / "slots-00000003.safetensors"
+    part = run_folder.checkpoint_folder(tmp_path, 5) / "slots-00000003.safetensors"
     content, told = part.read_bytes(), []
     for damaged in (content[:-1], content[:-1] + b"?", None):
         part.unlink() if damaged is None else part.write_bytes(damaged)
-        assert files.newest_whole(tmp_path, told.append) == 4
+        assert checkpoints.newest_complete(tmp_path, told.append) == 4
     assert len(told) == 3 and all("slots-00000003" in words for words in told)
 
 
@@ -304,20 +309,20 @@ def test_a_checkpoint_that_lacks_a_part_is_not_whole(tmp_path):
 )
 def test_a_manifest_whose_parts_do_not_fit_is_refused(tmp_path, change):
     write_in_parts(tmp_path, 5, [0, 3])
-    path = files.checkpoint_folder(tmp_path, 5) / "manifest.json"
+    path = run_folder.checkpoint_folder(tmp_path, 5) / "manifest.json"
     manifest = json.loads(path.read_text())
     entry = manifest["files"].pop("slots-00000003.safetensors")
     manifest["files"] |= {name: entry | more for name, more in change.items() if more is not None}
     path.write_text(json.dumps(manifest))
     if change == {"slots-00000003.safetensors": None}:  # what is there is whole, but for the rows that are asked for
-        with pytest.raises(files.FileError, match="rows"):
-            files.read_checkpoint(tmp_path, 5, (3, 6))
+        with pytest.raises(FileError, match="rows"):
+            checkpoints.read_checkpoint(tmp_path, 5, (3, 6))
     else:
-        with pytest.raises(files.FileError, match="checkpoints/00000005"):
-            files.read_checkpoint(tmp_path, 5)
+        with pytest.raises(FileError, match="checkpoints/00000005"):
+            checkpoints.read_checkpoint(tmp_path, 5)
 
 
 def test_processes_that_hold_different_numbers_write_nothing(tmp_path):
-    with pytest.raises(files.FileError, match="process 1 holds other numbers than process 0"):
+    with pytest.raises(FileError, match="process 1 holds other numbers than process 0"):
         write_in_parts(tmp_path, 5, [0, 3], differing=True)
     assert not any((tmp_path / "checkpoints").iterdir())

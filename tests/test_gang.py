@@ -15,7 +15,12 @@ import jax
 import numpy as np
 import pytest
 
-from lolo import cli, files, gang, launch, parallel, pretrained, recipes, training
+from lolo import checkpoints, cli, gang, launch, parallel, recipes, run_folder, training
+from lolo.files import settings, tensors
+from lolo.files.disk import FileError
+from lolo.gang import DifferError, GangError
+from lolo.optimizers import pretrained
+from lolo.training import RunError
 
 SIZES = "--task quadratic --learner.name sgd --imitation.lr 0.01 --unroll.length 20 --unroll.truncation 5"
 OPTIONS = [*SIZES.split(), "--estimator.pairs", "4", "--validation.every", "0"]
@@ -65,7 +70,7 @@ def ends(process, seconds=240):
 
 
 def digest(run):
-    return files.digest(
+    return tensors.digest(
         {name: np.asarray(x) for name, x in pretrained.load(run / "last.safetensors").meta_params.items()}
     )
 
@@ -89,7 +94,7 @@ def wait_for(condition, *processes, seconds=240):
 
 
 def at_checkpoint(run, step, *processes):
-    wait_for(lambda: (files.checkpoints(run) or [-1])[-1] >= step, *processes)
+    wait_for(lambda: (run_folder.checkpoints(run) or [-1])[-1] >= step, *processes)
 
 
 def one_by_one(lolo, run, *options, count=2, more=()):
@@ -120,13 +125,13 @@ def test_two_processes_give_the_bytes_of_one(lolo, tmp_path):
         for rows in (training.log_rows(tmp_path / name) for name in ("one", "two"))
     ]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 8
-    one, two = (files.read_checkpoint(tmp_path / name, 6)[0] for name in ("one", "two"))
-    assert files.digest(one) == files.digest(two)  # all of the state, whoever wrote it
-    manifest = files.read_checkpoint(tmp_path / "two", 6)[1]
+    one, two = (checkpoints.read_checkpoint(tmp_path / name, 6)[0] for name in ("one", "two"))
+    assert tensors.digest(one) == tensors.digest(two)  # all of the state, whoever wrote it
+    manifest = checkpoints.read_checkpoint(tmp_path / "two", 6)[1]
     assert len(manifest["files"]) == 3 and json.loads((tmp_path / "two/run.json").read_text())["processes"] == 2
     # and a checkpoint of two processes is gone on with by one that has nothing else
     shutil.copytree(tmp_path / "two", tmp_path / "again")
-    shutil.rmtree(files.checkpoint_folder(tmp_path / "again", 6))
+    shutil.rmtree(run_folder.checkpoint_folder(tmp_path / "again", 6))
     assert ends(lolo("resume", tmp_path / "again"))[0] == 0
     assert digest(tmp_path / "again") == digest(tmp_path / "one")
 
@@ -269,7 +274,7 @@ def test_when_one_process_is_lost_the_others_end_and_say_so(lolo, tmp_path, vict
     else:
         status, words = ends(gang_[victim], 60)
         assert status == launch.LOST and f"process {victim} of 2 was killed by SIGKILL" in words, words
-    assert files.newest_checkpoint(run, pytest.fail) is not None
+    assert checkpoints.newest_checkpoint(run, pytest.fail) is not None
 
 
 @pytest.mark.slow
@@ -278,7 +283,7 @@ def test_the_launcher_starts_a_gang_again_and_the_result_is_the_same(lolo, tmp_p
     whole = lolo("train", "lolo", *options, "--out", tmp_path / "whole")
     process = lolo("train", "lolo", *options, "--out", tmp_path / "run", "--processes", "2", "--restarts", "2")
     for kill, victim in enumerate((1, 0)):
-        newest = (files.checkpoints(tmp_path / "run") or [0])[-1]
+        newest = (run_folder.checkpoints(tmp_path / "run") or [0])[-1]
         at_checkpoint(tmp_path / "run", newest + 20, process)
         os.kill(members(process)[victim], signal.SIGKILL)
         wait_for(lambda kill=kill: f"restart {kill + 1} of 2" in process.log.read_text(), process)
@@ -296,7 +301,7 @@ def test_after_a_loss_one_and_two_processes_go_on_and_agree(lolo, tmp_path):
     os.kill(members(process)[1], signal.SIGKILL)
     status, words = ends(process)
     assert status == launch.LOST and "process 1 of 2 was killed by SIGKILL" in words, words
-    assert files.checkpoints(tmp_path / "a")[-1] < steps
+    assert run_folder.checkpoints(tmp_path / "a")[-1] < steps
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     two = lolo("train", "lolo", *options, "--out", tmp_path / "a")  # the same command
     one = lolo("resume", tmp_path / "b")
@@ -426,21 +431,21 @@ def test_a_request_to_stop_is_passed_on(monkeypatch):
 
 def test_every_process_states_how_many_devices_it_may_use(monkeypatch):
     def refuse(self, facts, cure):
-        raise gang.DifferError(json.dumps(facts["--devices"]))
+        raise DifferError(json.dumps(facts["--devices"]))
 
     monkeypatch.setattr(gang.Gang, "require_equal", refuse)
-    recipe = recipes.with_field(recipes.LOLO, "tasks", ("quadratic",))
-    with pytest.raises(gang.DifferError, match="3"):
+    recipe = settings.with_field(recipes.LOLO, "tasks", ("quadratic",))
+    with pytest.raises(DifferError, match="3"):
         training.train(recipe, devices=3, gang=gang.Gang(2, 0))
 
 
 def test_a_run_that_not_every_process_sees_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(gang.Gang, "settle", lambda self, mine, decide: decide([mine, False]))
-    recipe = recipes.with_field(recipes.LOLO, "tasks", ("quadratic",))
+    recipe = settings.with_field(recipes.LOLO, "tasks", ("quadratic",))
     assert not training.go_on(tmp_path / "new", recipe, gang.Gang(2, 0))
     training.create_run(tmp_path / "run", recipe, {})
-    files.write_checkpoint(tmp_path / "run", 0, {"phi": np.zeros(1)}, {})
-    with pytest.raises(training.RunError, match="process 1 does not see .*run: --out must be a folder that all hosts"):
+    checkpoints.write_checkpoint(tmp_path / "run", 0, {"phi": np.zeros(1)}, {})
+    with pytest.raises(RunError, match="process 1 does not see .*run: --out must be a folder that all hosts"):
         training.go_on(tmp_path / "run", recipe, gang.Gang(2, 0))
 
 
@@ -461,11 +466,11 @@ def test_a_single_process_settles_with_itself():
     gang.ALONE.require_equal({"a": 1}, "")
     with pytest.raises(ValueError, match="Gloo"), gang.ALONE.noticing_loss("x"):
         raise ValueError("Gloo failed")
-    with pytest.raises(gang.GangError, match="process 1 of 2 lost another process while x"):
+    with pytest.raises(GangError, match="process 1 of 2 lost another process while x"):
         with gang.Gang(2, 1).noticing_loss("x"):
             raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
-    with pytest.raises(files.FileError), gang.Gang(2, 1).noticing_loss("x"):
-        raise files.FileError("a disk is unavailable")  # ours: it says what it means
+    with pytest.raises(FileError), gang.Gang(2, 1).noticing_loss("x"):
+        raise FileError("a disk is unavailable")  # ours: it says what it means
 
 
 def test_processes_that_can_not_share_the_blocks_are_refused():

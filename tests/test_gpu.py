@@ -8,7 +8,9 @@ import optax
 import pytest
 
 import lolo
-from lolo import files, models, recipes, training
+from lolo import models, recipes, training
+from lolo.files import tensors
+from lolo.optimizers import weights_file
 
 pytestmark = pytest.mark.gpu
 
@@ -64,8 +66,10 @@ def test_meta_training_repeats_itself_and_resumes_to_the_byte(tmp_path, slots):
 
     assert not training.train(recipe, tmp_path / "three", stop=stop, told=told).finished
     assert training.resume(tmp_path / "three").finished
-    phi = [files.read_weights(tmp_path / name / "last.safetensors").meta_params for name in ("one", "two", "three")]
-    assert [files.digest(phi[0])] * 2 == [files.digest(again) for again in phi[1:]]
+    phi = [
+        weights_file.read_weights(tmp_path / name / "last.safetensors").meta_params for name in ("one", "two", "three")
+    ]
+    assert [tensors.digest(phi[0])] * 2 == [tensors.digest(again) for again in phi[1:]]
 
 
 # --- PyTorch ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import pytest
 from test_files import LEARNER, meta_params
 
 import lolo
-from lolo import cli, files, hub
+from lolo import cli
+from lolo.files import tensors
+from lolo.optimizers import hub, weights_file
 
 REPO = "someone/optimizer"
 
@@ -70,7 +72,7 @@ def asked(tmp_path, monkeypatch):
     ],
 )
 def test_an_id_is_loaded_like_a_file(tmp_path, asked, name, file, revision):
-    files.write_weights(tmp_path / file, meta_params(), learner=LEARNER, card={"summary": "theirs"})
+    weights_file.write_weights(tmp_path / file, meta_params(), learner=LEARNER, card={"summary": "theirs"})
     weights = lolo.load(name)
     assert weights.card == {"summary": "theirs"} and weights.learner.hidden == 4
     assert asked == [(REPO, file, revision)]
@@ -94,7 +96,7 @@ def test_a_path_object_is_never_an_id(tmp_path, asked):
 
 
 def test_a_file_that_exists_is_preferred(tmp_path, asked):
-    files.write_weights(tmp_path / REPO / "mine.safetensors", meta_params(), learner=LEARNER)
+    weights_file.write_weights(tmp_path / REPO / "mine.safetensors", meta_params(), learner=LEARNER)
     assert lolo.load(f"{REPO}/mine.safetensors").learner.hidden == 4
     assert asked == []
 
@@ -128,7 +130,7 @@ def test_a_missing_extra_is_one_line_that_names_it(monkeypatch, tmp_path, capsys
 
 
 def test_what_the_hub_holds_is_checked_like_any_file(tmp_path, asked):
-    (tmp_path / hub.DEFAULT_FILE).write_bytes(files.pack({"layer": meta_params()["b0"]}, {"format": "pt"}))
+    (tmp_path / hub.DEFAULT_FILE).write_bytes(tensors.pack({"layer": meta_params()["b0"]}, {"format": "pt"}))
     with pytest.raises(lolo.FileError, match="not lolo weights"):
         lolo.load(REPO)
 

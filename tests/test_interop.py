@@ -8,8 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lolo import files, interop
-from lolo import small_fc_spec as spec
+from lolo.files.disk import FileError
+from lolo.files.tensors import pack, unpack
+from lolo.optimizers import interop, weights_file
+from lolo.optimizers import small_fc_spec as spec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "small_fc.npz"
 FLAX = (interop.import_learned_optimization, interop.export_learned_optimization)
@@ -73,7 +75,7 @@ def test_pylo_files_come_back_as_they_went(tmp_path, hidden):
 def test_pylo_files_hold_transposed_weights(tmp_path):
     phi = draw()
     interop.export_pylo(phi, tmp_path / "model.safetensors")
-    tensors, _ = files.unpack((tmp_path / "model.safetensors").read_bytes(), "model")
+    tensors, _ = unpack((tmp_path / "model.safetensors").read_bytes(), "model")
     assert {n: x.shape for n, x in tensors.items()} == {
         **{"network.input.weight": (32, 39), "network.input.bias": (32,), "network.linear_0.weight": (32, 32)},
         **{"network.linear_0.bias": (32,), "network.output.weight": (2, 32), "network.output.bias": (2,)},
@@ -134,8 +136,8 @@ def test_the_reference_weights_travel(tmp_path, msgpack):
     imported = interop.import_learned_optimization(path)
     assert_equal(imported, phi)
     learner = {"name": "small_fc", "hidden": 32, "step_mult": 0.01, "exp_mult": 0.001, "learn_decays": True}
-    files.write_weights(tmp_path / "w", imported, learner=learner | {"weight_decay": 0.0, "clock_limit": None})
-    assert_equal(files.read_weights(tmp_path / "w").meta_params, phi)
+    weights_file.write_weights(tmp_path / "w", imported, learner=learner | {"weight_decay": 0.0, "clock_limit": None})
+    assert_equal(weights_file.read_weights(tmp_path / "w").meta_params, phi)
 
 
 def flax_cases(msgpack):
@@ -161,7 +163,7 @@ def test_wrong_flax_files_say_what_is_wrong(tmp_path, msgpack):
     path = tmp_path / "theta.state"
     for message, tree in flax_cases(msgpack).items():
         path.write_bytes(msgpack.packb(tree, use_bin_type=True))
-        with pytest.raises(files.FileError, match=message) as caught:
+        with pytest.raises(FileError, match=message) as caught:
             interop.import_learned_optimization(path)
         assert str(path) in str(caught.value)
 
@@ -169,7 +171,7 @@ def test_wrong_flax_files_say_what_is_wrong(tmp_path, msgpack):
 def test_wrong_pylo_files_say_what_is_wrong(tmp_path):
     path = tmp_path / "model.safetensors"
     interop.export_pylo(draw(4), path)
-    good, _ = files.unpack(path.read_bytes(), "good")
+    good, _ = unpack(path.read_bytes(), "good")
     for message, tensors in {
         "network.linear_1.weight": good | {"network.linear_1.weight": np.zeros((4, 4), np.float32)},
         "a PyLO network has": {n: x for n, x in good.items() if n != "network.output.bias"},
@@ -178,20 +180,20 @@ def test_wrong_pylo_files_say_what_is_wrong(tmp_path):
         "'w1' has shape": good | {"network.linear_0.weight": np.zeros(16, np.float32)},
         "not finite": good | {"network.input.bias": np.full(4, np.inf, np.float32)},
     }.items():
-        path.write_bytes(files.pack(tensors))
-        with pytest.raises(files.FileError, match=message):
+        path.write_bytes(pack(tensors))
+        with pytest.raises(FileError, match=message):
             interop.import_pylo(path)
 
 
 @pytest.mark.parametrize(("read", "write"), [FLAX, PYLO], ids=["learned_optimization", "pylo"])
 def test_missing_and_large_files_are_refused(tmp_path, msgpack, monkeypatch, read, write):
-    with pytest.raises(files.FileError, match="can't be read"):
+    with pytest.raises(FileError, match="can't be read"):
         read(tmp_path / "nowhere")
-    with pytest.raises(files.FileError, match="can't be read"):
+    with pytest.raises(FileError, match="can't be read"):
         read(tmp_path)
     write(draw(4), tmp_path / "w")
-    monkeypatch.setattr(files, "MAX_WEIGHTS_BYTES", 100)
-    with pytest.raises(files.FileError, match="at most 100"):
+    monkeypatch.setattr(weights_file, "MAX_WEIGHTS_BYTES", 100)
+    with pytest.raises(FileError, match="at most 100"):
         read(tmp_path / "w")
 
 
@@ -209,7 +211,7 @@ def test_truncated_files_are_refused(tmp_path, msgpack, read, write):
     content = (tmp_path / "w").read_bytes()
     for length in range(0, len(content), 7):
         (tmp_path / "cut").write_bytes(content[:length])
-        with pytest.raises(files.FileError):
+        with pytest.raises(FileError):
             read(tmp_path / "cut")
 
 
@@ -235,14 +237,14 @@ def test_damaged_files_are_read_or_refused(tmp_path, msgpack, read, write, edits
 @given(content=st.binary(max_size=200))
 def test_random_bytes_are_refused(tmp_path, msgpack, read, content):
     (tmp_path / "bad").write_bytes(content)
-    with pytest.raises(files.FileError):
+    with pytest.raises(FileError):
         read(tmp_path / "bad")
 
 
 def expect_arrays_or_file_error(read, path):
     try:
         arrays = read(path)
-    except files.FileError:
+    except FileError:
         return
     assert all(isinstance(x, np.ndarray) and x.dtype == np.float32 and np.isfinite(x).all() for x in arrays.values())
 
@@ -261,7 +263,7 @@ def test_deep_and_greedy_msgpack_is_refused(tmp_path, msgpack):
     }
     for name, content in bombs.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(files.FileError):
+        with pytest.raises(FileError):
             interop.import_learned_optimization(tmp_path / name)
 
 

@@ -10,7 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from lolo import files, pretrained
+from lolo import checkpoints, run_folder
+from lolo.files import tensors
+from lolo.optimizers import pretrained
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +29,7 @@ def start(log, *argv):
 def digest(run):
     weights = pretrained.load(run / "last.safetensors")
     assert weights.card["outer_step"] == 400
-    return files.digest({name: np.asarray(x) for name, x in weights.meta_params.items()})
+    return tensors.digest({name: np.asarray(x) for name, x in weights.meta_params.items()})
 
 
 def wait_for(condition, process, log, seconds=120):
@@ -44,8 +46,8 @@ def test_twenty_kills_change_nothing(tmp_path):
     run, moments, kills, writing = tmp_path / "killed", random.Random(0), 0, 0
     process = start(log, "train", "lolo", *OPTIONS, "--out", str(run))
     while kills < 20:
-        before = files.checkpoints(run)
-        wait_for(lambda before=before: files.checkpoints(run) not in ([], before), process, log)
+        before = run_folder.checkpoints(run)
+        wait_for(lambda before=before: run_folder.checkpoints(run) not in ([], before), process, log)
         if kills % 4 == 3:  # in the middle of writing a checkpoint
             wait_for(lambda: any((run / "checkpoints").glob(".*.tmp")), process, log)
             writing += 1
@@ -64,9 +66,9 @@ def test_twenty_kills_change_nothing(tmp_path):
 def test_a_request_to_stop_ends_with_a_checkpoint_and_the_resume_command(tmp_path, number):
     run, log = tmp_path / "run", tmp_path / "log.txt"
     process = start(log, "train", "lolo", *OPTIONS, "--out", str(run))
-    wait_for(lambda: len(files.checkpoints(run)) > 1, process, log)
+    wait_for(lambda: len(run_folder.checkpoints(run)) > 1, process, log)
     process.send_signal(number)
     assert process.wait(60) == 3
     words = log.read_text()
     assert f"lolo resume {run}" in words and signal.Signals(number).name in words and "Traceback" not in words
-    assert files.newest_checkpoint(run, pytest.fail) is not None
+    assert checkpoints.newest_checkpoint(run, pytest.fail) is not None

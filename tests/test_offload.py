@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from helpers import StopAfter, small
 
-from lolo import files, offload, recipes, training
+from lolo import checkpoints, offload, recipes, training
+from lolo.files import disk
+from lolo.files.settings import RecipeError
 
 CHANGES = {
     "unroll.length": 6,
@@ -19,7 +21,7 @@ CHANGES = {
 
 def digest(run):
     """φ, and everything of the last checkpoint."""
-    arrays, _ = files.newest_checkpoint(run, print)
+    arrays, _ = checkpoints.newest_checkpoint(run, print)
     return {name: x.tobytes() for name, x in arrays.items()}
 
 
@@ -33,8 +35,8 @@ def test_buffers_on_the_host_change_no_byte(tmp_path, read):
     assert sizes and all((size == 2).all() for size in sizes)  # full: the oldest were dropped
     assert digest(tmp_path / "host") == expected
     assert (
-        files.read_json(tmp_path / "host" / "run.json")["buffer_bytes_per_slot"]
-        == (files.read_json(tmp_path / "device" / "run.json")["buffer_bytes_per_slot"])
+        disk.read_json(tmp_path / "host" / "run.json")["buffer_bytes_per_slot"]
+        == (disk.read_json(tmp_path / "device" / "run.json")["buffer_bytes_per_slot"])
     )
 
 
@@ -61,7 +63,7 @@ def test_the_device_holds_one_state_for_each_slot():
 )
 def test_rules_that_read_within_a_step_are_refused(change, words):
     recipe = small(recipes.LOLO, CHANGES | change)
-    with pytest.raises(recipes.RecipeError, match=words):
+    with pytest.raises(RecipeError, match=words):
         offload.check(recipe)
-    with pytest.raises(recipes.RecipeError, match="--offload needs"):
+    with pytest.raises(RecipeError, match="--offload needs"):
         training.train(recipe, None, offload=True)

@@ -10,8 +10,9 @@ import optax
 import pytest
 
 import lolo
-from lolo import files, models
-from lolo import small_fc_spec as spec
+from lolo import models
+from lolo.optimizers import small_fc_spec as spec
+from lolo.optimizers import weights_file
 from lolo.trees import count_bytes
 
 WEIGHTS = lolo.load("lolo-small")
@@ -36,11 +37,13 @@ COMPOSED = {
 
 
 def test_weights_by_default_are_the_named_ones():
-    jax.tree.map(np.testing.assert_array_equal, lolo.load().meta_params, lolo.load(files.DEFAULT_WEIGHTS).meta_params)
-    assert lolo.load().learner == lolo.load(files.DEFAULT_WEIGHTS).learner
+    jax.tree.map(
+        np.testing.assert_array_equal, lolo.load().meta_params, lolo.load(weights_file.DEFAULT_WEIGHTS).meta_params
+    )
+    assert lolo.load().learner == lolo.load(weights_file.DEFAULT_WEIGHTS).learner
 
 
-@pytest.mark.parametrize("name", files.shipped_weights())
+@pytest.mark.parametrize("name", weights_file.shipped_weights())
 def test_shipped_weights_say_what_was_measured_and_what_they_are_not_for(name):
     card = lolo.load(name).card
     assert len(card["limits"]) > 100 and card["data"] and card["results"] and card["rows_sha256"]

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from lolo import recipes
+from lolo.files import settings
 
 PROGRAM = """
 import hashlib, json, sys
@@ -176,7 +177,7 @@ def test_what_travels_is_what_the_cost_model_says(tmp_path):
     for changes, text in zip(cases, python(COMPILED, json.dumps(cases)), strict=True):
         recipe = recipes.LOLO
         for name, value in changes.items():
-            recipe = recipes.with_field(recipe, name, tuple(value) if isinstance(value, list) else value)
+            recipe = settings.with_field(recipe, name, tuple(value) if isinstance(value, list) else value)
         count, found = model.counts(recipe), collectives(text)
         assert {kind for kind, _, _ in found} == {"all-gather"}
         assert sum(often for _, _, often in found) == count.gathers

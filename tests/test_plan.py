@@ -11,6 +11,7 @@ from helpers import small
 from test_prepared_tasks import write_prepared
 
 from lolo import cli, cost, meta, models, plan, recipes, tasks
+from lolo.files import settings
 from lolo.trees import count_bytes
 
 F32 = jnp.float32
@@ -117,7 +118,7 @@ def test_a_report_says_what_does_not_fit_and_what_to_do(planned, monkeypatch):
 def test_a_stream_is_planned_with_one_segment(tmp_path, monkeypatch):
     monkeypatch.setenv("LOLO_DATA", str(tmp_path))  # there are no data
     recipe = small(recipes.NAIVE, {"tasks": ("textures-mlp:batch=8,width=4,depth=1,resident_gb=0",)})
-    found = plan.of_training(recipes.with_field(recipe, "validation.every", 0))
+    found = plan.of_training(settings.with_field(recipe, "validation.every", 0))
     assert found.memory.data == 3 * 8 * (3072 + 2) and found.streamed
     assert "the set is streamed" in plan.report(found)
 

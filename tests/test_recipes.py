@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lolo import experts, inner, recipes, tasks
-from lolo.recipes import BC_ONLY, LOLO, NAIVE, RecipeError, check, diff, fields, from_dict, to_dict, with_field
+from lolo.files.settings import ADDED, RecipeError, diff, fields, with_field
+from lolo.optimizers import architecture
+from lolo.recipes import BC_ONLY, LOLO, NAIVE, check, from_dict, to_dict
 
 
 def changed(changes, recipe=LOLO):
@@ -94,7 +96,7 @@ def test_a_variant_is_a_named_recipe_with_typed_changes():
     ],
 )
 def test_a_variant_that_is_none_is_refused(text, message):
-    with pytest.raises(recipes.RecipeError, match=message):
+    with pytest.raises(RecipeError, match=message):
         recipes.variant(text)
 
 
@@ -198,17 +200,17 @@ def test_every_field_must_be_there_but_for_those_added_later_which_mean_their_de
         section, _, field = name.rpartition(".")
         data = json.loads(json.dumps(to_dict(LOLO)))
         del (data[section] if section else data)[field]
-        if name in recipes.ADDED:
+        if name in ADDED:
             assert from_dict(data) == LOLO
         else:
             assert f"{name!r} is missing" in message(from_dict, data)
-    assert set(recipes.ADDED) < set(fields(LOLO))
+    assert set(ADDED) < set(fields(LOLO))
 
 
 def test_the_architecture_is_read_alone_and_names_its_source():
     stored = dataclasses.asdict(LOLO.learner)
-    assert recipes.learner_from_dict(stored, "a.safetensors") == LOLO.learner
-    assert message(recipes.learner_from_dict, stored | {"hiden": 3}, "a.safetensors").startswith("a.safetensors: ")
+    assert architecture.learner_from_dict(stored, "a.safetensors") == LOLO.learner
+    assert message(architecture.learner_from_dict, stored | {"hiden": 3}, "a.safetensors").startswith("a.safetensors: ")
 
 
 # --- fields ---------------------------------------------------------------------------------------------------------
@@ -393,7 +395,7 @@ def test_weight_decay_is_given_to_the_expert_too_and_cancels_in_bc():
     task, key = tasks.quadratic(4).train, jax.random.key(2)
 
     def bc(learner_recipe, expert_recipe):
-        learner, expert = recipes.build_learner(learner_recipe.learner), recipes.build_expert(expert_recipe)
+        learner, expert = architecture.build_learner(learner_recipe.learner), recipes.build_expert(expert_recipe)
         optimizer = learner.optimizer(learner.init(jax.random.key(0)))
         state = inner.begin(task, optimizer, expert, jax.random.key(1))
         step = jax.jit(lambda state: inner.inner_step(task, optimizer, expert, jnp.float32(0.5), state, key))

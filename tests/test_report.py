@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import charts, cli, comparisons, evaluation, files, health, pages, recipes, report, training
+from lolo import charts, cli, comparisons, evaluation, health, pages, recipes, report, training
+from lolo.files import disk, jsonl, settings
+from lolo.files.disk import FileError
+from lolo.optimizers import weights_file
+from lolo.training import RunError
 
 EVIL = "</title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&$x^{$\ud800\u202e\0"
 NUMBERS = ("alpha_mix", "alpha_loss", "gradient_ratio", "gradient_norm", "signal_to_noise", "inner_steps_per_second")
@@ -32,17 +36,19 @@ def outer_step(step, tasks):
 
 def make_run(path, task="books-mlp", steps=6, name="lolo"):
     """A run's folder as it is kept: recipe, log, about, last weights."""
-    recipe = recipes.with_field(dataclasses.replace(recipes.RECIPES[name], tasks=(task,)), "outer.steps", steps)
+    recipe = settings.with_field(dataclasses.replace(recipes.RECIPES[name], tasks=(task,)), "outer.steps", steps)
     rows = [outer_step(step, 1) for step in range(steps)]
     rows.insert(4, {"step": 3, "validation": {"steps": 1000, "train_loss": 0.5, "held_loss": "nan"}})
     rows.append({"step": steps - 1, "validation": {"steps": 1000, "train_loss": 0.25, "held_loss": 0.125}})
     path.mkdir(parents=True)
-    files.write_json(path / "recipe.json", recipes.to_dict(recipe))
-    files.write_json(
+    disk.write_json(path / "recipe.json", recipes.to_dict(recipe))
+    disk.write_json(
         path / "run.json", {"command": ["lolo", "train", task], "commit": "c0ffee", "versions": {"lolo": task}}
     )
-    files.write_bytes(path / "log.jsonl", "".join(files.json_line(row) + "\n" for row in rows).encode())
-    files.write_weights(path / "last.safetensors", meta_params(), learner=LEARNER, recipe=recipes.to_dict(recipe))
+    disk.write_bytes(path / "log.jsonl", "".join(jsonl.json_line(row) + "\n" for row in rows).encode())
+    weights_file.write_weights(
+        path / "last.safetensors", meta_params(), learner=LEARNER, recipe=recipes.to_dict(recipe)
+    )
     return recipe
 
 
@@ -75,7 +81,7 @@ def make_study(path, task="books-mlp", labels=("lolo", "adamw 0.001")):
     comparisons.save_rows(path / "rows-books.jsonl", make_rows(task, labels))
     about = {"command": f"lolo eval {task}", "note": task, "unroll": 200, "commit": task, "versions": {task: task}}
     about["weights"] = {task: {"card": {"start_steps_per_250": {"0": 5, "250": 3}}}}
-    files.write_json(path / "about-books.json", about)
+    disk.write_json(path / "about-books.json", about)
 
 
 class Page(html.parser.HTMLParser):
@@ -144,10 +150,10 @@ def test_a_meta_training(tmp_path):
     said = page.said()
     for finding in health.examine(tmp_path / "run"):
         assert " ".join(finding.what.split()) in said
-    for name, value in recipes.fields(recipe).items():
+    for name, value in settings.fields(recipe).items():
         assert name in said and report.shown(value) in said
     assert "6 of 6 outer steps done" in said and "lolo train books-mlp" in said and "c0ffee" in said
-    assert files.read_weights(tmp_path / "run" / "last.safetensors").sha256 in said
+    assert weights_file.read_weights(tmp_path / "run" / "last.safetensors").sha256 in said
     assert "0.2500 0.1250 best" in said and "0.5000 nan" in said
     labels = [value for _, name, value in page.attributes if name == "aria-label"]
     for words in ("Validation", "Task loss", "Signal-to-noise", "Start steps"):
@@ -159,7 +165,7 @@ def test_a_run_of_which_only_recipe_and_validations_were_kept(tmp_path):
     rows = [row for row in training.log_rows(tmp_path / "run") if "validation" in row]
     for name in ("log.jsonl", "run.json", "last.safetensors"):
         (tmp_path / "run" / name).unlink()
-    files.write_bytes(tmp_path / "run" / "validation.jsonl", "".join(files.json_line(r) + "\n" for r in rows).encode())
+    disk.write_bytes(tmp_path / "run" / "validation.jsonl", "".join(jsonl.json_line(r) + "\n" for r in rows).encode())
     said = assert_complete_in_itself(report.build([tmp_path / "run"])).said()
     assert "the log of outer steps is not in this folder" in said and "0.2500 0.1250 best" in said
     assert "Health" not in said and "commit not written down" in said
@@ -183,7 +189,7 @@ def test_a_study_with_parts_shows_the_comparisons_of_each(tmp_path):
     make_study(tmp_path)
     for part in ("long", "figure2"):
         comparisons.save_rows(tmp_path / part / "rows-books.jsonl", make_rows())
-        files.write_json(tmp_path / part / "about-books.json", {"command": f"made {part}"})
+        disk.write_json(tmp_path / part / "about-books.json", {"command": f"made {part}"})
     said = assert_complete_in_itself(report.build([tmp_path])).said()
     assert said.index("Part figure2") < said.index("made figure2") < said.index("Part long") < said.index("made long")
 
@@ -227,12 +233,12 @@ def test_the_command_that_is_shown_makes_the_same_recipe(tmp_path, monkeypatch):
     recipe = recipes.BC_ONLY
     changes = {"tasks": ("quadratic", "fashion-mlp"), "learner.clock_limit": 5000.0, "unroll.stagger": True, "seed": 7}
     for name, value in changes.items():
-        recipe = recipes.with_field(recipe, name, value)
+        recipe = settings.with_field(recipe, name, value)
     asked = []
 
     def train(recipe, out, **rest):
         asked.append(recipe)
-        raise training.RunError("enough")
+        raise RunError("enough")
 
     monkeypatch.setattr(training, "train", train)
     monkeypatch.setattr(training, "set_up", lambda devices=None: None)
@@ -333,7 +339,7 @@ def test_optimizers_without_a_common_seed_are_shown_without_a_difference(tmp_pat
 
 def test_more_optimizers_than_can_be_told_apart_are_an_error(tmp_path):
     comparisons.save_rows(tmp_path / "rows-a.jsonl", make_rows(labels=tuple(map(str, range(33)))))
-    with pytest.raises(files.FileError, match="33 optimizers"):
+    with pytest.raises(FileError, match="33 optimizers"):
         report.build([tmp_path])
 
 
@@ -363,7 +369,7 @@ def test_damaged_json_raises_nothing_but_the_documented_errors(tmp_path, monkeyp
         change(tmp_path / name, spoil)
         try:
             Page(report.build([tmp_path]))
-        except (files.FileError, training.RunError) as error:
+        except (FileError, RunError) as error:
             refused += 1
             assert "books" in str(error)
         (tmp_path / name).write_bytes(whole[name])

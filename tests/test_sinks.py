@@ -11,6 +11,7 @@ from helpers import StopAfter
 from test_training import small
 
 from lolo import cli, sinks, training
+from lolo.training import RunError
 
 RECIPE = small(**{"validation.every": 4, "validation.steps": 100, "validation.seeds": 1})
 
@@ -119,7 +120,7 @@ def test_an_unknown_sink_names_the_nearest(tmp_path, monkeypatch, capsys):
 
 
 def test_a_sink_without_a_run_folder_is_refused():
-    with pytest.raises(training.RunError, match="needs a run folder"):
+    with pytest.raises(RunError, match="needs a run folder"):
         training.train(small(), None, log=("tensorboard",))
 
 

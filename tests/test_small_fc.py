@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from lolo import learned, textbook
-from lolo import small_fc_spec as spec
+from lolo import textbook
+from lolo.optimizers import architecture, base, small_fc
+from lolo.optimizers import small_fc_spec as spec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "small_fc.npz"
 
@@ -82,7 +83,7 @@ def assert_same_updates(ours, reference, rtol=2e-4, atol=2e-6):
 
 
 def compare_with_textbook(shapes, hidden=32, learn_decays=False, dtype=jnp.float32, rtol=2e-4, **options):
-    learner = learned.small_fc(hidden, 1.0, 0.1, learn_decays, **options)
+    learner = small_fc.small_fc(hidden, 1.0, 0.1, learn_decays, **options)
     meta_params = draw_meta_params(learner)
     reference = textbook.small_fc(meta_params, step_mult=1.0, exp_mult=0.1, **options)
     params = draw_params(shapes, jax.random.key(3), dtype)
@@ -97,7 +98,7 @@ def golden_trajectory(meta_params=None):
     names = [key.removeprefix("p0/") for key in golden if key.startswith("p0/")]
     assert set(names) == {"w", "b", "s", "conv", "sq"}
     meta_params = meta_params or golden_meta_params()
-    optimizer = learned.small_fc(step_mult=0.01, exp_mult=0.001, learn_decays=True).optimizer(meta_params)
+    optimizer = small_fc.small_fc(step_mult=0.01, exp_mult=0.001, learn_decays=True).optimizer(meta_params)
     params = {n: jnp.asarray(golden[f"p0/{n}"]) for n in names}
     state, worst = optimizer.init(params), 0.0
     for step in range(6):
@@ -154,7 +155,7 @@ def test_many_tensors_equal_the_textbook_under_every_option(options):
 
 
 def test_the_textbook_tells_options_apart():
-    learner = learned.small_fc(weight_decay=0.1)
+    learner = small_fc.small_fc(weight_decay=0.1)
     meta_params = draw_meta_params(learner)
     params = draw_params(FEW_SHAPES, jax.random.key(3))
     ours = trajectory(learner.optimizer(meta_params), params)[0]
@@ -170,14 +171,14 @@ def test_bfloat16_parameters_get_bfloat16_updates_from_float32_accumulators():
 def test_mixed_dtypes_in_one_tree():
     params = draw_params(FEW_SHAPES, jax.random.key(3))
     params = {n: p.astype(jnp.bfloat16 if i % 2 else jnp.float32) for i, (n, p) in enumerate(params.items())}
-    learner = learned.small_fc()
+    learner = small_fc.small_fc()
     meta_params = draw_meta_params(learner)
     ours = trajectory(learner.optimizer(meta_params), params)[0]
     assert_same_updates(ours, trajectory(textbook.small_fc(meta_params), params)[0], rtol=1e-2, atol=1e-5)
 
 
 def test_tensors_without_entries_and_empty_trees_pass_through():
-    learner = learned.small_fc()
+    learner = small_fc.small_fc()
     optimizer = learner.optimizer(draw_meta_params(learner))
     assert trajectory(optimizer, {})[0] == [{}] * 4
     params = {"none": jnp.zeros((0,)), "no rows": jnp.zeros((0, 3)), "some": jnp.ones((2,))}
@@ -188,12 +189,12 @@ def test_tensors_without_entries_and_empty_trees_pass_through():
 
 @pytest.mark.parametrize(("options", "count"), [({}, 2402), ({"learn_decays": True}, 2409)])
 def test_number_of_meta_parameters(options, count):
-    meta_params = learned.small_fc(**options).init(jax.random.key(0))
+    meta_params = small_fc.small_fc(**options).init(jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(meta_params)) == count
 
 
 def test_weights_are_truncated_normal_and_biases_zero():
-    meta_params = learned.small_fc(hidden=200).init(jax.random.key(0))
+    meta_params = small_fc.small_fc(hidden=200).init(jax.random.key(0))
     for name in ("w0", "w1", "w2"):
         x = np.asarray(meta_params[name])
         assert np.abs(x).max() <= 2 / np.sqrt(x.shape[0])
@@ -206,7 +207,7 @@ def test_weights_are_truncated_normal_and_biases_zero():
 def test_momentum_and_second_moment_are_adams():
     """The expert may read them: momentum[0] has decay .9 and rms .999."""
     params = draw_params(FEW_SHAPES, jax.random.key(3))
-    learner = learned.small_fc()
+    learner = small_fc.small_fc()
     optimizer, adam = learner.optimizer(draw_meta_params(learner)), optax.scale_by_adam()
     state, adam_state = optimizer.init(params), adam.init(params)
     for step in range(3):
@@ -220,7 +221,7 @@ def test_momentum_and_second_moment_are_adams():
 
 def test_an_update_under_jit_gives_the_same_bits_twice():
     params = draw_params({**FEW_SHAPES, "odd": LARGE_SHAPES["odd"], "conv": LARGE_SHAPES["conv"]}, jax.random.key(3))
-    learner = learned.small_fc()
+    learner = small_fc.small_fc()
     meta_params = draw_meta_params(learner)
     first, second = (trajectory(learner.optimizer(meta_params), params)[0] for _ in range(2))
     for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
@@ -232,7 +233,7 @@ def test_an_update_under_jit_gives_the_same_bits_twice():
 )
 def test_many_optimizers_at_once_equal_the_loop(batched):
     shapes = {**FEW_SHAPES, "odd": LARGE_SHAPES["odd"], "long": LARGE_SHAPES["long vector"]}
-    learner = learned.small_fc(learn_decays=True)
+    learner = small_fc.small_fc(learn_decays=True)
     runs = [(draw_meta_params(learner, k), draw_params(shapes, jax.random.key(k))) for k in range(3)]
 
     def two_steps(meta_params, params):
@@ -250,15 +251,15 @@ def test_many_optimizers_at_once_equal_the_loop(batched):
 
 
 def test_missing_params_are_named():
-    optimizer = learned.small_fc().optimizer(learned.small_fc().init(jax.random.key(0)))
+    optimizer = small_fc.small_fc().optimizer(small_fc.small_fc().init(jax.random.key(0)))
     params = {"w": jnp.ones((2, 2))}
     with pytest.raises(ValueError, match=r"small_fc reads the parameters: call update\(grads, state, params\)"):
         optimizer.update(params, optimizer.init(params))
 
 
-@pytest.mark.parametrize("name", learned.LEARNERS)
+@pytest.mark.parametrize("name", architecture.LEARNERS)
 def test_every_learner_is_an_optax_optimizer(name):
-    learner = learned.LEARNERS[name]()
+    learner = architecture.LEARNERS[name]()
     optimizer = learner.optimizer(learner.init(jax.random.key(0)))
     params = draw_params(FEW_SHAPES, jax.random.key(1))
     state = optimizer.init(params)
@@ -271,5 +272,5 @@ def test_every_learner_is_an_optax_optimizer(name):
 def test_learned_sgd_is_sgd_with_momentum():
     meta_params = {"log_learning_rate": jnp.log(jnp.float32(0.2)), "momentum_logit": jnp.zeros(())}
     params = draw_params(FEW_SHAPES, jax.random.key(1))
-    ours = trajectory(learned.learned_sgd().optimizer(meta_params), params)[0]
+    ours = trajectory(base.learned_sgd().optimizer(meta_params), params)[0]
     assert_same_updates(ours, trajectory(optax.sgd(0.2, momentum=0.5), params)[0], rtol=1e-5)

@@ -12,11 +12,12 @@ from helpers import StopAfter, make_task, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lolo import evaluation, files, recipes, tasks, training
+from lolo import checkpoints, evaluation, recipes, tasks, training
 from lolo.data import npy, stream
 from lolo.data.errors import DataError
 from lolo.data.stream import Cursor, Feed, Rows, Stream
 from lolo.problem import Splits
+from lolo.training import RunError
 
 SEED = (0, 3)
 
@@ -164,13 +165,13 @@ def test_a_streamed_run_resumes_in_the_middle_of_an_epoch_with_the_same_bytes(tm
     whole = training.train(recipe, tmp_path / "whole", tasks=group)
     stop = StopAfter(3)
     training.train(recipe, tmp_path / "run", tasks=group, stop=stop, told=stop.told, say=lambda text: None)
-    _, manifest = files.newest_checkpoint(tmp_path / "run", print)
+    _, manifest = checkpoints.newest_checkpoint(tmp_path / "run", print)
     assert manifest["streams"] == {"streamed": {"epoch": 1, "position": 6, "size": 30}}
     resumed = training.resume(tmp_path / "run", tasks=group, say=lambda text: None)
     assert resumed.finished
     for name, array in whole.weights.meta_params.items():
         assert np.asarray(array).tobytes() == np.asarray(resumed.weights.meta_params[name]).tobytes()
-    with pytest.raises(training.RunError, match="they are not the same data"):
+    with pytest.raises(RunError, match="they are not the same data"):
         training.resume(tmp_path / "run", tasks={"streamed": streamed(tasks.quadratic(), size=29)})
 
 

@@ -8,6 +8,8 @@ from test_training import SMALL, small
 
 from lolo import comparisons, contestants, evaluation, plots, recipes, studies, training
 from lolo.data.errors import DataError
+from lolo.files.settings import RecipeError
+from lolo.training import RunError
 
 TINY = studies.Study(
     about="the smallest study",
@@ -58,7 +60,7 @@ def test_a_study_refuses_runs_of_another_recipe(tmp_path, monkeypatch):
     monkeypatch.setitem(studies.STUDIES, "tiny", TINY)
     other = dataclasses.replace(studies.recipe_of(TINY, "lolo", "quadratic", 0), seed=7)
     training.create_run(tmp_path / "runs" / "quadratic-lolo-T3-seed0", other, {})
-    with pytest.raises(training.RunError, match=r"another recipe \(seed differ\)"):
+    with pytest.raises(RunError, match=r"another recipe \(seed differ\)"):
         studies.reproduce("tiny", tmp_path)
 
 
@@ -66,7 +68,7 @@ def test_a_study_does_not_overwrite_an_evaluation(tmp_path, monkeypatch):
     monkeypatch.setitem(studies.STUDIES, "tiny", TINY)
     rows, _ = comparisons.evaluate(["adam:0.1"], "quadratic", 100, 1)
     comparisons.write_report(tmp_path, "quadratic", rows, {}, "lolo eval adam:0.1")
-    with pytest.raises(training.RunError, match=r"holds an evaluation on quadratic.*another --out"):
+    with pytest.raises(RunError, match=r"holds an evaluation on quadratic.*another --out"):
         studies.reproduce("tiny", tmp_path)
     assert not (tmp_path / "runs").exists()
 
@@ -118,11 +120,11 @@ def test_meta_losses_are_pictured_against_the_median_time_of_a_step(tmp_path, mo
 
 
 def test_an_unknown_part_of_a_study_is_refused(tmp_path):
-    with pytest.raises(recipes.RecipeError, match="did you mean 'figure2'"):
+    with pytest.raises(RecipeError, match="did you mean 'figure2'"):
         studies.reproduce("study", tmp_path, only=["figure3"])
-    with pytest.raises(recipes.RecipeError, match="unknown study 'quik'; did you mean 'quick'"):
+    with pytest.raises(RecipeError, match="unknown study 'quik'; did you mean 'quick'"):
         studies.reproduce("quik", tmp_path)
-    with pytest.raises(recipes.RecipeError, match="quick is one study"):
+    with pytest.raises(RecipeError, match="quick is one study"):
         studies.reproduce("quick", tmp_path, only=["figure2"])
 
 

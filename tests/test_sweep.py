@@ -12,7 +12,10 @@ import time
 
 import pytest
 
-from lolo import cli, files, recipes, sweep, training
+from lolo import cli, recipes, sweep, training
+from lolo.files import settings
+from lolo.optimizers import weights_file
+from lolo.sweep import SweepError
 
 SMALL = """
 [fields]
@@ -41,7 +44,7 @@ def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path):
     ]
     run = plan.runs[4]
     assert run.out == tmp_path / "out" / "004-read=newest-seed=1" and run.number == 4
-    assert recipes.diff(recipes.BC_ONLY, run.recipe) == {
+    assert settings.diff(recipes.BC_ONLY, run.recipe) == {
         "tasks": (("fashion-mlp",), ("quadratic",)),
         "learner.name": ("small_fc", "sgd"),
         "replay.read": ("oldest", "newest"),
@@ -118,7 +121,7 @@ def test_the_table_tells_how_far_each_run_is(tmp_path, capsys):
     assert [row["state"] for row in rows] == ["done", "begun", "failed", "waiting"]
     assert [row["outer_steps"] for row in rows] == [4, 0, 0, 0] and rows[0]["task_loss"] > 0
     write(tmp_path, path.read_text().replace("outer.steps = 4", "outer.steps = 5"))
-    with pytest.raises(sweep.SweepError, match="outer.steps: 4 there, 5 in the file"):
+    with pytest.raises(SweepError, match="outer.steps: 4 there, 5 in the file"):
         sweep.state_of(sweep.read(path).runs[0])
 
 
@@ -194,4 +197,6 @@ def test_a_sweep_runs_lists_what_failed_and_goes_on(tmp_path):
     second = lolo()  # runs what is missing, tries again what failed, leaves what is done
     assert second.returncode == 4 and "3 of 4 runs to do" in second.stderr, second.stderr
     assert (good / "last.safetensors").stat().st_mtime_ns == before
-    assert files.read_weights(tmp_path / "out" / "001-lr=0.01-seed=1" / "last.safetensors").card["outer_step"] == 4
+    assert (
+        weights_file.read_weights(tmp_path / "out" / "001-lr=0.01-seed=1" / "last.safetensors").card["outer_step"] == 4
+    )

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 from helpers import StopAfter
 
-from lolo import files, health, pretrained, problem, recipes, tasks, training
+from lolo import checkpoints, health, recipes, run_folder, tasks, training
+from lolo.files import disk, settings, tensors
+from lolo.files.disk import FileError
+from lolo.optimizers import pretrained, weights_file
+from lolo.problem import TaskError
+from lolo.training import DivergedError, RunError
 
 SMALL = {
     "tasks": ("quadratic",),
@@ -28,12 +33,12 @@ SMALL = {
 def small(name="lolo", **changes):
     recipe = recipes.RECIPES[name]
     for field, value in (SMALL | changes).items():
-        recipe = recipes.with_field(recipe, field, value)
+        recipe = settings.with_field(recipe, field, value)
     return recipe
 
 
 def phi(result):
-    return files.digest({name: np.asarray(x) for name, x in result.weights.meta_params.items()})
+    return tensors.digest({name: np.asarray(x) for name, x in result.weights.meta_params.items()})
 
 
 @pytest.mark.parametrize("name", ["lolo", "bc-only", "naive"])
@@ -62,14 +67,14 @@ def test_another_seed_gives_other_weights():
 def test_a_folder_with_another_run_is_refused_with_the_difference(tmp_path):
     training.train(small(), tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    with pytest.raises(training.RunError, match=r"already holds a run \(seed: 0 there, 5 asked\).*lolo resume"):
+    with pytest.raises(RunError, match=r"already holds a run \(seed: 0 there, 5 asked\).*lolo resume"):
         training.train(small(seed=5), tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(training.RunError, match="not an empty folder"):
+    with pytest.raises(RunError, match="not an empty folder"):
         training.train(small(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -80,18 +85,18 @@ def test_resume_refuses_a_changed_recipe(tmp_path):
     data = json.loads(path.read_text())
     data["estimator"]["sigma"] = 0.5
     path.write_text(json.dumps(data))
-    with pytest.raises(training.RunError, match=r"estimator\.sigma: 0\.01 in the checkpoint, 0\.5 now"):
+    with pytest.raises(RunError, match=r"estimator\.sigma: 0\.01 in the checkpoint, 0\.5 now"):
         training.resume(tmp_path / "run")
 
 
 def test_resume_without_a_run_or_a_checkpoint_says_so(tmp_path):
-    with pytest.raises(training.RunError, match="holds no run"):
+    with pytest.raises(RunError, match="holds no run"):
         training.resume(tmp_path)
     stop = StopAfter(1)
     training.train(small(), tmp_path / "run", stop=stop, told=stop.told, say=lambda text: None)
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         (folder / "manifest.json").unlink()
-    with pytest.raises(training.RunError, match="no whole checkpoint"):
+    with pytest.raises(RunError, match="no whole checkpoint"):
         training.resume(tmp_path / "run", say=lambda text: None)
 
 
@@ -99,16 +104,16 @@ def test_two_at_work_on_one_folder_are_kept_apart(tmp_path):
     out, tried = tmp_path / "run", []
 
     def told(progress):
-        with pytest.raises(training.RunError, match=f"another process is at work on {out}; wait for it"):
+        with pytest.raises(RunError, match=f"another process is at work on {out}; wait for it"):
             training.resume(out)
         tried.append(progress.step)
 
     stop = StopAfter(2)
     training.train(small(), out, stop=stop, told=lambda p: (told(p), stop.told(p)), say=lambda text: None)
     log = (out / "log.jsonl").read_text()
-    with files.locked(out) as free, files.locked(tmp_path) as another:
+    with disk.locked(out) as free, disk.locked(tmp_path) as another:
         assert free and another
-        with pytest.raises(training.RunError, match="another process is at work"):
+        with pytest.raises(RunError, match="another process is at work"):
             training.resume(out)
     assert (out / "log.jsonl").read_text() == log and tried == [1, 2]
     assert phi(training.resume(out, say=lambda text: None)) == phi(training.train(small()))
@@ -162,14 +167,16 @@ def test_init_goes_on_from_other_weights(tmp_path):
         np.testing.assert_allclose(result.weights.meta_params[name], array, atol=1e-9)
     for name, value, there in (("hidden", 5, "4"), ("step_mult", 0.01, "0.001"), ("learn_decays", True, "False")):
         words = f"learner.{name} is {there} there and {value} in the recipe"
-        with pytest.raises(files.FileError, match=words):
+        with pytest.raises(FileError, match=words):
             training.train(small(**{f"learner.{name}": value}), tmp_path / "b", init=source)
     assert not (tmp_path / "b").exists()
-    training.check_init(files.read_weights(source), small(**{"learner.clock_limit": 5.0}).learner)  # a mend is free
+    training.check_init(
+        weights_file.read_weights(source), small(**{"learner.clock_limit": 5.0}).learner
+    )  # a mend is free
     weights = pretrained.load(source)  # and so is how they are shipped: φ means what it was meta-trained as
     shipped = dataclasses.replace(weights.learner, step_mult=2e-3, step_decay=3000.0)
     pretrained.save(tmp_path / "shipped.safetensors", weights._replace(learner=shipped))
-    training.check_init(files.read_weights(tmp_path / "shipped.safetensors"), weights.learner)
+    training.check_init(weights_file.read_weights(tmp_path / "shipped.safetensors"), weights.learner)
 
 
 @pytest.mark.parametrize("killed", ["before recipe.json", "in recipe.json", "before the first checkpoint"])
@@ -194,7 +201,7 @@ def test_a_run_without_checkpoints_is_not_begun_again_over_what_it_made(tmp_path
     for gone in (None, "log.jsonl", "last.safetensors"):
         if gone:
             (tmp_path / "run" / gone).rename(tmp_path / gone)
-        with pytest.raises(training.RunError, match="no whole checkpoint"):
+        with pytest.raises(RunError, match="no whole checkpoint"):
             training.resume(tmp_path / "run", say=lambda text: None)
         if gone:
             (tmp_path / gone).rename(tmp_path / "run" / gone)
@@ -208,9 +215,9 @@ def test_own_tasks_are_named_in_the_weights_and_asked_for_again(tmp_path):
     stop = StopAfter(1)
     first = training.train(small(), tmp_path / "run", tasks=own(), stop=stop, told=stop.told, say=lambda text: None)
     assert first.weights.recipe["tasks"] == ("mine",)
-    with pytest.raises(training.RunError, match=r"tasks=\('mine',\), not \('yours',\)"):
+    with pytest.raises(RunError, match=r"tasks=\('mine',\), not \('yours',\)"):
         training.resume(tmp_path / "run", tasks={"yours": tasks.quadratic(3)})
-    with pytest.raises(problem.TaskError, match="unknown task 'mine'"):
+    with pytest.raises(TaskError, match="unknown task 'mine'"):
         training.resume(tmp_path / "run", say=lambda text: None)
     assert training.resume(tmp_path / "run", tasks=own(), say=lambda text: None).finished
 
@@ -229,12 +236,12 @@ def poisoned():
 
 def test_a_run_of_bad_numbers_stops_with_a_diagnosis_and_keeps_the_last_good_checkpoint(tmp_path):
     recipe = small(**{"outer.max_bad_steps": 3})
-    with pytest.raises(training.DivergedError) as caught:
+    with pytest.raises(DivergedError) as caught:
         training.train(recipe, tmp_path / "run", tasks=poisoned())
     words = str(caught.value)
     assert "task 'poisoned'" in words and "the loss went bad first" in words and "outer step 0." in words
-    assert files.checkpoints(tmp_path / "run") == [0]
-    arrays, _ = files.read_checkpoint(tmp_path / "run", 0)
+    assert run_folder.checkpoints(tmp_path / "run") == [0]
+    arrays, _ = checkpoints.read_checkpoint(tmp_path / "run", 0)
     assert all(np.isfinite(x).all() for name, x in arrays.items() if x.dtype.kind == "f" and "meta_params" in name)
     assert [row["dropped"] for row in training.log_rows(tmp_path / "run")] == [2, 2, 2]
 
@@ -253,7 +260,7 @@ def test_every_logged_row_names_what_the_evaluation_rules_ask_for(tmp_path):
 
 def test_large_checkpoints_are_written_while_the_next_outer_steps_run(tmp_path, monkeypatch):
     training.train(small(), tmp_path / "inline", checkpoint_seconds=0.0)
-    told, held_up, write = threading.Event(), [], files.write_checkpoint
+    told, held_up, write = threading.Event(), [], checkpoints.write_checkpoint
 
     def slow(run, step, arrays, about, **more):
         if step == 1:
@@ -261,16 +268,16 @@ def test_large_checkpoints_are_written_while_the_next_outer_steps_run(tmp_path, 
         return write(run, step, arrays, about, **more)
 
     monkeypatch.setattr(training, "LARGE_CHECKPOINT", 0)
-    monkeypatch.setattr(files, "write_checkpoint", slow)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", slow)
     training.train(small(), tmp_path / "run", checkpoint_seconds=0.0, told=lambda p: p.step == 2 and told.set())
     assert held_up == [True]
-    for step in files.checkpoints(tmp_path / "inline"):
-        ours, theirs = (files.read_checkpoint(tmp_path / name, step)[0] for name in ("run", "inline"))
-        assert files.digest(ours) == files.digest(theirs)
+    for step in run_folder.checkpoints(tmp_path / "inline"):
+        ours, theirs = (checkpoints.read_checkpoint(tmp_path / name, step)[0] for name in ("run", "inline"))
+        assert tensors.digest(ours) == tensors.digest(theirs)
 
 
 def test_a_large_checkpoint_that_can_not_be_written_ends_the_run_with_the_reason(tmp_path, monkeypatch):
-    write = files.write_checkpoint
+    write = checkpoints.write_checkpoint
 
     def full(run, step, arrays, about, **more):
         if step == 3:
@@ -278,11 +285,11 @@ def test_a_large_checkpoint_that_can_not_be_written_ends_the_run_with_the_reason
         return write(run, step, arrays, about, **more)
 
     monkeypatch.setattr(training, "LARGE_CHECKPOINT", 0)
-    monkeypatch.setattr(files, "write_checkpoint", full)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
         training.train(small(), tmp_path / "run", checkpoint_seconds=0.0)
-    assert files.checkpoints(tmp_path / "run")[-1] == 2
-    monkeypatch.setattr(files, "write_checkpoint", write)
+    assert run_folder.checkpoints(tmp_path / "run")[-1] == 2
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write)
     resumed = training.resume(tmp_path / "run")
     assert phi(resumed) == phi(training.train(small()))
 

@@ -14,9 +14,14 @@ from test_interop import draw
 from test_training import small
 from test_untrusted_files import mutated
 
-from lolo import comparisons, evaluation, files, health, interop, meta, pretrained, recipes, tasks, training
+from lolo import checkpoints, comparisons, evaluation, health, meta, recipes, tasks, training
+from lolo.files import tensors
+from lolo.files.disk import FileError
+from lolo.files.settings import RecipeError
+from lolo.optimizers import interop, pretrained, weights_file
+from lolo.training import RunError
 
-OURS = (files.FileError, recipes.RecipeError, training.RunError)
+OURS = (FileError, RecipeError, RunError)
 STEP = 2
 CHECKPOINT = f"checkpoints/{STEP:08d}"
 ODD = [None, True, "", "nan", "x" * 50, -1, 0, 2**70, 1e308, -1e-320, [], {}, [[]], [None], {"a": 1}, [-1, "b"]]
@@ -51,10 +56,10 @@ def lines_mutated(content, random):
 
 def metadata_mutated(content, random):
     """Weights whose learner, recipe or card is another, and whose sums are right."""
-    arrays, metadata = files.unpack(content, "seed")
+    arrays, metadata = tensors.unpack(content, "seed")
     key = random.choice(["learner", "recipe", "card"])
     metadata[key] = json_mutated(metadata[key], random).decode()
-    return files.pack(arrays, metadata | {"about_sha256": files.about_digest(metadata)})
+    return tensors.pack(arrays, metadata | {"about_sha256": weights_file.about_digest(metadata)})
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,7 @@ def read_state(folder, shapes):
         content = (folder / CHECKPOINT / name).read_bytes()
         entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     path.write_text(json.dumps(manifest))
-    arrays, _ = files.read_checkpoint(folder, STEP)
+    arrays, _ = checkpoints.read_checkpoint(folder, STEP)
     training.state_from_arrays(arrays, shapes, ", ".join(manifest["files"]))
 
 
@@ -100,8 +105,8 @@ READERS = [
     Reader("log.jsonl", lambda folder, _: health.report(health.examine(folder)), lines_mutated),
     Reader("log.jsonl", lambda folder, _: health.report(health.examine(folder)), mutated),
     Reader("rows.jsonl", lambda folder, _: comparisons.load_rows(folder / "rows.jsonl"), lines_mutated),
-    Reader(f"{CHECKPOINT}/manifest.json", lambda folder, _: files.read_checkpoint(folder, STEP), json_mutated),
-    Reader(f"{CHECKPOINT}/state.safetensors", lambda folder, _: files.read_checkpoint(folder, STEP), mutated),
+    Reader(f"{CHECKPOINT}/manifest.json", lambda folder, _: checkpoints.read_checkpoint(folder, STEP), json_mutated),
+    Reader(f"{CHECKPOINT}/state.safetensors", lambda folder, _: checkpoints.read_checkpoint(folder, STEP), mutated),
     Reader(f"{CHECKPOINT}/state.safetensors", read_state, mutated),
     Reader(f"{CHECKPOINT}/slots-00000000.safetensors", read_state, mutated),
     Reader("last.safetensors", lambda folder, _: pretrained.load(folder / "last.safetensors"), mutated),

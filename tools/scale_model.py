@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import tyro
 
 from lolo import bench, meta, parallel, problem, recipes, tasks, training
+from lolo.files import settings
 from lolo.gang import ALONE
 from lolo.inner import StepRecord
 from lolo.recipes import Recipe
@@ -89,8 +90,8 @@ def outer_step(recipe: Recipe, count: Counts, measured: Measured, devices: int) 
 
 def of_task(task: str, pairs: int) -> Recipe:
     """LoLO on this task with so many pairs."""
-    recipe = recipes.with_field(recipes.LOLO, "tasks", (task,))
-    return recipes.with_field(recipe, "estimator.pairs", pairs)
+    recipe = settings.with_field(recipes.LOLO, "tasks", (task,))
+    return settings.with_field(recipe, "estimator.pairs", pairs)
 
 
 def table(task: str, measured: Measured, pairs_of: dict[int, int]) -> str:
@@ -167,7 +168,7 @@ def measure(task: str = "fashion-mlp", pairs: int = 8, steps: int = 100, out: st
     short = recipe.unroll.truncation
     runs = {}
     for length in (short, 2 * short):
-        runs[length] = training.prepare(recipes.with_field(recipe, "unroll.truncation", length), None, None, 1, ALONE)
+        runs[length] = training.prepare(settings.with_field(recipe, "unroll.truncation", length), None, None, 1, ALONE)
     replicated = jax.jit(partial(replicated_work, runs[short].setup, tasks.resolve(task).train, pairs))
     times: dict[object, list[float]] = {length: [] for length in (*runs, "replicated")}
     for turn in range(steps + 5):  # the first compile and warm up

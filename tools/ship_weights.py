@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lolo import comparisons, contestants, evaluation, files, pretrained
+from lolo import comparisons, contestants, evaluation
+from lolo.optimizers import pretrained, weights_file
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
         "limits": arguments.limits,
         "licence": "MIT",
     }
-    target = files.SHIPPED / f"{arguments.name}.safetensors"
+    target = weights_file.SHIPPED / f"{arguments.name}.safetensors"
     pretrained.save(target, weights._replace(learner=learner, card={**weights.card, **card}))
     print(f"{target.name}: {target.stat().st_size} bytes, {dataclasses.asdict(learner)}")
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lolo import files, plots, training
+from lolo import plots, training
+from lolo.files import disk, jsonl
 
 WINDOW = 100  # steps of every mean of train losses
 LIMIT = 1.2  # the last mean may be this many times the smallest running one
@@ -96,6 +97,6 @@ def experiment(run: Run, learned: Make, adamw: Make, name: str, title: str, seed
     for seed, (label, make) in itertools.product(range(options.seeds), makers.items()):
         rows.append({"optimizer": label, "seed": seed, **judged(*run(make, seed, options.steps))})
         print({key: value for key, value in rows[-1].items() if not key.endswith("curve")}, flush=True)
-        lines = "".join(files.json_line(row) + "\n" for row in (about, *rows))
-        files.write_bytes(options.out / f"{name}.jsonl", lines.encode())
+        lines = "".join(jsonl.json_line(row) + "\n" for row in (about, *rows))
+        disk.write_bytes(options.out / f"{name}.jsonl", lines.encode())
     picture(rows, title, options.out / f"{name}.png")

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lolo import comparisons, contestants, evaluation, files, inner, models, problem, tasks, training
+from lolo import comparisons, contestants, evaluation, inner, models, problem, tasks, training
+from lolo.files import disk
 from lolo.trees import PyTree
 
 STEPS, SEEDS = 10_000, 3
@@ -96,7 +97,7 @@ def main() -> None:
     rows, loaded = comparisons.evaluate(names, task, STEPS, SEEDS)
     print(comparisons.write_report(asked.out, task, rows, loaded, command, "A task that can be fitted exactly."))
     seen = {name: updates(name, STEPS) for name in (*names[:2], "adamw:1e-3")}
-    files.write_json(asked.out / "updates.json", seen)
+    disk.write_json(asked.out / "updates.json", seen)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import jax
 
-from lolo import comparisons, contestants, evaluation, files, plots, tasks, training
+from lolo import comparisons, contestants, evaluation, plots, tasks, training
+from lolo.files import disk
 
 SEED = 0
 WINDOW = evaluation.WINDOW
@@ -137,7 +138,7 @@ def write_reports(out: Path, names: list[str], optimizers: list[str], command: s
         f"Command: `{command}`. Versions: {about['versions']}. Commit: {about['commit']}. Machine: "
         f"{about['machine']['device']}, {about['machine']['cores']} cores."
     )
-    files.write_bytes(out / "report.md", ("\n".join(lines) + "\n").encode())
+    disk.write_bytes(out / "report.md", ("\n".join(lines) + "\n").encode())
 
 
 def main() -> None:
@@ -162,7 +163,7 @@ def main() -> None:
             child = [sys.executable, __file__, optimizer, "--out", str(asked.out), "--only", name, "--child", optimizer]
             child += ["--smoke"] * asked.smoke
             done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
-            files.write_bytes(part, done.stdout.splitlines()[-1].encode() + b"\n")
+            disk.write_bytes(part, done.stdout.splitlines()[-1].encode() + b"\n")
     write_reports(asked.out, names, optimizers, f"python {' '.join(sys.argv)}")
     print(asked.out / "report.md")
 

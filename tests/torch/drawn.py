@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lolo import small_fc_spec as spec
+from lolo.optimizers import small_fc_spec as spec
 
 
 def draw_meta_params(hidden=32, seed=0, learn_decays=False):

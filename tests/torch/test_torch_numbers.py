@@ -11,9 +11,11 @@ import torch
 from drawn import draw_meta_params
 
 import lolo.torch
-from lolo import files, learned
-from lolo import small_fc_spec as spec
 from lolo.data import embedded
+from lolo.files import tensors
+from lolo.optimizers import small_fc
+from lolo.optimizers import small_fc_spec as spec
+from lolo.optimizers.weights_file import WeightsFile
 from lolo.textbook_torch import Textbook
 from lolo.torch import LoLO
 
@@ -65,7 +67,7 @@ def weights_file(meta_params, **learner):
         **{"learn_decays": "momentum_decays" in meta_params, "weight_decay": 0.0, "clock_limit": None},
         **learner,
     }
-    return files.WeightsFile(dict(meta_params), learner, {}, {}, files.digest(meta_params))
+    return WeightsFile(dict(meta_params), learner, {}, {}, tensors.digest(meta_params))
 
 
 def draw(shapes, seed, scale=1.0):
@@ -97,7 +99,7 @@ def relative_distance(ours, theirs):
 def worst_against_jax(shapes, steps, weights, **options):
     """Largest distance in any step between torch and JAX, both fed the same gradients."""
     learner = {k: v for k, v in weights.learner.items() if k != "name"} | options
-    optimizer = learned.small_fc(**learner).optimizer({n: jnp.asarray(x) for n, x in weights.meta_params.items()})
+    optimizer = small_fc.small_fc(**learner).optimizer({n: jnp.asarray(x) for n, x in weights.meta_params.items()})
     start = draw(shapes, 1)
     ours, theirs = as_parameters(start), {n: jnp.asarray(x) for n, x in start.items()}
     torch_optimizer, state, worst = LoLO(ours.values(), weights=weights, **options), optimizer.init(theirs), 0.0
@@ -292,7 +294,7 @@ def test_closed_loops_in_jax_and_torch_stay_together(record_property):
         logits = jax.nn.relu(x @ params["w0"] + params["b0"]) @ params["w1"] + params["b1"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    optimizer = learned.small_fc().optimizer({n: jnp.asarray(v) for n, v in meta_params.items()})
+    optimizer = small_fc.small_fc().optimizer({n: jnp.asarray(v) for n, v in meta_params.items()})
     theirs = {n: jnp.asarray(v) for n, v in start.items()}
     state, gradient, update = optimizer.init(theirs), jax.jit(jax.grad(loss)), jax.jit(optimizer.update)
     ours = as_parameters(start)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from drawn import draw_meta_params, following_momentum
 
-from lolo import files
+from lolo.optimizers import weights_file
 from lolo.torch import LoLO
 
 pytestmark = pytest.mark.torch
@@ -68,7 +68,7 @@ def write(path, phi=PHI, **learner):
         **{"name": "small_fc", "hidden": 32, "step_mult": 1e-3, "exp_mult": 1e-3, "learn_decays": False},
         **{"weight_decay": 0.0, "clock_limit": None, **learner},
     }
-    files.write_weights(path, phi, learner=learner)
+    weights_file.write_weights(path, phi, learner=learner)
     return path
 
 
@@ -88,7 +88,7 @@ def test_weights_by_path_by_value_and_as_arrays_are_the_same(tmp_path):
     expected = trained()
     assert same(trained(weights=path), expected)
     assert same(trained(weights=str(path)), expected)
-    assert same(trained(weights=files.read_weights(path)), expected)
+    assert same(trained(weights=weights_file.read_weights(path)), expected)
 
 
 def test_settings_come_with_the_weights_and_can_be_switched_off(tmp_path):
@@ -399,7 +399,7 @@ def test_the_state_names_its_weights_and_holds_only_tensors(tmp_path):
     train(model, optimizer, 1)
     saved = optimizer.state_dict()
     group = saved["param_groups"][0]
-    assert group["weights"] == str(path) and group["weights_sha256"] == files.read_weights(path).sha256
+    assert group["weights"] == str(path) and group["weights_sha256"] == weights_file.read_weights(path).sha256
     assert all(isinstance(x, torch.Tensor) for s in saved["state"].values() for x in s.values())
 
 
@@ -517,7 +517,9 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         tmp_path / "sgd.safetensors",
         {n: np.zeros((), np.float32) for n in ("log_learning_rate", "momentum_logit")},
     )
-    files.write_weights(path, numbers, learner={"name": "sgd", "step_mult": 1.0, "exp_mult": 1.0, "weight_decay": 0.0})
+    weights_file.write_weights(
+        path, numbers, learner={"name": "sgd", "step_mult": 1.0, "exp_mult": 1.0, "weight_decay": 0.0}
+    )
     with pytest.raises(ValueError, match="sgd"):
         LoLO(make_model().parameters(), weights=path)
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lolo import files, recipes
-from lolo.features import Moments
-from lolo.learned import LearnedOptimizer, SmallFcState
-from lolo.recipes import Learner
+from lolo.optimizers import weights_file
+from lolo.optimizers.architecture import Learner, build_learner, learner_from_dict
+from lolo.optimizers.base import LearnedOptimizer
+from lolo.optimizers.features import Moments
+from lolo.optimizers.small_fc import SmallFcState
 from lolo.trees import PyTree
 
 
@@ -105,10 +106,10 @@ def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.Gradie
 @functools.lru_cache(maxsize=64)
 def architecture(learner: Learner, axis_name: str | None = None, sharded_axis: int = 0) -> LearnedOptimizer:
     """`recipes.build_learner`, one object for equal arguments: what is compiled for it is found again."""
-    return recipes.build_learner(learner, axis_name, sharded_axis)
+    return build_learner(learner, axis_name, sharded_axis)
 
 
-def load(name_or_path: str | Path = files.DEFAULT_WEIGHTS) -> Weights:
+def load(name_or_path: str | Path = weights_file.DEFAULT_WEIGHTS) -> Weights:
     """Weights by name, from a file, or from the Hugging Face Hub. Executes no code.
 
     Args:
@@ -117,10 +118,10 @@ def load(name_or_path: str | Path = files.DEFAULT_WEIGHTS) -> Weights:
 
     Raises files.FileError, a ValueError, for anything that is not a whole weights file of a known version.
     """
-    file = files.read_weights(name_or_path)
+    file = weights_file.read_weights(name_or_path)
     return Weights(
         {name: jnp.asarray(x) for name, x in file.meta_params.items()},
-        recipes.learner_from_dict(file.learner, str(name_or_path)),
+        learner_from_dict(file.learner, str(name_or_path)),
         file.recipe,
         file.card,
     )
@@ -133,7 +134,7 @@ def save(path: Path | str, weights: Weights) -> None:
     """
     learner = dataclasses.asdict(weights.learner)
     learner |= {name: None for name in ("clock_limit", "step_decay") if learner[name] == math.inf}
-    files.write_weights(
+    weights_file.write_weights(
         path,
         {name: np.asarray(x) for name, x in weights.meta_params.items()},
         learner=learner,

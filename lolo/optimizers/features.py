@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lolo import sharding
-from lolo import small_fc_spec as spec
+from lolo.optimizers import sharding
+from lolo.optimizers import small_fc_spec as spec
 
 
 class Decays(NamedTuple):

@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lolo import files
-from lolo import small_fc_spec as spec
+from lolo.files import disk
+from lolo.files.disk import FileError
+from lolo.files.tensors import pack, unpack
+from lolo.optimizers import small_fc_spec as spec
+from lolo.optimizers import weights_file
 
 # PyLO's name of each layer -> (our weight, our bias). Its weights are stored [out, in], ours [in, out].
 PYLO_LAYERS = {"network.input": ("w0", "b0"), "network.linear_0": ("w1", "b1"), "network.output": ("w2", "b2")}
@@ -58,7 +61,7 @@ def import_learned_optimization(path: str | Path) -> MetaParams:
     network = _descend(_descend(top, "nn"), "~")
     unknown = {*network, *top} - {"nn", "~", *NETWORK, *spec.DECAY_OFFSETS}
     if unknown:
-        raise files.FileError(f"{path}: has {', '.join(sorted(map(str, unknown)))}: not a small_fc.")
+        raise FileError(f"{path}: has {', '.join(sorted(map(str, unknown)))}: not a small_fc.")
     found = {name: network[name] for name in NETWORK if name in network}
     found |= {name: top[name] for name in spec.DECAY_OFFSETS if name in top}
     return _checked({name: _flax_array(value, name, path) for name, value in found.items()}, path)
@@ -88,7 +91,7 @@ def export_learned_optimization(meta_params: Mapping[str, Any], path: str | Path
 
     network = {name: extension(arrays[name]) for name in NETWORK}
     tree = {"nn": {"~": network}, **{name: extension(array) for name, array in decays.items()}}
-    files.write_bytes(Path(path), msgpack.packb(tree, use_bin_type=True))
+    disk.write_bytes(Path(path), msgpack.packb(tree, use_bin_type=True))
 
 
 def import_pylo(path: str | Path) -> MetaParams:
@@ -96,10 +99,10 @@ def import_pylo(path: str | Path) -> MetaParams:
 
     PyLO keeps decays in its optimizer, not in this file: there are none to read. Raises files.FileError.
     """
-    tensors, _ = files.unpack(_read(Path(path)), str(path))
+    tensors, _ = unpack(_read(Path(path)), str(path))
     expected = [f"{layer}.{part}" for layer in PYLO_LAYERS for part in ("weight", "bias")]
     if sorted(tensors) != sorted(expected):
-        raise files.FileError(f"{path}: has tensors {sorted(tensors)}; a PyLO network has {sorted(expected)}.")
+        raise FileError(f"{path}: has tensors {sorted(tensors)}; a PyLO network has {sorted(expected)}.")
     arrays = {}
     for layer, (weight, bias) in PYLO_LAYERS.items():
         arrays[weight] = np.ascontiguousarray(tensors[f"{layer}.weight"].T)
@@ -122,31 +125,31 @@ def export_pylo(meta_params: Mapping[str, Any], path: str | Path) -> None:
     tensors = {}
     for layer, (weight, bias) in PYLO_LAYERS.items():
         tensors[f"{layer}.weight"], tensors[f"{layer}.bias"] = arrays[weight].T, arrays[bias]
-    files.write_bytes(Path(path), files.pack(tensors, {"format": "pt"}))
+    disk.write_bytes(Path(path), pack(tensors, {"format": "pt"}))
 
 
 def _checked(arrays: Mapping[str, Any], source: str | Path) -> MetaParams:
     """The arrays, once names, dtypes and shapes are those of `small_fc`. Raises files.FileError."""
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     if missing := [name for name in NETWORK if name not in arrays]:
-        raise files.FileError(f"{source}: has no {', '.join(missing)}; a small_fc has {', '.join(NETWORK)}.")
+        raise FileError(f"{source}: has no {', '.join(missing)}; a small_fc has {', '.join(NETWORK)}.")
     if arrays["w1"].ndim != 2:
-        raise files.FileError(f"{source}: 'w1' has shape {arrays['w1'].shape}; expected [hidden, hidden].")
+        raise FileError(f"{source}: 'w1' has shape {arrays['w1'].shape}; expected [hidden, hidden].")
     learner = {
         **{"name": "small_fc", "hidden": int(arrays["w1"].shape[0]), "step_mult": 1e-3, "exp_mult": 1e-3},
         **{"weight_decay": 0.0, "learn_decays": any(name in arrays for name in spec.DECAY_OFFSETS)},
     }
-    files.check_meta_params(arrays, learner, str(source))
+    weights_file.check_meta_params(arrays, learner, str(source))
     return arrays
 
 
 def _read(path: Path) -> bytes:
     try:
-        if path.stat().st_size > files.MAX_WEIGHTS_BYTES:
-            raise files.FileError(f"{path}: {path.stat().st_size} bytes; at most {files.MAX_WEIGHTS_BYTES} are read.")
+        if path.stat().st_size > weights_file.MAX_WEIGHTS_BYTES:
+            raise FileError(f"{path}: {path.stat().st_size} bytes; at most {weights_file.MAX_WEIGHTS_BYTES} are read.")
         return path.read_bytes()
     except OSError as error:
-        raise files.FileError(f"{path}: can't be read ({error.strerror}).") from error
+        raise FileError(f"{path}: can't be read ({error.strerror}).") from error
 
 
 def _msgpack() -> ModuleType:
@@ -163,13 +166,13 @@ def _unpack(content: bytes, source: str | Path) -> Any:
         return msgpack.unpackb(content, ext_hook=Extension, raw=False, strict_map_key=True, **LIMITS)
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         reason = str(error) or type(error).__name__
-        raise files.FileError(f"{source}: not msgpack as flax writes it, or damaged ({reason}).") from error
+        raise FileError(f"{source}: not msgpack as flax writes it, or damaged ({reason}).") from error
 
 
 def _read_msgpack(path: Path) -> dict[Any, Any]:
     tree = _unpack(_read(path), path)
     if not isinstance(tree, dict):
-        raise files.FileError(f"{path}: holds a {type(tree).__name__}; expected a map of names to arrays.")
+        raise FileError(f"{path}: holds a {type(tree).__name__}; expected a map of names to arrays.")
     return tree
 
 
@@ -181,16 +184,16 @@ def _descend(tree: dict[Any, Any], name: str) -> dict[Any, Any]:
 def _flax_array(value: Any, name: str, source: str | Path) -> NDArray[np.float32]:
     """Read one array. Raises files.FileError unless it is float32 and its size is that of its shape."""
     if not isinstance(value, Extension) or value.code != FLAX_ARRAY:
-        raise files.FileError(f"{source}: {name!r} is not an array as flax writes it.")
+        raise FileError(f"{source}: {name!r} is not an array as flax writes it.")
     parts = _unpack(value.data, f"{source}, array {name!r}")
     if not isinstance(parts, list) or len(parts) != 3:
-        raise files.FileError(f"{source}: array {name!r} is not (shape, dtype, bytes).")
+        raise FileError(f"{source}: array {name!r} is not (shape, dtype, bytes).")
     shape, dtype, data = parts
     whole = isinstance(shape, list) and all(type(extent) is int and 0 <= extent < 1 << 32 for extent in shape)
     if not whole or len(shape) > 2:
-        raise files.FileError(f"{source}: array {name!r} has shape {shape!r}; expected one or two whole numbers.")
+        raise FileError(f"{source}: array {name!r} has shape {shape!r}; expected one or two whole numbers.")
     if dtype != "float32":
-        raise files.FileError(f"{source}: array {name!r} is {dtype!r}; expected float32.")
+        raise FileError(f"{source}: array {name!r} is {dtype!r}; expected float32.")
     if not isinstance(data, bytes) or len(data) != 4 * math.prod(shape):
-        raise files.FileError(f"{source}: array {name!r} of shape {shape} needs {4 * math.prod(shape)} bytes.")
+        raise FileError(f"{source}: array {name!r} of shape {shape} needs {4 * math.prod(shape)} bytes.")
     return np.frombuffer(data, "<f4").astype(np.float32).reshape(shape)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lolo import features, sharding
-from lolo import small_fc_spec as spec
+from lolo.optimizers import base, features, sharding
+from lolo.optimizers import small_fc_spec as spec
 from lolo.trees import PyTree
 
 # Entries per block. On a CPU a block's activations stay in the core's cache; elsewhere it only bounds the memory.
@@ -24,36 +24,11 @@ CPU_BLOCK, OTHER_BLOCK = 1024, 2**20
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-class LearnedOptimizer(NamedTuple):
-    """An architecture: how φ is drawn, and the optimizer that a φ is."""
-
-    init: Callable[[jax.Array], PyTree]  # key -> meta_params
-    optimizer: Callable[[PyTree], optax.GradientTransformation]  # meta_params -> optimizer
-
-
 class SmallFcState(NamedTuple):
     """State of `small_fc`: one `features.Moments` per parameter tensor, and the step count."""
 
     moments: PyTree  # the parameters' tree with a Moments at each leaf
     step: jax.Array  # [] int32, steps done so far
-
-
-def learned_sgd() -> LearnedOptimizer:
-    """SGD with momentum whose log learning rate and logit of momentum are the two meta-parameters."""
-
-    def init(key: jax.Array) -> dict[str, jax.Array]:
-        return {"log_learning_rate": jnp.log(jnp.float32(0.1)), "momentum_logit": jnp.zeros(())}
-
-    def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformation:
-        decay = jax.nn.sigmoid(meta_params["momentum_logit"])
-        return optax.chain(optax.trace(decay=decay), optax.scale(-jnp.exp(meta_params["log_learning_rate"])))
-
-    return LearnedOptimizer(init, optimizer)
-
-
-def truncated_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """Normal with σ = 1/√fan_in, truncated at ±2σ, variance not corrected."""
-    return jax.random.truncated_normal(key, -2.0, 2.0, shape) / jnp.sqrt(jnp.float32(fan_in))
 
 
 def small_fc(
@@ -66,7 +41,7 @@ def small_fc(
     step_decay: float | None = None,
     axis_name: str | None = None,
     sharded_axis: int = 0,
-) -> LearnedOptimizer:
+) -> base.LearnedOptimizer:
     """The per-parameter MLP of Metz et al. (2022), 39 → hidden → hidden → 2 (Eq. 7).
 
     u = −λ1·d·exp(λ2·m), with (d, m) the network's two outputs for each parameter entry.
@@ -94,7 +69,7 @@ def small_fc(
         names = [name for name in shapes if name.startswith("w")]
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
         return {
-            name: truncated_normal(keys[name], shape, shape[0]) if name in keys else jnp.zeros(shape)
+            name: base.truncated_normal(keys[name], shape, shape[0]) if name in keys else jnp.zeros(shape)
             for name, shape in shapes.items()
         }
 
@@ -139,7 +114,7 @@ def small_fc(
 
         return optax.GradientTransformation(init_state, sharding.in_auto_mode(update))
 
-    return LearnedOptimizer(init, optimizer)
+    return base.LearnedOptimizer(init, optimizer)
 
 
 def check_whole(params: PyTree, axis_name: str | None) -> None:
@@ -169,7 +144,7 @@ def check_reduced(grads: PyTree, params: PyTree) -> None:
             )
 
 
-class Weights(NamedTuple):
+class Matrices(NamedTuple):
     """The network's matrices, transposed: products are weight @ x with x [F, entries]."""
 
     entry: jax.Array  # [H, 16]
@@ -199,17 +174,17 @@ class Start(NamedTuple):
     column: jax.Array | int
 
 
-def arrange(meta_params: dict[str, jax.Array]) -> Weights:
+def arrange(meta_params: dict[str, jax.Array]) -> Matrices:
     """φ as the products take it."""
     w0, w1, w2 = (meta_params[name].T for name in ("w0", "w1", "w2"))
     b0, b1, b2 = (meta_params[name][:, None] for name in ("b0", "b1", "b2"))
     names = (spec.ENTRY_COLUMNS, spec.ROW_COLUMNS, spec.COLUMN_COLUMNS, spec.TIME_COLUMNS)
     entry, row, column, time = (w0[:, columns] for columns in names)
     # Without the barrier XLA folds the transposes into the products, and its fast CPU product takes plain w @ x only.
-    return jax.lax.optimization_barrier(Weights(entry, row, column, time, b0, w1, b1, w2, b2))
+    return jax.lax.optimization_barrier(Matrices(entry, row, column, time, b0, w1, b1, w2, b2))
 
 
-def first_bias(weights: Weights, clock: jax.Array) -> jax.Array:
+def first_bias(weights: Matrices, clock: jax.Array) -> jax.Array:
     """The first bias with the time inputs, equal for all entries, folded in. [H, 1]."""
     return weights.b0 + product(weights.time, features.time_inputs(clock)[:, None])
 
@@ -217,7 +192,7 @@ def first_bias(weights: Weights, clock: jax.Array) -> jax.Array:
 Tensor = tuple[jax.Array, jax.Array, features.Moments, features.Layout]  # gradient, parameter, its moments, layout
 
 
-def apply_network(weights: Weights, bias: jax.Array, tensors: list[Tensor]) -> list[jax.Array]:
+def apply_network(weights: Matrices, bias: jax.Array, tensors: list[Tensor]) -> list[jax.Array]:
     """The two outputs for every entry of every tensor: a list of [2, entries], in the order of `as_matrices`."""
     layouts = [of for *_, of in tensors]
     small = [i for i, of in enumerate(layouts) if is_small(of)]
@@ -243,7 +218,7 @@ def is_small(of: features.Layout) -> bool:
     return of.axes is None or k * a * b <= block_size() or b < 16 or a * b < 256
 
 
-def flat_network(weights: Weights, bias: jax.Array, x: jax.Array) -> jax.Array:
+def flat_network(weights: Matrices, bias: jax.Array, x: jax.Array) -> jax.Array:
     """[28, n] normalised inputs -> [2, n]."""
     first = jnp.concatenate([weights.entry, weights.row, weights.column], axis=1)
     blocks = cut((1, 1, x.shape[1]))
@@ -251,7 +226,7 @@ def flat_network(weights: Weights, bias: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def matrix_network(
-    weights: Weights,
+    weights: Matrices,
     bias: jax.Array,
     grad: jax.Array,
     param: jax.Array,
@@ -288,7 +263,7 @@ def matrix_network(
     return over_blocks(block, blocks, x.entry)
 
 
-def later_layers(weights: Weights, hidden: jax.Array) -> jax.Array:
+def later_layers(weights: Matrices, hidden: jax.Array) -> jax.Array:
     """From the sums of the first layer [H, n] to the outputs [2, n]."""
     hidden = product(weights.w1, jax.nn.relu(hidden)) + weights.b1
     return product(weights.w2, jax.nn.relu(hidden)) + weights.b2
@@ -331,6 +306,3 @@ def over_blocks(block: Callable[[Start], jax.Array], blocks: Blocks, x: jax.Arra
         return jax.lax.dynamic_update_slice_in_dim(outputs, block(at), position(blocks, at), axis=1)
 
     return jax.lax.fori_loop(0, k * down * across, body, jnp.zeros_like(x, shape=(2, k * a * b)))
-
-
-LEARNERS: dict[str, Callable[..., LearnedOptimizer]] = {"small_fc": small_fc, "sgd": learned_sgd}
