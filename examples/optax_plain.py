@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 
 import lolo
-from lolo import models
 from lolo.data import embedded
+from lolo.tasks import models
 
 
 def main(steps: int = 300, weights: str = "lolo-anytime") -> tuple[float, float]:

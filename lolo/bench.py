@@ -27,11 +27,17 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from lolo import meta, models, parallel, plots, problem, recipes, textbook, training
+from lolo import plots, recipes, textbook, training
 from lolo.files import disk, jsonl, settings
-from lolo.gang import ALONE
+from lolo.method import meta
+from lolo.method.task import Splits, Task
 from lolo.offload import Offloaded
 from lolo.optimizers import small_fc
+from lolo.runtime import parallel
+from lolo.runtime.environment import provenance
+from lolo.runtime.process_group import ALONE
+from lolo.tasks import models
+from lolo.tasks.classification import classification
 from lolo.trees import PyTree, count_bytes
 
 PAIRS, BATCH = 8, 128
@@ -70,7 +76,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], seconds: float = 6.0, least
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def synthetic(widths: tuple[int, ...]) -> problem.Splits:
+def synthetic(widths: tuple[int, ...]) -> Splits:
     """A classifier of random bytes with an MLP of these widths."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2048, widths[0]), np.uint8)
@@ -79,17 +85,17 @@ def synthetic(widths: tuple[int, ...]) -> problem.Splits:
     def pick(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (data[0][indices].astype(jnp.float32) - 127.5) / 73.6, data[1][indices]
 
-    parts = {split: (images, labels) for split in problem.Splits._fields}
+    parts = {split: (images, labels) for split in Splits._fields}
     sizes = {split: 2048 for split in parts}
-    return problem.classification(parts, models.mlp(widths), pick, classes=widths[-1], batch=BATCH, sizes=sizes)
+    return classification(parts, models.mlp(widths), pick, classes=widths[-1], batch=BATCH, sizes=sizes)
 
 
-def lanes(task: problem.Task, optimizer: Callable, steps: int, sequential: bool) -> tuple[Callable, tuple]:
+def lanes(task: Task, optimizer: Callable, steps: int, sequential: bool) -> tuple[Callable, tuple]:
     """16 trajectories (8 pairs, both signs) of `steps` inner steps, spread over the devices as one program."""
     over = parallel.mesh(PAIRS)
     everywhere, spread = PartitionSpec(), PartitionSpec(parallel.AXIS)
 
-    def one(task: problem.Task, meta_params: PyTree, params: PyTree, key: jax.Array) -> jax.Array:
+    def one(task: Task, meta_params: PyTree, params: PyTree, key: jax.Array) -> jax.Array:
         transformation = optimizer(meta_params)
 
         def step(carry: tuple, n: jax.Array) -> tuple[tuple, jax.Array]:
@@ -101,7 +107,7 @@ def lanes(task: problem.Task, optimizer: Callable, steps: int, sequential: bool)
 
         return jax.lax.scan(step, (params, transformation.init(params)), jnp.arange(steps))[1]
 
-    def all_lanes(task: problem.Task, *args: Any) -> jax.Array:
+    def all_lanes(task: Task, *args: Any) -> jax.Array:
         if sequential:
             return jax.lax.map(lambda lane: one(task, *lane), args)
         return jax.vmap(partial(one, task))(*args)
@@ -170,7 +176,7 @@ class OuterStep(NamedTuple):
 
 
 def outer_step(
-    recipe: recipes.Recipe, splits: dict[str, problem.Splits] | None = None, devices: int | None = None
+    recipe: recipes.Recipe, splits: dict[str, Splits] | None = None, devices: int | None = None
 ) -> OuterStep:
     """Build and compile what `lolo train` would run. Every call sees the same segment of streamed data."""
     run = training.prepare(recipe, None, splits, devices, ALONE)
@@ -243,7 +249,7 @@ def bench_growth(rounds: int = 10) -> Iterator[Line]:
 
 def block_times(
     recipe: recipes.Recipe,
-    splits: dict[str, problem.Splits] | None = None,
+    splits: dict[str, Splits] | None = None,
     devices: int | None = None,
     rounds: int = 5,
 ) -> dict[int, float]:
@@ -405,7 +411,7 @@ def run(parts: Sequence[str], out: Path | None, say: Callable[[str], None] = pri
     if out is not None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         about = {"lines": [dataclasses.asdict(line) for line in lines], "peak_memory_mb": peak}
-        disk.write_json(out, json.loads(jsonl.json_line({**about, **training.provenance()})))
+        disk.write_json(out, json.loads(jsonl.json_line({**about, **provenance()})))
         grown = growth_curves(lines)
         if grown:
             plots.save_figure(plots.growth(grown), out.with_suffix(".png"))

@@ -18,28 +18,17 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import (
-    bench,
-    comparisons,
-    health,
-    launch,
-    parallel,
-    plan,
-    problem,
-    recipes,
-    report,
-    studies,
-    sweep,
-    tasks,
-    training,
-)
+from lolo import bench, comparisons, health, plan, recipes, report, studies, sweep, training
 from lolo.data import prepare
 from lolo.files import settings
 from lolo.files.settings import RecipeError
-from lolo.gang import ALONE, Gang, GangError
-from lolo.launch import Processes
+from lolo.method.task import Splits
 from lolo.optimizers import architecture, weights_file
 from lolo.recipes import Recipe
+from lolo.runtime import environment, interrupt, launch, parallel
+from lolo.runtime.launch import Processes
+from lolo.runtime.process_group import ALONE, ProcessGroup, ProcessGroupError
+from lolo.tasks import by_name
 from lolo.training import DivergedError
 
 T = TypeVar("T")
@@ -182,7 +171,7 @@ def train_command(argv: list[str]) -> int:
     out = arguments.out or Path("runs") / f"{name}-{task}-seed{recipe.seed}"
     recipes.check(recipe)
     if arguments.dry_run:
-        training.set_up()
+        environment.set_up()
         print(plan.report(plan.of_training(recipe, arguments.devices, arguments.offload)))
         return 0
 
@@ -192,7 +181,7 @@ def train_command(argv: list[str]) -> int:
             "its place, with the N that a run in one process has stored."
         )
 
-    def run(gang: Gang, **hooks: Any) -> training.Result:
+    def run(gang: ProcessGroup, **hooks: Any) -> training.Result:
         common: dict[str, Any] = {
             "devices": arguments.devices,
             "offload": arguments.offload,
@@ -203,7 +192,7 @@ def train_command(argv: list[str]) -> int:
         # Before anything starts JAX, which connects the processes' XLA: it must be of one version.
         training.require_alike(gang, training.pinned(recipe), {})
         # What is wrong with these is said before anything else.
-        splits = [tasks.resolve(task) for task in recipe.tasks]
+        splits = [by_name.resolve(task) for task in recipe.tasks]
         if arguments.init is not None:
             weights_file.read_weights(arguments.init)
         training.sink_openers(arguments.log)
@@ -222,7 +211,7 @@ def train_command(argv: list[str]) -> int:
     return in_processes(["train", *argv], name, recipe, arguments.several, arguments.devices, run)
 
 
-def with_fastest_block(recipe: Recipe, splits: dict[str, problem.Splits], devices: int | None) -> Recipe:
+def with_fastest_block(recipe: Recipe, splits: dict[str, Splits], devices: int | None) -> Recipe:
     """The recipe with the `slots_per_block` whose outer step is the fastest here; says all times."""
     times = bench.block_times(recipe, splits, devices)
     fastest = min(times, key=lambda size: times[size])
@@ -246,9 +235,9 @@ def in_processes(
         parallel.check_processes(recipe.estimator.pairs // recipe.estimator.slots_per_block, several.processes or 1)
         return launch.launch(argv, several, say)
     if place is None:
-        training.set_up(devices)
+        environment.set_up(devices)
         return supervise(what, ALONE, run)
-    training.set_up(devices or max(parallel.cores() // place["share"], 1))
+    environment.set_up(devices or max(parallel.cores() // place["share"], 1))
     gang = launch.join(place)
     with gang.noticing_loss("meta-training"):
         return supervise(what, gang, run)
@@ -271,13 +260,13 @@ def known_options(options: list[str], more: list[str]) -> list[str]:
     return spelled
 
 
-def supervise(what: str, gang: Gang, run: Callable[..., training.Result]) -> int:
+def supervise(what: str, gang: ProcessGroup, run: Callable[..., training.Result]) -> int:
     """Run a meta-training with progress and signals; exit status 0 if finished, 3 if stopped on request."""
-    stop = training.Stop()
+    stop = interrupt.Stop()
     if not gang.leads:
-        with training.stop_on_signals(stop):
+        with interrupt.stop_on_signals(stop):
             return 0 if run(gang, stop=stop, told=lambda progress: None, say=lambda text: None).finished else 3
-    with telling() as teller, training.stop_on_signals(stop):
+    with telling() as teller, interrupt.stop_on_signals(stop):
 
         def told(p: training.Progress) -> None:
             rate = 1 / max(p.seconds, 1e-9)
@@ -352,12 +341,12 @@ def sweep_command(argv: list[str]) -> int:
           slurm: print an array script, and run nothing.
           table: print the table of what is there, and run nothing.
         """
-        grid, stop = sweep.read(file), training.Stop()
+        grid, stop = sweep.read(file), interrupt.Stop()
         if slurm:
             print(sweep.slurm_script(file, grid), end="")
             return 0
         if not table:
-            with training.stop_on_signals(stop):
+            with interrupt.stop_on_signals(stop):
                 sweep.run_all(grid, workers, only, stop, say)
         if only is not None:
             states = [sweep.row(grid.runs[only])["state"]]
@@ -403,24 +392,24 @@ def eval_command(argv: list[str]) -> int:
             raise ValueError("name at least one optimizer, for instance: lolo eval adamw:1e-3 --task fashion-mlp")
         if seeds < 1:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
-        tasks.pin(task)
-        training.set_up()
+        by_name.pin(task)
+        environment.set_up()
         if dry_run:
             print(plan.report(plan.of_evaluation(task, architecture.Learner(), len(optimizers), seeds, steps)))
             return 0
-        splits = tasks.resolve(task)  # first: where data are missing, nothing is written
+        splits = by_name.resolve(task)  # first: where data are missing, nothing is written
         if out is None:
             with telling() as teller:
                 rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, teller, splits=splits)
             print(comparisons.table(rows))
         else:
-            stop = training.Stop()
+            stop = interrupt.Stop()
             with (
                 comparisons.kept_in(out, task, optimizers, steps, seeds) as parts,
                 telling() as teller,
-                training.stop_on_signals(stop),
+                interrupt.stop_on_signals(stop),
             ):
-                told = comparisons.heeding(stop, teller, out)
+                told = interrupt.interruptible(stop, teller, out)
                 rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, told, parts, splits=splits)
                 command = shlex.join(["lolo", "eval", *argv])
                 print(comparisons.write_report(out, task, rows, weights, command))
@@ -448,10 +437,10 @@ def reproduce_command(argv: list[str]) -> int:
           smoke: the smallest form, to see that everything runs; in a folder `smoke` inside, so that no rows are lost.
         """
         settings.pick({**studies.STUDIES, "study": None}, "study", study)
-        training.set_up()
-        stop, folder = training.Stop(), out or Path("runs") / study
+        environment.set_up()
+        stop, folder = interrupt.Stop(), out or Path("runs") / study
         folder = folder / "smoke" if smoke else folder
-        with telling() as teller, training.stop_on_signals(stop):
+        with telling() as teller, interrupt.stop_on_signals(stop):
             tables = studies.reproduce(study, folder, only=only, smoke=smoke, stop=stop, told=teller, say=say)
         for task, text in tables.items():
             print(f"\n{task}:\n\n{text}")
@@ -473,7 +462,7 @@ def bench_command(argv: list[str]) -> int:
             truncation, tasks, parameters); all if none is named.
           out: JSON file for the numbers; a picture of the growth goes beside it.
         """
-        training.set_up()
+        environment.set_up()
         bench.run(parts or tuple(bench.PARTS), out)
         return 0
 
@@ -499,7 +488,7 @@ def tasks_command(argv: list[str]) -> int:
 
     def list_tasks() -> int:
         """The tasks that come with lolo."""
-        for name, make in tasks.TASKS.items():
+        for name, make in by_name.TASKS.items():
             print(f"{name}: {(make.__doc__ or '').splitlines()[0]}")
         return 0
 
@@ -624,10 +613,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder without permission: whatever was written before is whole
         say(f"{error.filename or 'the output'} can't be written or read: {error.strerror}. Mend that and try again.")
         return 5
-    except GangError as error:
+    except ProcessGroupError as error:
         say(str(error))
         return launch.LOST
-    except comparisons.Interrupted as error:
+    except interrupt.Interrupted as error:
         say(str(error))
         return 3
     except KeyboardInterrupt:

@@ -24,40 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from lolo import contestants, evaluation, parallel, plots, problem, tasks, training
+from lolo import contestants, evaluation, plots, training
 from lolo.evaluation import Row
 from lolo.files import disk, jsonl, tensors
 from lolo.files.disk import FileError
-from lolo.gang import ALONE
+from lolo.method.task import Splits
 from lolo.optimizers import architecture, pretrained
+from lolo.runtime import environment, interrupt, parallel
+from lolo.runtime.process_group import ALONE
+from lolo.tasks import by_name
 from lolo.training import RunError
-
-Told = Callable[[str, int, int, str], None]
-"""Progress: what is under way, units done, units in all, and a word on how it goes."""
-
-
-def silent(what: str, done: int, total: int, word: str) -> None:
-    """Tells nobody."""
-
-
-class Interrupted(RuntimeError):
-    """A study or an evaluation was asked to stop."""
-
-
-def stopped(out: Path) -> str:
-    """What to tell who stopped it."""
-    return f"stopped. Go on with the same command: what is done in {out} is kept."
-
-
-def heeding(stop: training.Stop, told: Told, out: Path) -> Told:
-    """`told`, which raises Interrupted once a stop was asked for."""
-
-    def heard(what: str, done: int, total: int, word: str) -> None:
-        told(what, done, total, word)
-        if stop.requested is not None:
-            raise Interrupted(stopped(out))
-
-    return heard
 
 
 def slug(text: str) -> str:
@@ -89,18 +65,15 @@ def hours(folder: Path, what: Sequence[str]) -> str:
 _SPENT_ROW = jsonl.fields(what=jsonl.string, seconds=jsonl.number, cores=jsonl.whole_number)
 
 
-# --- evaluation ---------------------------------------------------------------------------------------------------
-
-
 def evaluate(
     names: Sequence[str | Path],
     task: str,
     steps: int,
     seeds: int,
-    told: Told = silent,
+    told: interrupt.OnProgress = interrupt.no_progress,
     parts: Path | None = None,
     methods: Mapping[str, str] = types.MappingProxyType({}),
-    splits: problem.Splits | None = None,
+    splits: Splits | None = None,
 ) -> tuple[list[Row], dict[str, pretrained.Weights]]:
     """Every named optimizer on a task, from the same inits and batches.
 
@@ -116,7 +89,7 @@ def evaluate(
     unique = contestants.distinct(names)  # what is wrong with a name is said now rather than after hours
     evaluation.check_steps(steps)
     named = contestants.named_weights(unique, methods)
-    splits = splits or tasks.resolve(task)
+    splits = splits or by_name.resolve(task)
     files_of = {} if parts is None else _part_files(parts, task, unique, named)
     for file in files_of.values():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +126,7 @@ def _part_files(
     parts: Path, task: str, names: Sequence[str], named: Mapping[str, contestants.Named]
 ) -> dict[str, Path]:
     """Where the rows of each name are kept: weights by what is in them, a baseline by what it is."""
-    place = file_name(task) + "".join(tasks.pin(task).partition("@")[1:])[:9]  # of a user's file: how its sum begins
+    place = file_name(task) + "".join(by_name.pin(task).partition("@")[1:])[:9]  # of a user's file: how its sum begins
 
     def part(name: str) -> str:
         if name in named:
@@ -195,9 +168,6 @@ def _kept(file: Path, task: str, steps: int, seeds: int, named: contestants.Name
     wanted = [(task, steps, label, meta_seed, seed) for seed in range(seeds)]
     there = [(row.task, row.steps, row.optimizer, row.meta_seed, row.seed) for row in rows]
     return rows if sorted(there, key=lambda of: of[-1]) == wanted else None
-
-
-# --- reports ------------------------------------------------------------------------------------------------------
 
 
 def shown(i: evaluation.Interval, signed: bool = False) -> str:
@@ -320,7 +290,7 @@ def load_rows(path: Path) -> list[Row]:
 
 def file_name(task: str) -> str:
     """What the files of a task are named after: its name, or the name of the user's file and function; its settings."""
-    match = tasks.NAME.fullmatch(task)
+    match = by_name.NAME.fullmatch(task)
     if not match:
         return task
     words = (match["path"] and Path(match["path"]).stem, match["function"], match["settings"])
@@ -365,9 +335,9 @@ def kept_in(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) 
 def _require_versions(out: Path, file: Path) -> None:
     """Raise RunError unless `file` names the versions of today; write it where there is none."""
     if not file.exists():
-        disk.write_json(file, training.versions())
+        disk.write_json(file, environment.versions())
     versions = jsonl.checked(jsonl.named(jsonl.string), disk.read_json(file), str(file))
-    if versions != training.versions():
+    if versions != environment.versions():
         words = ", ".join(f"{name} {version}" for name, version in versions.items())
         raise RunError(f"{out} already holds rows made with {words}; give another --out.")
 
@@ -427,7 +397,7 @@ def write_report(
     if 0 < len(started) <= len(plots.COLOURS):
         plots.save_figure(plots.start_steps(started), out / f"start-steps-{name}.png")
         pictures.append(f"![realised start steps](start-steps-{name}.png)")
-    about = {"command": command, "note": note, "unroll": unroll, **training.provenance()}
+    about = {"command": command, "note": note, "unroll": unroll, **environment.provenance()}
     kept = {label: {"sha256": digests[label], "card": w.card} for label, w in weights.items()}
     disk.write_json(out / f"about-{name}.json", jsonl.json_safe({**about, "weights": kept}))
     diverged = sum(row.diverged for row in rows)

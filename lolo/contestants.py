@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import optax
 
-from lolo import evaluation, problem, recipes
+from lolo import evaluation, recipes
 from lolo.evaluation import Contestant
 from lolo.files import settings
 from lolo.files.settings import RecipeError
+from lolo.method.task import Splits
 from lolo.optimizers import pretrained, weights_file
 from lolo.optimizers.architecture import Learner
 
@@ -157,7 +158,7 @@ def _make_of(learner: Learner, step_scale: float, cosine_steps: int | None) -> e
 def contestant(
     name: str,
     named: dict[str, Named],
-    splits: problem.Splits,
+    splits: Splits,
     steps: int,
     advanced: Callable[[int], None] = lambda count: None,
 ) -> Contestant:

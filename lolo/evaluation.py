@@ -20,8 +20,10 @@ from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 from scipy import special
 
-from lolo import inner, parallel
-from lolo.problem import Feed, Splits, Task
+from lolo.method import inner
+from lolo.method.task import Splits, Task
+from lolo.runtime import parallel
+from lolo.tasks.feed import Feed
 from lolo.trees import PyTree
 
 WINDOW = 100  # steps that a reported loss is the mean of, and between two scores

@@ -15,10 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from lolo import meta, parallel, replay
 from lolo.files.settings import RecipeError
-from lolo.problem import Task
+from lolo.method import meta, replay
+from lolo.method.task import Task
 from lolo.recipes import Recipe
+from lolo.runtime import parallel
+from lolo.slots import compile_step, state_specs
 from lolo.trees import PyTree
 
 AGES = {"oldest": lambda size: np.zeros_like(size), "newest": lambda size: np.maximum(size - 1, 0)}
@@ -107,8 +109,8 @@ class Offloaded:
         check(recipe)
         self.rule, self.over = recipe.replay.read, over
         self.buffers = empty(state, recipe.replay.capacity)
-        self.specs = parallel.state_specs(state)
-        self.step = parallel.compile_step(setup, state, over)
+        self.specs = state_specs(state)
+        self.step = compile_step(setup, state, over)
 
     def place(self, whole: meta.MetaState) -> meta.MetaState:
         """From a state with whole buffers, such as a checkpoint's, to one that `self` takes."""

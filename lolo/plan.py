@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lolo import cost, evaluation, inner, meta, parallel, recipes
+from lolo import cost, evaluation, recipes
+from lolo.method import inner, meta
+from lolo.method.task import Splits, Task
 from lolo.offload import check as check_offload
 from lolo.optimizers import architecture, pretrained
-from lolo.problem import Splits, Task
 from lolo.recipes import Recipe
-from lolo.tasks import outline
+from lolo.runtime import parallel
+from lolo.slots import compile_step
+from lolo.tasks.by_name import outline
 from lolo.trees import PyTree, count_bytes
 
 GPU_BYTES = 80e9
@@ -131,7 +134,7 @@ def compiled_step(setup: meta.Setup, tasks: tuple[Task, ...], over: Any) -> tupl
     """The outer step compiled from shapes, and the shapes of its state."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: meta.meta_init(setup, tasks, key), key)
-    step: Any = parallel.compile_step(setup, state, over)
+    step: Any = compile_step(setup, state, over)
     return step.lower(shapes(tasks), state).compile(), state
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lolo import estimators, experts, imitation, meta, replay
 from lolo.files.settings import RecipeError, fields, parse, pick, unknown, with_field
+from lolo.method import estimators, experts, imitation, meta, replay
 from lolo.optimizers import architecture
 
 FORMAT_VERSION = 1

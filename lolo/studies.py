@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from lolo import comparisons, plots, recipes, tasks, training
+from lolo import comparisons, plots, recipes, training
 from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
 from lolo.recipes import Recipe
+from lolo.runtime import interrupt
+from lolo.tasks import by_name
 from lolo.training import RunError
 
 
@@ -221,8 +223,8 @@ def meta_train(
     recipe: Recipe,
     method: str,
     runs: Path,
-    stop: training.Stop,
-    told: comparisons.Told,
+    stop: interrupt.Stop,
+    told: interrupt.OnProgress,
     say: Callable[[str], None],
 ) -> Path:
     """Weights of one meta-training: found, resumed or made."""
@@ -245,7 +247,7 @@ def meta_train(
         else:
             result = training.train(recipe, run, stop=stop, told=progress, say=say)
     if not result.finished:
-        raise comparisons.Interrupted(comparisons.stopped(runs.parent))
+        raise interrupt.Interrupted(interrupt.stopped_message(runs.parent))
     return run / "last.safetensors"
 
 
@@ -261,8 +263,8 @@ def reproduce(
     *,
     only: Sequence[str] = (),
     smoke: bool = False,
-    stop: training.Stop | None = None,
-    told: comparisons.Told = comparisons.silent,
+    stop: interrupt.Stop | None = None,
+    told: interrupt.OnProgress = interrupt.no_progress,
     say: Callable[[str], None] = print,
 ) -> dict[str, str]:
     """Run a study, or what is left of it: one of `STUDIES`, or "study" for all parts of `STUDY`, or `only` some.
@@ -292,7 +294,7 @@ def check_data(study: Study) -> None:
     """Raise TaskError or DataError where data are missing: now rather than after hours."""
     for task in (*study.tasks, *study.eval_tasks):
         for one in task.split("+"):
-            tasks.resolve(one)
+            by_name.resolve(one)
 
 
 def run_study(
@@ -301,17 +303,17 @@ def run_study(
     out: Path,
     runs: Path,
     smoke: bool,
-    stop: training.Stop | None,
-    told: comparisons.Told,
+    stop: interrupt.Stop | None,
+    told: interrupt.OnProgress,
     say: Callable[[str], None],
 ) -> dict[str, str]:
     """One study, or what is left of it: meta-trainings in `runs`, everything else in `out`."""
-    stop = stop or training.Stop()
+    stop = stop or interrupt.Stop()
     if smoke:
         study = dataclasses.replace(study, meta_seeds=1, eval_steps=200, eval_seeds=2, fixed=(*study.fixed, *SMOKE))
     tables: dict[str, str] = {}
 
-    heard = comparisons.heeding(stop, told, out)
+    heard = interrupt.interruptible(stop, told, out)
     for where in study.eval_tasks or study.tasks:
         if (comparisons.command_of(out, where) or "").startswith("lolo eval "):
             raise RunError(f"{out} already holds an evaluation on {where} by `lolo eval`; give another --out.")

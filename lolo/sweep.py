@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from lolo import launch, parallel, recipes, run_folder, training
+from lolo import recipes, run_folder, training
 from lolo.files import disk, jsonl, settings
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
 from lolo.recipes import Recipe
+from lolo.runtime import interrupt, launch, parallel
 
 LAST_STEPS = 100  # outer steps that the reported loss is the mean of
 KEYS = {"recipe": str, "out": str, "fields": dict, "grid": dict}
@@ -210,7 +211,7 @@ def command(run: Planned, base: str, devices: int) -> list[str]:
 class Pool:
     """Runs in child processes, a few at a time."""
 
-    def __init__(self, stop: training.Stop, told: Callable[[str], None]) -> None:
+    def __init__(self, stop: interrupt.Stop, told: Callable[[str], None]) -> None:
         self.stop, self.told = stop, told
         self.children: set[subprocess.Popen] = set()
 
@@ -260,7 +261,7 @@ def run_all(
     sweep: Sweep,
     workers: int | None,
     only: int | None,
-    stop: training.Stop,
+    stop: interrupt.Stop,
     say: Callable[[str], None],
 ) -> None:
     """Run what is not done, `workers` at a time: by default one for each core, each with its share of the cores."""

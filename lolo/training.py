@@ -7,19 +7,15 @@ A run's folder holds `recipe.json`, `run.json` (versions, commit, machine), `log
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import re
 import resource
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +23,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lolo import checkpoints, evaluation, meta, parallel, problem, recipes, run_folder, sinks
+from lolo import checkpoints, evaluation, recipes, run_folder, sinks, slots
 from lolo.files import disk, jsonl, tensors
 from lolo.files.disk import FileError
 from lolo.files.settings import RecipeError, diff, fields, pick
-from lolo.gang import ALONE, Gang
+from lolo.method import meta
+from lolo.method.task import Splits, Task
 from lolo.offload import Offloaded
 from lolo.offload import check as check_offload
 from lolo.optimizers import architecture, pretrained, weights_file
-from lolo.problem import Feed
 from lolo.recipes import Recipe
+from lolo.runtime import environment, interrupt, parallel
+from lolo.runtime.process_group import ALONE, ProcessGroup
 from lolo.sinks import SinkError
-from lolo.tasks import pin, resolve
+from lolo.tasks.by_name import pin, resolve
+from lolo.tasks.feed import Feed
 from lolo.trees import count_bytes
 
 META_STREAM = 0  # streams of meta-trainings: their order is drawn from (this, seed, task, epoch)
@@ -75,61 +74,6 @@ class Result:
     step: int  # outer steps done
     finished: bool  # False: stopped on request, can be resumed
     out: Path | None
-
-
-class Stop:
-    """Asks a running `train` to end after the current outer step."""
-
-    requested: str | None = None  # why
-
-
-@contextmanager
-def stop_on_signals(stop: Stop) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C ask to stop; a second Ctrl-C interrupts at once."""
-
-    def handler(number: int, frame: Any) -> None:
-        if stop.requested is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.requested = signal.Signals(number).name
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide the bytes of a result."""
-    return {name: metadata.version(name) for name in ("lolo", "jax", "jaxlib", "optax", "numpy")}
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, commit (if run from a checkout) and machine."""
-    package = Path(__file__).parent
-    commit = None
-    if (package.parent / ".git").exists():
-        asked = subprocess.run(
-            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-        commit = asked.stdout.strip() or None
-    device = jax.local_devices()[0]
-    return {
-        "versions": versions(),
-        "commit": commit,
-        "machine": {
-            "system": platform.system(),
-            "architecture": platform.machine(),
-            "python": platform.python_version(),
-            "device": f"{device.platform}: {device.device_kind}",
-            "devices": len(jax.local_devices()),
-            "cores": parallel.cores(),
-        },
-    }
-
-
-# --- run folders --------------------------------------------------------------------------------------------------
 
 
 def read_recipe(run: Path) -> Recipe:
@@ -188,7 +132,7 @@ def logged_to(run: Path) -> list[str]:
 def state_arrays(state: meta.MetaState) -> tuple[tensors.Arrays, tensors.Arrays]:
     """A MetaState as named arrays, for a checkpoint: what lies on every device, and this process's rows of the rest."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    specs = jax.tree.leaves(parallel.state_specs(state))
+    specs = jax.tree.leaves(slots.state_specs(state))
     everywhere: tensors.Arrays = {}
     own: tensors.Arrays = {}
     for (path, leaf), spec in zip(leaves, specs, strict=True):
@@ -243,21 +187,21 @@ def state_shapes(state: meta.MetaState, rows: tuple[int, int]) -> meta.MetaState
         whole = tuple(leaf.shape)
         return jax.ShapeDtypeStruct((rows[1] - rows[0], *whole[1:]) if parallel.AXIS in spec else whole, leaf.dtype)
 
-    return jax.tree.map(shape, state, parallel.state_specs(state))
+    return jax.tree.map(shape, state, slots.state_specs(state))
 
 
-def require_alike(gang: Gang, recipe: Recipe, more: dict[str, Any]) -> None:
+def require_alike(gang: ProcessGroup, recipe: Recipe, more: dict[str, Any]) -> None:
     """Raise DifferError unless all processes have the same recipe, versions and kind of device. Starts JAX."""
     if gang.processes == 1:
         return
     cure = "Start every process with the same versions, command and files."
-    facts = {f"{name}'s version": version for name, version in versions().items()}
+    facts = {f"{name}'s version": version for name, version in environment.versions().items()}
     gang.require_equal(facts | {"the machine": platform.machine()} | fields(recipe) | more, cure)
     device = jax.local_devices()[0]  # only now: it connects the processes' XLA, which must be of one version
     gang.require_equal({"the device": f"{device.platform}: {device.device_kind}"}, cure)
 
 
-def go_on(run: Path, recipe: Recipe, gang: Gang) -> bool:
+def go_on(run: Path, recipe: Recipe, gang: ProcessGroup) -> bool:
     """Whether a folder holds a run of this recipe that has a checkpoint, as process 0 sees it.
 
     Raises RunError: it holds a run of another recipe, or not every process sees it.
@@ -302,22 +246,19 @@ def realised(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-# --- the loop -----------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Run:
     """A meta-training under way."""
 
     recipe: Recipe
-    tasks: dict[str, problem.Splits]
+    tasks: dict[str, Splits]
     setup: meta.Setup
     over: Any  # the mesh
-    step: parallel.Step | Offloaded
+    step: slots.Step | Offloaded
     state: meta.MetaState
     out: Path | None
     rows: list[dict[str, Any]]  # of the log
-    gang: Gang = ALONE  # the processes that run it together
+    gang: ProcessGroup = ALONE  # the processes that run it together
     feeds: tuple[Feed, ...] = ()  # of the tasks' data, while the loop runs
     checkpoint_seconds: float = 20.0  # between two checkpoints, at least
     saved: int = -1  # outer step of the newest checkpoint
@@ -339,9 +280,9 @@ class Run:
         if isinstance(self.step, Offloaded):
             self.state = self.step.place(state)
         else:
-            self.state = parallel.place(state, self.over, parallel.state_specs(state))
+            self.state = parallel.place(state, self.over, slots.state_specs(state))
 
-    def train_tasks(self) -> tuple[problem.Task, ...]:
+    def train_tasks(self) -> tuple[Task, ...]:
         return tuple(splits.train for splits in self.tasks.values())
 
     @contextmanager
@@ -358,7 +299,7 @@ class Run:
             for feed in self.feeds:
                 feed.close()
 
-    def next_tasks(self) -> tuple[problem.Task, ...]:
+    def next_tasks(self) -> tuple[Task, ...]:
         """The tasks with the data of the next outer step."""
         return tuple(feed.next(lambda data: parallel.place(data, self.over)) for feed in self.feeds)
 
@@ -387,9 +328,9 @@ def check_init(init: weights_file.WeightsFile, learner: architecture.Learner) ->
 def prepare(
     recipe: Recipe,
     init: weights_file.WeightsFile | None,
-    tasks: dict[str, problem.Splits] | None,
+    tasks: dict[str, Splits] | None,
     devices: int | None,
-    gang: Gang = ALONE,
+    gang: ProcessGroup = ALONE,
     offload: bool = False,
 ) -> Run:
     """Build, place and compile what a recipe names. Raises RecipeError, TaskError, FileError."""
@@ -406,14 +347,11 @@ def prepare(
     if init is not None:
         check_init(init, recipe.learner)
         meta_params = jax.tree.map(jnp.asarray, init.meta_params)
-    state = parallel.init_state(
-        lambda: meta.meta_init(setup, own_tasks, jax.random.key(recipe.seed), meta_params), over
-    )
-    compiled = Offloaded(recipe, setup, state, over) if offload else parallel.compile_step(setup, state, over)
+    state = slots.init_state(lambda: meta.meta_init(setup, own_tasks, jax.random.key(recipe.seed), meta_params), over)
+    compiled = Offloaded(recipe, setup, state, over) if offload else slots.compile_step(setup, state, over)
     train_tasks = parallel.place(own_tasks, over)
     placed = {
-        name: problem.Splits(task, s.validation, s.test)
-        for (name, s), task in zip(splits.items(), train_tasks, strict=True)
+        name: Splits(task, s.validation, s.test) for (name, s), task in zip(splits.items(), train_tasks, strict=True)
     }
     return Run(recipe, placed, setup, over, compiled, state, None, [], gang)
 
@@ -442,7 +380,7 @@ def save_checkpoint(run: Run) -> None:
         return
     finish_checkpoint(run)
     arrays, own = state_arrays(run.whole_state())
-    about = {"recipe": recipes.to_dict(run.recipe), "versions": versions(), "streams": run.streams()}
+    about = {"recipe": recipes.to_dict(run.recipe), "versions": environment.versions(), "streams": run.streams()}
     rows = parallel.own_rows(run.over, run.recipe.estimator.pairs)
     write = partial(
         checkpoints.write_checkpoint, run.out, run.done, arrays, about, own=own, rows=rows, settle=run.gang.settle
@@ -552,7 +490,7 @@ def logging_to(run: Run, openers: dict[str, sinks.Open], say: Callable[[str], No
             sink.close()
 
 
-def loop(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
+def loop(run: Run, stop: interrupt.Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
     """Outer steps until the recipe's last, a request to stop, or numbers gone bad for too long."""
     try:
         with run.feeding():
@@ -561,7 +499,7 @@ def loop(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[
         finish_checkpoint(run)
 
 
-def outer_steps(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
+def outer_steps(run: Run, stop: interrupt.Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
     """The loop itself, while the tasks' data are fed, but for a checkpoint that may still be being written."""
     recipe, total = run.recipe, run.recipe.outer.steps
     any_process = parallel.any_process(run.over)
@@ -605,7 +543,7 @@ def outer_steps(run: Run, stop: Stop, told: Callable[[Progress], None], say: Cal
     return Result(weights_of(run), run.done, run.done >= total, run.out)
 
 
-def to_the_end(run: Run, stop: Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
+def to_the_end(run: Run, stop: interrupt.Stop, told: Callable[[Progress], None], say: Callable[[str], None]) -> Result:
     """`loop`, after which the processes part: all come to the same end."""
     try:
         result = loop(run, stop, told, say)
@@ -643,13 +581,13 @@ def train(
     out: Path | str | None = None,
     *,
     init: str | Path | None = None,
-    tasks: dict[str, problem.Splits] | None = None,
+    tasks: dict[str, Splits] | None = None,
     devices: int | None = None,
-    gang: Gang = ALONE,
+    gang: ProcessGroup = ALONE,
     offload: bool = False,
     checkpoint_seconds: float = 20.0,
     log: Sequence[str] = (),
-    stop: Stop | None = None,
+    stop: interrupt.Stop | None = None,
     told: Callable[[Progress], None] = lambda progress: None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> Result:
@@ -689,22 +627,22 @@ def train(
             "inner_state_bytes": sum(count_bytes(s.inner) for s in run.state.slots) // (2 * recipe.estimator.pairs),
             "expert_bytes": sum(count_bytes(s.inner.expert) for s in run.state.slots),
         }
-        about = {**provenance(), **sizes, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+        about = {**environment.provenance(), **sizes, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
         about["init"] = None if source is None else source.sha256
         about["processes"] = gang.processes
         claim(gang, run.out, recipe, {**about, "log": list(log)})
     with alone_in(run.out, gang), logging_to(run, openers, say):
-        return to_the_end(run, stop or Stop(), told, say)
+        return to_the_end(run, stop or interrupt.Stop(), told, say)
 
 
-def claim(gang: Gang, out: Path, recipe: Recipe, about: dict[str, Any]) -> None:
+def claim(gang: ProcessGroup, out: Path, recipe: Recipe, about: dict[str, Any]) -> None:
     """`create_run` on process 0. Raises RunError where it does, and unless every process sees the folder then."""
     gang.settle(None, lambda _: create_run(out, recipe, about))
     require_shared(gang, out)
 
 
 @contextmanager
-def alone_in(folder: Path | None, gang: Gang) -> Iterator[None]:
+def alone_in(folder: Path | None, gang: ProcessGroup) -> Iterator[None]:
     """Raise RunError, on every process, where other processes write into this run's folder."""
     with ExitStack() as held:
         free = folder is None or not gang.leads or held.enter_context(disk.locked(folder))
@@ -717,7 +655,7 @@ def alone_in(folder: Path | None, gang: Gang) -> Iterator[None]:
         yield
 
 
-def require_shared(gang: Gang, out: Path) -> None:
+def require_shared(gang: ProcessGroup, out: Path) -> None:
     """Raise RunError unless every process sees the run in this folder."""
 
     def decide(seen: list[Any]) -> None:
@@ -732,13 +670,13 @@ def require_shared(gang: Gang, out: Path) -> None:
 def resume(
     out: Path | str,
     *,
-    tasks: dict[str, problem.Splits] | None = None,
+    tasks: dict[str, Splits] | None = None,
     devices: int | None = None,
-    gang: Gang = ALONE,
+    gang: ProcessGroup = ALONE,
     offload: bool = False,
     checkpoint_seconds: float = 20.0,
     log: Sequence[str] | None = None,
-    stop: Stop | None = None,
+    stop: interrupt.Stop | None = None,
     told: Callable[[Progress], None] = lambda progress: None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> Result:
@@ -780,7 +718,7 @@ def resume(
             disk.write_json(folder / "run.json", {**read_about(folder), "log": list(log)})
         say(f"resumed {folder} at outer step {run.done} of {recipe.outer.steps}.")
         with logging_to(run, openers, say):
-            return to_the_end(run, stop or Stop(), told, say)
+            return to_the_end(run, stop or interrupt.Stop(), told, say)
 
 
 def untouched(run: Path) -> bool:
@@ -797,7 +735,7 @@ def check_manifest(manifest: dict[str, Any], run: Path, recipe: Recipe, say: Cal
     if changed:
         differs = "; ".join(f"{name}: {a!r} in the checkpoint, {b!r} now" for name, (a, b) in changed.items())
         raise RunError(f"{run}/recipe.json is not the recipe of the checkpoint ({differs}). Undo the change.")
-    if manifest.get("versions") != versions():
+    if manifest.get("versions") != environment.versions():
         say(f"versions differ from the checkpoint's ({manifest.get('versions')}): the result may differ in last bits.")
 
 
@@ -810,16 +748,3 @@ def check_streams(run: Run, saved: dict[str, dict[str, int]]) -> None:
                     f"the data of {name} are at {place} after {run.done} outer steps, at {saved.get(name)} in the "
                     "checkpoint: they are not the same data. Put back those that the run began with."
                 )
-
-
-def user_cache() -> Path:
-    """Folder for compiled programs: $LOLO_CACHE, or lolo in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(os.environ.get("LOLO_CACHE") or os.path.join(base, "lolo"))
-
-
-def set_up(devices: int | None = None) -> None:
-    """For programs: one CPU device per core, and compiled programs kept in the user's cache folder."""
-    parallel.use_cores(devices)
-    jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

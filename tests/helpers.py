@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lolo import meta, problem, training
 from lolo.files import settings
+from lolo.method import meta
+from lolo.method.task import Task
 from lolo.optimizers.base import LearnedOptimizer
+from lolo.runtime import interrupt
 
 # N = 12, L = 3: four truncations in an unroll, and nothing that takes long to compile.
 SMALL = {
@@ -69,7 +71,7 @@ def make_task(init, loss, data=None, size=64, batch=2, loss_limit=None):
     """A Task from `init(key)` and `loss(params, stats, batch)`, each with stats; data default to N(0, 1) of [size]."""
     if data is None:
         data = jax.random.normal(jax.random.key(5), (size,))
-    return problem.Task(
+    return Task(
         data,
         init,
         lambda data, indices: data[indices],
@@ -119,7 +121,7 @@ def all_finite(tree):
     return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
 
 
-class StopAfter(training.Stop):
+class StopAfter(interrupt.Stop):
     """Asks to stop once `steps` outer steps were told."""
 
     def __init__(self, steps):

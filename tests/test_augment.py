@@ -7,10 +7,12 @@ import optax
 import pytest
 from helpers import assert_close, run, small
 
-from lolo import augment, recipes, tasks
-from lolo.problem import TaskError
+from lolo import recipes
+from lolo.method.task import TaskError
+from lolo.tasks import augment, by_name
+from lolo.tasks.small import quadratic
 
-PLAIN = tasks.quadratic()
+PLAIN = quadratic()
 SCALED = augment.reparametrized(PLAIN, 1e3)
 KEYS = jax.random.split(jax.random.key(0), 400)
 
@@ -53,7 +55,7 @@ def test_gradients_are_scaled_and_an_optimizer_without_a_scale_sees_other_steps(
 
 def test_meta_training_keeps_a_states_scale_through_the_buffer():
     recipe = small(recipes.LOLO, {"tasks": ("quadratic:reparametrize=1e3",), "replay.threshold": 0.2})
-    task = tasks.resolve(recipe.tasks[0]).train
+    task = by_name.resolve(recipe.tasks[0]).train
     history = run(recipes.build(recipe), (task,), 12)
     slots = history.states[-1].slots[0]
     assert int(slots.replay.size.min()) > 0

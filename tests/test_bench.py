@@ -6,8 +6,9 @@ import time
 import pytest
 from test_training import SMALL, small
 
-from lolo import bench, cli, parallel, training
+from lolo import bench, cli, training
 from lolo.files.settings import RecipeError
+from lolo.runtime import parallel
 
 
 def test_calls_take_turns_and_medians_are_theirs():

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import cli, comparisons, evaluation, recipes, studies, training
+from lolo import cli, comparisons, evaluation, recipes, studies
 from lolo.files import disk, tensors
 from lolo.files.settings import fields
 from lolo.optimizers import architecture, pretrained, weights_file
+from lolo.runtime import environment, interrupt
 
 
 def run(capsys, *argv):
@@ -123,8 +124,8 @@ def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsy
         return {(row.optimizer, row.seed): row for row in comparisons.load_rows(out / "rows-quadratic.jsonl")}
 
     monkeypatch.setattr(evaluation, "compare", counting)
-    stopped = training.Stop()
-    monkeypatch.setattr(training, "Stop", lambda: stopped)
+    stopped = interrupt.Stop()
+    monkeypatch.setattr(interrupt, "Stop", lambda: stopped)
     stopped.requested = "SIGTERM"
     status, _, err = evaluate("adam:1e-3", "sgdm:0.1")
     assert status == 3 and "Go on with the same command" in err and not (out / "rows-quadratic.jsonl").exists()
@@ -147,12 +148,12 @@ def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsy
         ({"steps": "150"}, "steps=150 must be a multiple of 100"),
         ({"versions": {"lolo": "0.0.1", "jax": "0.9"}}, "rows made with lolo 0.0.1, jax 0.9"),
     ):
-        disk.write_json(out / "parts" / "versions.json", asked.pop("versions", training.versions()))
+        disk.write_json(out / "parts" / "versions.json", asked.pop("versions", environment.versions()))
         status, _, err = evaluate(*asked.pop("names", ["adam:1e-3", "sgdm:0.1", "adamw:0.01"]), **asked)
         assert status == 2 and err.count("\n") == 1 and words in err
         assert made == [] and (out / "report-quadratic.md").read_bytes() == report
 
-    disk.write_json(out / "parts" / "versions.json", training.versions())
+    disk.write_json(out / "parts" / "versions.json", environment.versions())
     with disk.locked(out):
         status, _, err = evaluate("adam:1e-3", "sgdm:0.1", "adamw:0.01")
     assert status == 2 and "another process is at work" in err

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from test_training import small
 
-from lolo import comparisons, contestants, evaluation, plots, recipes, tasks
+from lolo import comparisons, contestants, evaluation, plots, recipes
 from lolo.evaluation import Row
 from lolo.files.disk import FileError
 from lolo.optimizers import architecture, pretrained
+from lolo.tasks.small import quadratic
 
-QUADRATIC = tasks.quadratic()
+QUADRATIC = quadratic()
 
 
 def write(path, recipe, learner=None):

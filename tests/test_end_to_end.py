@@ -5,9 +5,10 @@ import numpy as np
 import optax
 import pytest
 
-from lolo import evaluation, recipes, tasks, training
+from lolo import evaluation, recipes, training
 from lolo.files import settings
 from lolo.optimizers import architecture, pretrained
+from lolo.tasks.small import fashion_mlp
 
 STEPS = 100
 SEEDS = (0, 1, 2)
@@ -35,7 +36,7 @@ def sgd(setting):
 
 def losses(make, setting):
     """Test loss after STEPS steps, one number per seed."""
-    splits = tasks.fashion_mlp()
+    splits = fashion_mlp()
     return evaluation.run(
         splits.train, splits.test, make, [setting] * len(SEEDS), SEEDS, STEPS
     ).final["loss"]  # fmt: skip

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from helpers import agrees
 
-from lolo import estimators
-from lolo.estimators import ESTIMATORS, antithetic_gradient
+from lolo.method import estimators
+from lolo.method.estimators import ESTIMATORS, antithetic_gradient
 
 # x_{n+1} = DECAY x_n + w, with the loss WEIGHTS · x_n before each step; J truncations of L steps.
 DECAY, TRUNCATIONS, STEPS = 0.9, 5, 4

@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from lolo import evaluation, tasks
+from lolo import evaluation
 from lolo.evaluation import Contestant, Row
+from lolo.tasks.small import quadratic
 
-QUADRATIC = tasks.quadratic()
+QUADRATIC = quadratic()
 
 
 def row(optimizer, meta_seed, seed, loss):

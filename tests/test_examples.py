@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lolo import tasks
+from lolo.tasks import by_name
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -45,7 +45,7 @@ def test_the_readme_s_use_block_steps():
 def test_the_readme_s_task_is_one(tmp_path):
     (block,) = [block for block in readme_blocks() if "def my_task" in block]
     (tmp_path / "my_task.py").write_text(block)
-    splits = tasks.resolve(f"{tmp_path}/my_task.py:my_task")
+    splits = by_name.resolve(f"{tmp_path}/my_task.py:my_task")
     params, stats = splits.train.init(jax.random.key(0))
     loss, _ = splits.train.loss(params, stats, splits.train.sample(jax.random.key(1), jnp.int32(0)), jax.random.key(2))
     assert np.isfinite(loss) and splits.test.size == 500

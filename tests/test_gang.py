@@ -15,11 +15,12 @@ import jax
 import numpy as np
 import pytest
 
-from lolo import checkpoints, cli, gang, launch, parallel, recipes, run_folder, training
+from lolo import checkpoints, cli, recipes, run_folder, training
 from lolo.files import settings, tensors
 from lolo.files.disk import FileError
-from lolo.gang import DifferError, GangError
 from lolo.optimizers import pretrained
+from lolo.runtime import launch, parallel, process_group
+from lolo.runtime.process_group import DifferError, ProcessGroupError
 from lolo.training import RunError
 
 SIZES = "--task quadratic --learner.name sgd --imitation.lr 0.01 --unroll.length 20 --unroll.truncation 5"
@@ -433,20 +434,20 @@ def test_every_process_states_how_many_devices_it_may_use(monkeypatch):
     def refuse(self, facts, cure):
         raise DifferError(json.dumps(facts["--devices"]))
 
-    monkeypatch.setattr(gang.Gang, "require_equal", refuse)
+    monkeypatch.setattr(process_group.ProcessGroup, "require_equal", refuse)
     recipe = settings.with_field(recipes.LOLO, "tasks", ("quadratic",))
     with pytest.raises(DifferError, match="3"):
-        training.train(recipe, devices=3, gang=gang.Gang(2, 0))
+        training.train(recipe, devices=3, gang=process_group.ProcessGroup(2, 0))
 
 
 def test_a_run_that_not_every_process_sees_is_not_gone_on_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(gang.Gang, "settle", lambda self, mine, decide: decide([mine, False]))
+    monkeypatch.setattr(process_group.ProcessGroup, "settle", lambda self, mine, decide: decide([mine, False]))
     recipe = settings.with_field(recipes.LOLO, "tasks", ("quadratic",))
-    assert not training.go_on(tmp_path / "new", recipe, gang.Gang(2, 0))
+    assert not training.go_on(tmp_path / "new", recipe, process_group.ProcessGroup(2, 0))
     training.create_run(tmp_path / "run", recipe, {})
     checkpoints.write_checkpoint(tmp_path / "run", 0, {"phi": np.zeros(1)}, {})
     with pytest.raises(RunError, match="process 1 does not see .*run: --out must be a folder that all hosts"):
-        training.go_on(tmp_path / "run", recipe, gang.Gang(2, 0))
+        training.go_on(tmp_path / "run", recipe, process_group.ProcessGroup(2, 0))
 
 
 def test_hosts_auto_outside_a_cluster_is_bad_input(monkeypatch):
@@ -455,21 +456,21 @@ def test_hosts_auto_outside_a_cluster_is_bad_input(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(ValueError, match="--hosts auto: JAX sees no SLURM step.* or give --coordinator"):
-        gang.join(None, None, None, join_seconds=1, heartbeat_seconds=1)
+        process_group.join(None, None, None, join_seconds=1, heartbeat_seconds=1)
 
 
 # --- alone --------------------------------------------------------------------------------------------------------
 
 
 def test_a_single_process_settles_with_itself():
-    assert gang.ALONE.settle(3, lambda said: said) == [3]
-    gang.ALONE.require_equal({"a": 1}, "")
-    with pytest.raises(ValueError, match="Gloo"), gang.ALONE.noticing_loss("x"):
+    assert process_group.ALONE.settle(3, lambda said: said) == [3]
+    process_group.ALONE.require_equal({"a": 1}, "")
+    with pytest.raises(ValueError, match="Gloo"), process_group.ALONE.noticing_loss("x"):
         raise ValueError("Gloo failed")
-    with pytest.raises(GangError, match="process 1 of 2 lost another process while x"):
-        with gang.Gang(2, 1).noticing_loss("x"):
+    with pytest.raises(ProcessGroupError, match="process 1 of 2 lost another process while x"):
+        with process_group.ProcessGroup(2, 1).noticing_loss("x"):
             raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
-    with pytest.raises(FileError), gang.Gang(2, 1).noticing_loss("x"):
+    with pytest.raises(FileError), process_group.ProcessGroup(2, 1).noticing_loss("x"):
         raise FileError("a disk is unavailable")  # ours: it says what it means
 
 

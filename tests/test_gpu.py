@@ -8,9 +8,11 @@ import optax
 import pytest
 
 import lolo
-from lolo import models, recipes, training
+from lolo import recipes, training
 from lolo.files import tensors
 from lolo.optimizers import weights_file
+from lolo.runtime import interrupt
+from lolo.tasks import models
 
 pytestmark = pytest.mark.gpu
 
@@ -58,7 +60,7 @@ def test_meta_training_repeats_itself_and_resumes_to_the_byte(tmp_path, slots):
     )
     for name in ("one", "two"):
         assert training.train(recipe, tmp_path / name).finished
-    stop = training.Stop()
+    stop = interrupt.Stop()
 
     def told(progress):
         if progress.step >= 3:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lolo import imitation
-from lolo.imitation import Losses, normalize_second_moment
+from lolo.method import imitation
+from lolo.method.imitation import Losses, normalize_second_moment
 
 
 def test_mixing_weighs_the_learned_update_by_alpha():

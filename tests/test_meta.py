@@ -12,10 +12,12 @@ import pytest
 from helpers import agrees, all_finite, assert_close, linear_learner, make_task, recording, run, same, small
 from scipy import stats
 
-from lolo import experts, inner, meta, recipes, replay, tasks
+from lolo import recipes
+from lolo.method import experts, inner, meta, replay
 from lolo.recipes import BC_ONLY, LOLO, NAIVE, RECIPES
+from lolo.tasks.small import quadratic
 
-QUADRATIC = (tasks.quadratic(4).train,)
+QUADRATIC = (quadratic(4).train,)
 
 
 @functools.cache
@@ -235,7 +237,7 @@ def test_the_last_loss_of_an_unroll_is_credited_to_the_accumulated_direction():
     assert np.abs(states[3].outer["w"] - to_newest).max() > 0.1 * np.abs(credited).max()
 
 
-SILENT = tasks.quadratic(3).train  # other shapes than QUADRATIC's; a loss of 0 has a gradient of 0
+SILENT = quadratic(3).train  # other shapes than QUADRATIC's; a loss of 0 has a gradient of 0
 SILENT = dataclasses.replace(SILENT, loss=lambda *args, loss=SILENT.loss: (0.0 * loss(*args)[0], args[1]))
 
 

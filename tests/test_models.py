@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from lolo import models
+from lolo.tasks import models
 
 KEY = jax.random.key(0)
 

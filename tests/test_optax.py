@@ -10,9 +10,9 @@ import optax
 import pytest
 
 import lolo
-from lolo import models
 from lolo.optimizers import small_fc_spec as spec
 from lolo.optimizers import weights_file
+from lolo.tasks import models
 from lolo.trees import count_bytes
 
 WEIGHTS = lolo.load("lolo-small")

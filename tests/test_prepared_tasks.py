@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from helpers import assert_close, make_task
 
-from lolo import inner, prepared_tasks, tasks
 from lolo.data import imagenet, prepare, stream
 from lolo.data.errors import DataError
 from lolo.data.plan import Part, Plan
-from lolo.problem import Feed, TaskError
+from lolo.method import inner
+from lolo.method.task import TaskError
+from lolo.tasks import by_name, prepared
+from lolo.tasks.feed import Feed
 
 KEY = jax.random.key(0)
 COUNTS = {"train": 40, "validation": 6, "test": 10}
@@ -68,7 +70,7 @@ def here(folder, monkeypatch):
 @pytest.mark.parametrize("name", ["imagenet32-mlp-w128-d3", "textures-resnet18"])
 def test_images_are_normalised_on_the_device_and_keep_their_labels(name):
     arrays = images(1 if name.startswith("imagenet") else 0)
-    splits = tasks.resolve(f"{name}:batch=4")
+    splits = by_name.resolve(f"{name}:batch=4")
     for split, task in zip(splits._fields, splits, strict=True):
         pixels, labels = task.data
         assert pixels.dtype == jnp.uint8 and task.size == COUNTS[split]
@@ -82,7 +84,7 @@ def test_images_are_normalised_on_the_device_and_keep_their_labels(name):
 @pytest.mark.parametrize("name", ["books", "fineweb"])
 def test_windows_follow_each_other_and_labels_are_the_next_tokens(name):
     arrays = tokens(0 if name == "books" else 1)
-    splits = tasks.resolve(f"{name}-gpt2-mini:batch=2,context=16,layers=1,heads=2,width=8")
+    splits = by_name.resolve(f"{name}-gpt2-mini:batch=2,context=16,layers=1,heads=2,width=8")
     for split, task in zip(splits._fields, splits, strict=True):
         row = arrays[split]["tokens"].astype(np.int32)
         assert task.size == (len(row) - 1) // 16
@@ -94,7 +96,7 @@ def test_windows_follow_each_other_and_labels_are_the_next_tokens(name):
 
 def test_a_set_beyond_its_budget_is_streamed_in_the_order_of_its_epoch():
     arrays = images(0)["train"]
-    splits = tasks.resolve("textures-mlp:batch=8,width=4,depth=1,resident_gb=0")
+    splits = by_name.resolve("textures-mlp:batch=8,width=4,depth=1,resident_gb=0")
     with contextlib.closing(Feed(splits.train, 2, (7,))) as feed:
         task = feed.next()
         assert feed.place_in_stream() == {"epoch": 0, "position": 16, "size": 40}
@@ -105,32 +107,32 @@ def test_a_set_beyond_its_budget_is_streamed_in_the_order_of_its_epoch():
         np.testing.assert_array_equal(labels, arrays["labels"][chosen])
         np.testing.assert_array_equal(task.data[0][step % 2], arrays["images"][chosen])
         assert pixels.shape == (8, 32, 32, 3)
-    resident = tasks.resolve("textures-mlp:batch=8,width=4,depth=1").train
+    resident = by_name.resolve("textures-mlp:batch=8,width=4,depth=1").train
     assert resident.stream is None and Feed(resident, 2, (7,)).next() is resident
     assert splits.validation.stream is None
 
 
 def test_held_out_tokens_are_capped(monkeypatch):
-    monkeypatch.setattr(prepared_tasks, "HELD_TOKENS", 40)
-    splits = tasks.resolve("books-gpt2-mini:batch=3,context=16,layers=1,heads=2,width=8")
+    monkeypatch.setattr(prepared, "HELD_TOKENS", 40)
+    splits = by_name.resolve("books-gpt2-mini:batch=3,context=16,layers=1,heads=2,width=8")
     assert [task.size for task in splits] == [43, 2, 2]
 
 
 def test_the_papers_tasks_have_the_papers_sizes():
     sizes = {"imagenet32-mlp-w128-d3": 555_368, "imagenet32-resnet18": 11_689_512, "fineweb-gpt2-mini": 12_515_520}
     for name, parameters in sizes.items():
-        train = tasks.outline(name).train
+        train = by_name.outline(name).train
         params, _ = jax.eval_shape(train.init, KEY)
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
         assert train.batch == (512 if name.startswith("fineweb") else 4096)
-        assert f"{parameters:,} parameters" in tasks.TASKS[name].__doc__
+        assert f"{parameters:,} parameters" in by_name.TASKS[name].__doc__
 
 
 def test_an_outline_of_prepared_data_needs_no_data(tmp_path, monkeypatch):
     monkeypatch.setenv("LOLO_DATA", str(tmp_path))
-    splits = tasks.outline("imagenet32-resnet18")
+    splits = by_name.outline("imagenet32-resnet18")
     assert splits.train.data[0].shape == (1_217_106, 32, 32, 3) and splits.train.stream is None
-    streamed = tasks.outline("fineweb-gpt2-mini:context=256").train
+    streamed = by_name.outline("fineweb-gpt2-mini:context=256").train
     assert streamed.stream.columns[0].shape == (9_784_999_999 // 256, 257) and streamed.data == ()
 
 
@@ -145,7 +147,7 @@ def test_an_outline_of_prepared_data_needs_no_data(tmp_path, monkeypatch):
 def test_missing_data_are_answered_with_the_command_that_makes_them(tmp_path, monkeypatch, name, words):
     monkeypatch.setenv("LOLO_DATA", str(tmp_path))
     with pytest.raises(DataError, match="LOLO_DATA") as caught:
-        tasks.resolve(name)
+        by_name.resolve(name)
     assert words.format(tmp_path) in str(caught.value)
 
 
@@ -154,7 +156,7 @@ def test_a_folder_that_holds_another_set_is_named(tmp_path, monkeypatch):
     (tmp_path / "books").rename(tmp_path / "fineweb")
     monkeypatch.setenv("LOLO_DATA", str(tmp_path))
     with pytest.raises(DataError, match="holds 'books', expected 'fineweb'"):
-        tasks.resolve("fineweb-gpt2-mini")
+        by_name.resolve("fineweb-gpt2-mini")
 
 
 @pytest.mark.parametrize(
@@ -172,16 +174,16 @@ def test_a_folder_that_holds_another_set_is_named(tmp_path, monkeypatch):
 )
 def test_settings_that_can_not_be_are_named(name, words):
     with pytest.raises(TaskError, match=words):
-        tasks.resolve(name)
+        by_name.resolve(name)
 
 
 def test_a_task_is_built_once_for_its_folder_and_settings(tmp_path, monkeypatch):
-    first = tasks.resolve(TINY_MLP)
-    assert tasks.resolve(TINY_MLP) is first
-    assert tasks.resolve(TINY_MLP.replace("batch=8", "batch=4")) is not first
+    first = by_name.resolve(TINY_MLP)
+    assert by_name.resolve(TINY_MLP) is first
+    assert by_name.resolve(TINY_MLP.replace("batch=8", "batch=4")) is not first
     write_prepared(tmp_path, "textures", images(5))
     monkeypatch.setenv("LOLO_DATA", str(tmp_path))
-    assert not np.array_equal(tasks.resolve(TINY_MLP).train.data[0], first.train.data[0])
+    assert not np.array_equal(by_name.resolve(TINY_MLP).train.data[0], first.train.data[0])
 
 
 # --- options that change memory and time, not the problem -----------------------------------------------------------
@@ -196,7 +198,7 @@ def gradient(name):
         batch = task.sample(jax.random.key(1), jnp.int32(0))
         return inner.loss_and_gradient(task, params, stats, batch, KEY)
 
-    return compute(tasks.resolve(name).train)
+    return compute(by_name.resolve(name).train)
 
 
 @pytest.mark.parametrize("name", [TINY_MLP, pytest.param(TINY_GPT, marks=pytest.mark.slow)])
@@ -226,7 +228,7 @@ def test_remat_and_bfloat16_reach_the_model(name):
     """That they agree with the plain models is tested in test_models.py."""
 
     def program(name):
-        task = tasks.resolve(name).train
+        task = by_name.resolve(name).train
         params, stats = jax.eval_shape(task.init, KEY)
         batch = jax.eval_shape(task.examples, task.data, jnp.arange(4))
         return str(jax.make_jaxpr(task.loss)(params, stats, batch, KEY))

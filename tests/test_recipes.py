@@ -12,10 +12,12 @@ from helpers import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lolo import experts, inner, recipes, tasks
+from lolo import recipes
 from lolo.files.settings import ADDED, RecipeError, diff, fields, with_field
+from lolo.method import experts, inner
 from lolo.optimizers import architecture
 from lolo.recipes import BC_ONLY, LOLO, NAIVE, check, from_dict, to_dict
+from lolo.tasks.small import quadratic
 
 
 def changed(changes, recipe=LOLO):
@@ -392,7 +394,7 @@ def test_a_clip_before_adam_normalises_and_one_after_it_does_not_fire():
 def test_weight_decay_is_given_to_the_expert_too_and_cancels_in_bc():
     decay = {"learner.hidden": 4, "learner.weight_decay": 0.3, "learner.step_mult": 0.01}
     recipe, plain = changed(decay), changed({"learner.hidden": 4, "learner.step_mult": 0.01})
-    task, key = tasks.quadratic(4).train, jax.random.key(2)
+    task, key = quadratic(4).train, jax.random.key(2)
 
     def bc(learner_recipe, expert_recipe):
         learner, expert = architecture.build_learner(learner_recipe.learner), recipes.build_expert(expert_recipe)

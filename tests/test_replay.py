@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scipy import stats
 
-from lolo import replay
+from lolo.method import replay
 
 push = jax.jit(replay.push)
 READS = {name: jax.jit(read) for name, read in replay.READ_RULES.items()}

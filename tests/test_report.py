@@ -18,6 +18,7 @@ from lolo import charts, cli, comparisons, evaluation, health, pages, recipes, r
 from lolo.files import disk, jsonl, settings
 from lolo.files.disk import FileError
 from lolo.optimizers import weights_file
+from lolo.runtime import environment
 from lolo.training import RunError
 
 EVIL = "</title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&$x^{$\ud800\u202e\0"
@@ -203,7 +204,7 @@ def test_the_kept_quickstart(tmp_path):
 def test_what_an_evaluation_writes_is_read(tmp_path):
     comparisons.write_report(tmp_path, "books", make_rows(), {}, "lolo eval adamw:1e-3")
     said = assert_complete_in_itself(report.build([tmp_path])).said()
-    assert "command given lolo eval adamw:1e-3" in said and f"lolo {training.versions()['lolo']}" in said
+    assert "command given lolo eval adamw:1e-3" in said and f"lolo {environment.versions()['lolo']}" in said
 
 
 def test_several_folders_are_on_one_page_each_once(tmp_path):
@@ -241,7 +242,7 @@ def test_the_command_that_is_shown_makes_the_same_recipe(tmp_path, monkeypatch):
         raise RunError("enough")
 
     monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(training, "set_up", lambda devices=None: None)
+    monkeypatch.setattr(environment, "set_up", lambda devices=None: None)
     words = shlex.split(report.train_command(recipe))
     assert words[:3] == ["lolo", "train", "bc-only"]
     assert cli.main(words[1:]) == 2

@@ -12,11 +12,12 @@ from helpers import StopAfter, make_task, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lolo import checkpoints, evaluation, recipes, tasks, training
+from lolo import checkpoints, evaluation, recipes, training
 from lolo.data import npy, stream
 from lolo.data.errors import DataError
 from lolo.data.stream import Cursor, Feed, Rows, Stream
-from lolo.problem import Splits
+from lolo.method.task import Splits
+from lolo.tasks.small import quadratic
 from lolo.training import RunError
 
 SEED = (0, 3)
@@ -154,14 +155,14 @@ def streamed(splits, size=30):
 
 
 def test_a_segments_batches_are_taken_in_order_and_step_counts_modulo_its_length():
-    task = dataclasses.replace(streamed(tasks.quadratic()).train, data=(jnp.arange(12.0).reshape(4, 3),))
+    task = dataclasses.replace(streamed(quadratic()).train, data=(jnp.arange(12.0).reshape(4, 3),))
     for step in (0, 3, 4, 9):
         np.testing.assert_array_equal(task.sample(jax.random.key(step), jnp.int32(step)), task.data[0][step % 4])
 
 
 def test_a_streamed_run_resumes_in_the_middle_of_an_epoch_with_the_same_bytes(tmp_path):
     recipe = small(recipes.LOLO, {"outer.steps": 6, "validation.every": 0, "estimator.pairs": 2})
-    group = {"streamed": streamed(tasks.quadratic())}  # 3 steps of 4 examples a segment: 30 examples end mid-segment
+    group = {"streamed": streamed(quadratic())}  # 3 steps of 4 examples a segment: 30 examples end mid-segment
     whole = training.train(recipe, tmp_path / "whole", tasks=group)
     stop = StopAfter(3)
     training.train(recipe, tmp_path / "run", tasks=group, stop=stop, told=stop.told, say=lambda text: None)
@@ -172,7 +173,7 @@ def test_a_streamed_run_resumes_in_the_middle_of_an_epoch_with_the_same_bytes(tm
     for name, array in whole.weights.meta_params.items():
         assert np.asarray(array).tobytes() == np.asarray(resumed.weights.meta_params[name]).tobytes()
     with pytest.raises(RunError, match="they are not the same data"):
-        training.resume(tmp_path / "run", tasks={"streamed": streamed(tasks.quadratic(), size=29)})
+        training.resume(tmp_path / "run", tasks={"streamed": streamed(quadratic(), size=29)})
 
 
 def test_evaluation_reads_one_stream_for_each_seed_and_every_optimizer():

@@ -9,6 +9,7 @@ from test_training import SMALL, small
 from lolo import comparisons, contestants, evaluation, plots, recipes, studies, training
 from lolo.data.errors import DataError
 from lolo.files.settings import RecipeError
+from lolo.runtime import interrupt
 from lolo.training import RunError
 
 TINY = studies.Study(
@@ -25,7 +26,7 @@ TINY = studies.Study(
 
 def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setitem(studies.STUDIES, "tiny", TINY)
-    stop = training.Stop()
+    stop = interrupt.Stop()
 
     def stop_in(word):
         def told(what, done, total, _):
@@ -36,7 +37,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, mo
 
     for word in ("lolo on quadratic, T = 3, meta-seed 1", "evaluating"):
         stop.requested = None
-        with pytest.raises(comparisons.Interrupted, match="same command"):
+        with pytest.raises(interrupt.Interrupted, match="same command"):
             studies.reproduce("tiny", tmp_path, stop=stop, told=stop_in(word), say=lambda text: None)
         assert not (tmp_path / "report-quadratic.md").exists()
     trained = []

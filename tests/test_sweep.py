@@ -15,6 +15,7 @@ import pytest
 from lolo import cli, recipes, sweep, training
 from lolo.files import settings
 from lolo.optimizers import weights_file
+from lolo.runtime import interrupt
 from lolo.sweep import SweepError
 
 SMALL = """
@@ -107,7 +108,7 @@ def test_the_table_tells_how_far_each_run_is(tmp_path, capsys):
     path = write(tmp_path, f'out = "{tmp_path}/out"\n{SMALL}\n[grid]\nseed = [0, 1, 2, 3]')
     done, begun, failed, waiting = sweep.read(path).runs
     training.train(done.recipe, done.out)
-    stop = training.Stop()
+    stop = interrupt.Stop()
     stop.requested = "test"
     training.train(begun.recipe, begun.out, stop=stop, say=lambda text: None)
     sweep.failure_file(failed).write_text("killed by SIGKILL: it said nothing\n")
@@ -125,7 +126,7 @@ def test_the_table_tells_how_far_each_run_is(tmp_path, capsys):
         sweep.state_of(sweep.read(path).runs[0])
 
 
-class Late(training.Stop):
+class Late(interrupt.Stop):
     """A request to stop that comes once the run has been started."""
 
     def __init__(self):
@@ -139,11 +140,11 @@ class Late(training.Stop):
 @pytest.mark.parametrize(
     ("script", "stop", "told", "reason"),
     [
-        ("[ -p /dev/stdin ] && [ -n $LOLO_WATCHED ]", training.Stop(), "is done", None),  # it ends with the sweep
+        ("[ -p /dev/stdin ] && [ -n $LOLO_WATCHED ]", interrupt.Stop(), "is done", None),  # it ends with the sweep
         ("exit 3", Late(), "stopped", None),
         ("kill -TERM $$", Late(), "stopped", None),  # before it had a handler
-        ("kill -TERM $$", training.Stop(), "failed", "killed by SIGTERM: it said nothing"),  # not what it said before
-        ("echo no; exit 2", training.Stop(), "failed", "exit status 2: no"),
+        ("kill -TERM $$", interrupt.Stop(), "failed", "killed by SIGTERM: it said nothing"),  # not what it said before
+        ("echo no; exit 2", interrupt.Stop(), "failed", "exit status 2: no"),
     ],
 )
 def test_how_a_run_ended_is_told(tmp_path, monkeypatch, script, stop, told, reason):
@@ -161,7 +162,7 @@ def test_how_a_run_ended_is_told(tmp_path, monkeypatch, script, stop, told, reas
 
 
 def test_a_run_that_is_being_started_when_the_sweep_must_stop_is_told():
-    stop, finished = training.Stop(), threading.Event()
+    stop, finished = interrupt.Stop(), threading.Event()
     pool = sweep.Pool(stop, print)
     watcher = threading.Thread(target=pool.pass_on_stop, args=(finished,))
     watcher.start()

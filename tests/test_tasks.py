@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lolo import tasks
-from lolo.problem import Splits, TaskError
-from lolo.tasks import TASKS
+from lolo.method.task import Splits, TaskError
+from lolo.tasks import by_name
+from lolo.tasks.by_name import TASKS
+from lolo.tasks.small import CONTEXT, books_mlp, fashion_mlp, quadratic
 
 # Tasks whose data come with the package; those on prepared data are in test_prepared_tasks.py.
 EMBEDDED = ("fashion-mlp", "books-mlp", "quadratic")
@@ -27,7 +28,7 @@ def name(request):
 
 
 def test_splits_are_the_same_problem_on_other_data(name):
-    splits = tasks.resolve(name)
+    splits = by_name.resolve(name)
     assert isinstance(splits, Splits)
     for split in splits:
         # Equal but for leaves: another split needs another compilation only where sizes differ.
@@ -42,17 +43,17 @@ def test_splits_are_the_same_problem_on_other_data(name):
     if name in SIZES:
         assert sizes == SIZES[name]
     if name == "books-mlp":
-        assert sizes == tuple(len(leaf) - tasks.CONTEXT for leaf in leaves)
+        assert sizes == tuple(len(leaf) - CONTEXT for leaf in leaves)
         assert sizes[0] > 10 * sizes[1] > 0 and sizes[2] > 10_000
 
 
 def test_examples_of_the_quadratic_are_in_one_split_only():
-    rows = [{row.tobytes() for row in np.asarray(split.data)} for split in tasks.quadratic()]
+    rows = [{row.tobytes() for row in np.asarray(split.data)} for split in quadratic()]
     assert [len(split) for split in rows] == [1000, 1000, 1000] and len(set.union(*rows)) == 3000
 
 
 def test_loss_and_gradient_at_the_start(name):
-    task = tasks.resolve(name).train
+    task = by_name.resolve(name).train
     params, stats = task.init(KEY)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
     batch = task.sample(jax.random.key(1), jnp.int32(0))
@@ -72,7 +73,7 @@ def test_loss_and_gradient_at_the_start(name):
 
 
 def test_a_step_along_the_gradient_lowers_the_loss(name):
-    task = tasks.resolve(name).train
+    task = by_name.resolve(name).train
     params, stats = task.init(KEY)
     batch = task.sample(jax.random.key(1), jnp.int32(0))
     loss = lambda params: task.loss(params, stats, batch, KEY)[0]  # noqa: E731
@@ -82,7 +83,7 @@ def test_a_step_along_the_gradient_lowers_the_loss(name):
 
 
 def test_batches_and_inits_are_decided_by_their_key(name):
-    task = tasks.resolve(name).train
+    task = by_name.resolve(name).train
     sample = lambda key: np.concatenate(  # noqa: E731
         [np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(task.sample(key, jnp.int32(3)))]
     )
@@ -94,7 +95,7 @@ def test_batches_and_inits_are_decided_by_their_key(name):
 
 
 def test_score_is_the_loss_and_more(name):
-    for task in tasks.resolve(name):
+    for task in by_name.resolve(name):
         params, stats = task.init(KEY)
         batch = task.examples(task.data, jnp.array([0, 1, task.size - 1]))
         score = task.score(params, stats, batch)
@@ -105,7 +106,7 @@ def test_score_is_the_loss_and_more(name):
 
 
 def test_the_last_example_of_the_books_ends_with_the_last_character():
-    task = tasks.books_mlp().validation
+    task = books_mlp().validation
     inputs, labels = task.examples(task.data, jnp.array([0, task.size - 1]))
     np.testing.assert_array_equal(inputs[0], task.data[:8])
     assert labels[0] == task.data[8]
@@ -114,7 +115,7 @@ def test_the_last_example_of_the_books_ends_with_the_last_character():
 
 
 def test_images_are_normalised():
-    task = tasks.fashion_mlp().train
+    task = fashion_mlp().train
     images, labels = task.sample(KEY, jnp.int32(0))
     assert images.shape == (128, 64) and images.dtype == jnp.float32
     assert abs(float(images.mean())) < 0.15 and abs(float(images.std()) - 1) < 0.15
@@ -153,9 +154,9 @@ def test_a_task_file_may_define_dataclasses_and_lie_in_a_folder_with_an_at_sign(
         "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Sizes:\n    x: int\n"
     )
     (folder / "mine.py").write_text(head + SOURCE)
-    pinned = tasks.pin(f"{folder}/mine.py:make")
+    pinned = by_name.pin(f"{folder}/mine.py:make")
     assert pinned.startswith(f"{folder}/mine.py:make@")
-    assert tasks.resolve(pinned).train.data.shape == (1000, 3)
+    assert by_name.resolve(pinned).train.data.shape == (1000, 3)
 
 
 def error(call, name):
@@ -168,24 +169,24 @@ def error(call, name):
 
 def test_a_users_task_is_resolved_and_pinned_by_its_hash(source):
     name = f"{source}:make"
-    pinned = tasks.pin(name)
+    pinned = by_name.pin(name)
     assert pinned == f"{name}@{hashlib.sha256(SOURCE.encode()).hexdigest()}"
-    assert tasks.pin(pinned) == pinned
+    assert by_name.pin(pinned) == pinned
     for known in (name, pinned):
-        assert tasks.resolve(known).train.data.shape == (1000, 3)
+        assert by_name.resolve(known).train.data.shape == (1000, 3)
 
 
 def test_named_tasks_are_pinned_as_they_are():
     for known in TASKS:
-        assert tasks.pin(known) == known
+        assert by_name.pin(known) == known
 
 
 def test_settings_are_arguments_of_the_tasks_function(source):
     for name in ("quadratic:dimensions=3", f"{source}:sized:dimensions=3,scale=2.5"):
-        pinned = tasks.pin(name)
-        assert pinned.startswith(name) and tasks.pin(pinned) == pinned
-        assert tasks.resolve(pinned).train.data.shape == (1000, 3)
-    assert tasks.resolve(f"{source}:sized").train.data.shape == (1000, 4)
+        pinned = by_name.pin(name)
+        assert pinned.startswith(name) and by_name.pin(pinned) == pinned
+        assert by_name.resolve(pinned).train.data.shape == (1000, 3)
+    assert by_name.resolve(f"{source}:sized").train.data.shape == (1000, 4)
 
 
 @pytest.mark.parametrize(
@@ -199,24 +200,24 @@ def test_settings_are_arguments_of_the_tasks_function(source):
     ],
 )
 def test_settings_that_can_not_be_are_named_with_a_cure(name, words):
-    text = error(tasks.resolve, name)
+    text = error(by_name.resolve, name)
     for word in words:
         assert word in text
 
 
 def test_an_outline_has_the_shapes_of_the_splits():
     for name in EMBEDDED:
-        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), [split.data for split in tasks.outline(name)])
-        assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), [split.data for split in tasks.resolve(name)])
-        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tasks.outline(name)))
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), [split.data for split in by_name.outline(name)])
+        assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), [split.data for split in by_name.resolve(name)])
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(by_name.outline(name)))
 
 
 def test_a_file_that_changed_is_refused(source):
-    pinned = tasks.pin(f"{source}:make")
+    pinned = by_name.pin(f"{source}:make")
     ran = source.parent / "ran"
     source.write_text(SOURCE + f"\nopen({str(ran)!r}, 'w').close()\n")
     found = hashlib.sha256(source.read_bytes()).hexdigest()
-    for call in (tasks.pin, tasks.resolve):
+    for call in (by_name.pin, by_name.resolve):
         text = error(call, pinned)
         assert str(source) in text and "has changed" in text and found in text
     assert not ran.exists()  # refused before its code ran
@@ -233,19 +234,19 @@ def test_a_file_that_changed_is_refused(source):
     ],
 )
 def test_an_unknown_task_is_named_with_a_cure(name, words):
-    for call in (tasks.pin, tasks.resolve):
+    for call in (by_name.pin, by_name.resolve):
         text = error(call, name)
         for word in words:
             assert word in text
 
 
 def test_a_function_that_is_missing_or_returns_something_else_is_named(source):
-    assert "no function 'absent'" in error(tasks.resolve, f"{source}:absent")
-    assert "no function 'number'" in error(tasks.resolve, f"{source}:number")
-    assert "returned int; expected lolo.Splits" in error(tasks.resolve, f"{source}:wrong")
+    assert "no function 'absent'" in error(by_name.resolve, f"{source}:absent")
+    assert "no function 'number'" in error(by_name.resolve, f"{source}:number")
+    assert "returned int; expected lolo.Splits" in error(by_name.resolve, f"{source}:wrong")
 
 
 def test_resolving_a_file_leaves_the_import_path_alone(source):
     before = list(sys.path)
-    tasks.resolve(f"{source}:make")
+    by_name.resolve(f"{source}:make")
     assert sys.path == before

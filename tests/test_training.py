@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from helpers import StopAfter
 
-from lolo import checkpoints, health, recipes, run_folder, tasks, training
+from lolo import checkpoints, health, recipes, run_folder, training
 from lolo.files import disk, settings, tensors
 from lolo.files.disk import FileError
+from lolo.method.task import TaskError
 from lolo.optimizers import pretrained, weights_file
-from lolo.problem import TaskError
+from lolo.tasks.small import quadratic
 from lolo.training import DivergedError, RunError
 
 SMALL = {
@@ -208,7 +209,7 @@ def test_a_run_without_checkpoints_is_not_begun_again_over_what_it_made(tmp_path
 
 
 def own():
-    return {"mine": tasks.quadratic(3)}
+    return {"mine": quadratic(3)}
 
 
 def test_own_tasks_are_named_in_the_weights_and_asked_for_again(tmp_path):
@@ -216,7 +217,7 @@ def test_own_tasks_are_named_in_the_weights_and_asked_for_again(tmp_path):
     first = training.train(small(), tmp_path / "run", tasks=own(), stop=stop, told=stop.told, say=lambda text: None)
     assert first.weights.recipe["tasks"] == ("mine",)
     with pytest.raises(RunError, match=r"tasks=\('mine',\), not \('yours',\)"):
-        training.resume(tmp_path / "run", tasks={"yours": tasks.quadratic(3)})
+        training.resume(tmp_path / "run", tasks={"yours": quadratic(3)})
     with pytest.raises(TaskError, match="unknown task 'mine'"):
         training.resume(tmp_path / "run", say=lambda text: None)
     assert training.resume(tmp_path / "run", tasks=own(), say=lambda text: None).finished
@@ -229,7 +230,7 @@ def test_less_than_one_device_is_refused():
 
 
 def poisoned():
-    splits = tasks.quadratic()
+    splits = quadratic()
     bad = dataclasses.replace(splits.train, data=jax.numpy.full_like(splits.train.data, jax.numpy.nan))
     return {"poisoned": splits._replace(train=bad)}
 
@@ -296,7 +297,7 @@ def test_a_large_checkpoint_that_can_not_be_written_ends_the_run_with_the_reason
 
 def test_bad_numbers_in_one_task_leave_the_others_work_alone(tmp_path):
     recipe = small(**{"tasks": ("poisoned", "good"), "outer.max_bad_steps": 3})
-    result = training.train(recipe, tmp_path / "run", tasks=poisoned() | {"good": tasks.quadratic()})
+    result = training.train(recipe, tmp_path / "run", tasks=poisoned() | {"good": quadratic()})
     rows = training.log_rows(tmp_path / "run")
     assert result.finished and [row["dropped"] for row in rows] == [2] * 8
     assert {bad["task"] for row in rows for bad in row["first_bad"]} == {"poisoned"}

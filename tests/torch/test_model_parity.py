@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lolo import models
+from lolo.tasks import models
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")

@@ -25,8 +25,8 @@ from typing import Any
 
 import jax
 
-from lolo import gang
-from lolo.gang import Gang
+from lolo.runtime import process_group
+from lolo.runtime.process_group import ProcessGroup
 
 WATCHED = "LOLO_WATCHED"  # in the environment of a child that must end with its parent, which holds its stdin
 MEMBER = "LOLO_MEMBER"  # in the environment of a child: what it needs to know, as JSON
@@ -73,10 +73,7 @@ def check(asked: Processes) -> None:
     if asked.process_id is not None and not 0 <= asked.process_id < asked.processes:
         raise ValueError(f"--process-id {asked.process_id} must be from 0 to {asked.processes - 1}.")
     if asked.coordinator is not None:
-        gang.address(asked.coordinator)
-
-
-# --- in a child ---------------------------------------------------------------------------------------------------
+        process_group.address(asked.coordinator)
 
 
 def end_with_parent() -> None:
@@ -108,9 +105,9 @@ def member() -> dict[str, Any] | None:
     return place
 
 
-def join(place: dict[str, Any]) -> Gang:
+def join(place: dict[str, Any]) -> ProcessGroup:
     """Meet the others. Raises GangError."""
-    joined = gang.join(
+    joined = process_group.join(
         place["coordinator"],
         place["process_id"],
         place["processes"],
@@ -133,9 +130,6 @@ def run(main: Callable[[], int]) -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-# --- in the parent ------------------------------------------------------------------------------------------------
 
 
 class Child:

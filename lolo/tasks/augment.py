@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lolo.problem import Splits, Task, TaskError
+from lolo.method.task import Splits, Task, TaskError
 from lolo.trees import PyTree
 
 

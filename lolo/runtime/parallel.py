@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from lolo import meta
 from lolo.trees import PyTree
 
 AXIS = "slots"
@@ -86,69 +84,6 @@ def global_mesh(blocks: int, devices: int | None = None) -> Mesh:
     return Mesh(np.array([device for some in own for device in some[:count]]), (AXIS,))
 
 
-def state_specs(state: meta.MetaState) -> meta.MetaState:
-    """Where each leaf of a MetaState lies: a slot's states with the device that runs it, all else everywhere."""
-    everywhere, spread = PartitionSpec(), PartitionSpec(AXIS)
-    own = {"inner", "replay", "push_truncation"}
-
-    def slots(part: meta.Slots) -> meta.Slots:
-        return meta.Slots(
-            *(
-                jax.tree.map(lambda _, name=name: spread if name in own else everywhere, getattr(part, name))
-                for name in meta.Slots._fields
-            )
-        )
-
-    rest = jax.tree.map(lambda _: everywhere, state._replace(slots=()))
-    return rest._replace(slots=tuple(slots(part) for part in state.slots))
-
-
-def shards(count: int, pairs: int) -> meta.Shards:
-    """Cut and gather along the mesh; inside shard_map only."""
-    if count == 1:
-        return meta.ALONE
-    share = pairs // count
-
-    def own(tree: PyTree) -> PyTree:
-        start = jax.lax.axis_index(AXIS) * share
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, share), tree)
-
-    def gather(tree: PyTree) -> PyTree:
-        # As one array of words: one message, whatever the number of leaves, each of 4-byte numbers.
-        leaves, structure = jax.tree.flatten(tree)
-        words = [jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(x.shape[0], -1) for x in leaves]
-        everyone = jax.lax.all_gather(jnp.concatenate(words, axis=1), AXIS, tiled=True)
-        parts = jnp.split(everyone, np.cumsum([x.shape[1] for x in words])[:-1], axis=1)
-        return jax.tree.unflatten(
-            structure,
-            [
-                jax.lax.bitcast_convert_type(part, x.dtype).reshape(-1, *x.shape[1:])
-                for part, x in zip(parts, leaves, strict=True)
-            ],
-        )
-
-    return meta.Shards(own, gather)
-
-
-Step = jax.stages.Wrapped  # tasks, MetaState -> MetaState, Metrics; jitted
-
-
-def compile_step(setup: meta.Setup, state: meta.MetaState, over: Mesh) -> Step:
-    """`meta.meta_step` jitted over a mesh: one program, the state donated. `state` may be shapes only."""
-    count = over.devices.size
-    step = partial(meta.meta_step, setup, shards=shards(count, setup.estimator.pairs))
-    specs = state_specs(state)
-    mapped = jax.shard_map(
-        step, mesh=over, in_specs=(PartitionSpec(), specs), out_specs=(specs, PartitionSpec()), check_vma=False
-    )
-    state_places = jax.tree.map(lambda spec: NamedSharding(over, spec), specs)
-    everywhere = NamedSharding(over, PartitionSpec())
-    # Stated, so that the state comes back exactly as it went in: else the second call would compile again.
-    return jax.jit(
-        mapped, in_shardings=(everywhere, state_places), out_shardings=(state_places, everywhere), donate_argnums=1
-    )
-
-
 def place(tree: PyTree, over: Mesh, specs: Any = None) -> PyTree:
     """Put arrays where a mesh wants them: by `specs`, or a copy on every device.
 
@@ -164,12 +99,6 @@ def place(tree: PyTree, over: Mesh, specs: Any = None) -> PyTree:
     if specs is None:
         return jax.tree.map(lambda x: put(x, PartitionSpec()), tree)
     return jax.tree.map(put, tree, specs)
-
-
-def init_state(init: Callable[[], meta.MetaState], over: Mesh) -> meta.MetaState:
-    """The state that `init` makes, each device making its own slots."""
-    specs = state_specs(jax.eval_shape(init))
-    return jax.jit(init, out_shardings=jax.tree.map(lambda spec: NamedSharding(over, spec), specs))()
 
 
 def own_rows(over: Mesh, pairs: int) -> tuple[int, int]:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lolo import imitation
-from lolo.experts import Expert
-from lolo.problem import Task
+from lolo.method import imitation
+from lolo.method.experts import Expert
+from lolo.method.task import Task
 from lolo.trees import PyTree
 
 

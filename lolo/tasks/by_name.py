@@ -10,7 +10,6 @@ A name may go on with settings, which are the keyword arguments of the task's fu
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 import importlib.util
 import inspect
@@ -20,101 +19,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from lolo import augment, models, prepared_tasks
-from lolo.data import embedded
-from lolo.problem import Splits, Task, TaskError, classification
-from lolo.trees import PyTree
+from lolo.method.task import Splits, Task, TaskError
+from lolo.tasks import augment, prepared
+from lolo.tasks.small import books_mlp, fashion_mlp, quadratic
 
-
-def _pick_image(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    images, labels = data
-    return (images[indices].astype(jnp.float32) - 73.0) / 85.0, labels[indices]
-
-
-def _widths(words: str) -> tuple[int, ...]:
-    """Widths of hidden layers: "128-64" -> (128, 64). Raises TaskError."""
-    try:
-        widths = tuple(map(int, words.split("-")))
-    except ValueError:
-        widths = ()
-    if not widths or min(widths) < 1:
-        raise TaskError(f"widths={words!r} must be whole numbers with - between them, such as 128-128-128.")
-    return widths
-
-
-@functools.cache
-def fashion_mlp(widths: str = "32-32") -> Splits:
-    """Fashion-MNIST at 8×8 → 32 → 32 → 10, batch 128; 3,466 parameters."""
-    data = embedded.fashion_mnist()
-    return classification(
-        data,
-        models.mlp((64, *_widths(widths), 10)),
-        _pick_image,
-        classes=10,
-        batch=128,
-        sizes={split: len(labels) for split, (_, labels) in data.items()},
-    )
-
-
-CONTEXT = 8  # characters that books_mlp sees
-
-
-def _pick_characters(symbols: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    windows = symbols[indices[:, None] + jnp.arange(CONTEXT + 1)].astype(jnp.int32)
-    return windows[:, :CONTEXT], windows[:, CONTEXT]
-
-
-@functools.cache
-def books_mlp(widths: str = "32-32") -> Splits:
-    """The next character of English books from the 8 before it: embeddings of 8, → 32 → 32 → 48, batch 128."""
-    data = embedded.books_symbols()
-    return classification(
-        data,
-        models.char_mlp(symbols=embedded.SYMBOLS, context=CONTEXT, embedding=8, widths=_widths(widths)),
-        _pick_characters,
-        classes=embedded.SYMBOLS,
-        batch=128,
-        sizes={split: len(symbols) - CONTEXT for split, symbols in data.items()},
-    )
-
-
-@functools.cache
-def quadratic(dimensions: int = 8) -> Splits:
-    """½ mean_i h_i (θ_i − x_i)² with noisy targets x ~ N(0, 0.1²) and h from 0.5 to 2: the smallest task, for tests."""
-    curvature = jnp.linspace(0.5, 2.0, dimensions)
-
-    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
-        return {"x": jax.random.normal(key, (dimensions,))}, {}
-
-    def examples(data: jax.Array, indices: jax.Array) -> jax.Array:
-        return data[indices]
-
-    def loss(params: PyTree, stats: PyTree, batch: jax.Array, key: jax.Array) -> tuple[jax.Array, PyTree]:
-        return 0.5 * jnp.mean(curvature * (params["x"] - batch) ** 2), stats
-
-    def score(params: PyTree, stats: PyTree, batch: jax.Array) -> dict[str, jax.Array]:
-        return {"loss": 0.5 * jnp.mean(curvature * (params["x"] - batch) ** 2)}
-
-    def task(seed: int) -> Task:
-        data = 0.1 * np.random.Generator(np.random.PCG64(seed)).standard_normal((1000, dimensions))
-        return Task(jnp.asarray(data, jnp.float32), init, examples, loss, score, size=1000, batch=4, loss_limit=None)
-
-    return Splits(task(0), task(1), task(2))
-
-
-TASKS: dict[str, prepared_tasks.Make] = {
+TASKS: dict[str, prepared.Make] = {
     "fashion-mlp": fashion_mlp,
     "books-mlp": books_mlp,
     "quadratic": quadratic,
-    "imagenet32-mlp-w128-d3": prepared_tasks.imagenet32_mlp,
-    "imagenet32-resnet18": prepared_tasks.imagenet32_resnet18,
-    "fineweb-gpt2-mini": prepared_tasks.fineweb_gpt2_mini,
-    "textures-mlp": prepared_tasks.textures_mlp,
-    "textures-resnet18": prepared_tasks.textures_resnet18,
-    "books-gpt2-mini": prepared_tasks.books_gpt2_mini,
+    "imagenet32-mlp-w128-d3": prepared.imagenet32_mlp,
+    "imagenet32-resnet18": prepared.imagenet32_resnet18,
+    "fineweb-gpt2-mini": prepared.fineweb_gpt2_mini,
+    "textures-mlp": prepared.textures_mlp,
+    "textures-resnet18": prepared.textures_resnet18,
+    "books-gpt2-mini": prepared.books_gpt2_mini,
 }
 
 
@@ -122,9 +41,9 @@ ANY_TASK = {"reparametrize": 1.0}
 """Settings of every task; the first is the bound of `augment.reparametrized`."""
 
 
-def parse_settings(words: str, make: prepared_tasks.Make, task: str) -> dict[str, Any]:
+def parse_settings(words: str, make: prepared.Make, task: str) -> dict[str, Any]:
     """`batch=8,dtype=bfloat16` as keyword arguments of `make`, typed like its defaults. Raises TaskError."""
-    known, found = {**ANY_TASK, **prepared_tasks.settings_of(make)}, {}
+    known, found = {**ANY_TASK, **prepared.settings_of(make)}, {}
     for word in words.split(",") if words else ():
         name, separator, value = word.partition("=")
         if name not in known or not separator:
@@ -196,7 +115,7 @@ def _made(name: str, outline: bool) -> Splits:
     return splits if bound == 1.0 else augment.reparametrized(splits, bound)
 
 
-def _function_of(path: Path, function: str) -> prepared_tasks.Make:
+def _function_of(path: Path, function: str) -> prepared.Make:
     spec = importlib.util.spec_from_file_location(f"lolo_task_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} can't be imported; a task file is Python source, named path.py:function.")

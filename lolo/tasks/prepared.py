@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lolo import models
 from lolo.data import imagenet, sets, stream, tokens
-from lolo.problem import Splits, TaskError, classification
+from lolo.method.task import Splits, TaskError
+from lolo.tasks import models
+from lolo.tasks.classification import classification
 from lolo.trees import PyTree
 
 Make = Callable[..., Splits]

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lolo import imitation, replay
-from lolo.estimators import Estimator, antithetic_gradient
-from lolo.experts import Expert
-from lolo.imitation import Losses
-from lolo.inner import InnerState, StepRecord, begin, inner_step
+from lolo.method import imitation, replay
+from lolo.method.estimators import Estimator, antithetic_gradient
+from lolo.method.experts import Expert
+from lolo.method.imitation import Losses
+from lolo.method.inner import InnerState, StepRecord, begin, inner_step
+from lolo.method.task import Task
 from lolo.optimizers.base import LearnedOptimizer
-from lolo.problem import Task
 from lolo.trees import PyTree, both_signs, select
 
 

@@ -21,11 +21,11 @@ from typing import Any
 import jax
 from jax._src import distributed  # its key-value store: nothing public lets processes compare versions before XLA runs
 
-SETTLE_SECONDS = 600  # how long the slowest process may take to reach a point that all must reach
+AGREE_SECONDS = 600  # how long the slowest process may take to reach a point that all must reach
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|unavailable|deadline_exceeded|aborted|heartbeat", re.IGNORECASE)
 
 
-class GangError(RuntimeError):
+class ProcessGroupError(RuntimeError):
     """The processes could not meet, or one of them was lost."""
 
 
@@ -34,7 +34,7 @@ class DifferError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gang:
+class ProcessGroup:
     """This process's place among all."""
 
     processes: int = 1
@@ -63,7 +63,7 @@ class Gang:
         said, answered = f"lolo/{turn}/said/", f"lolo/{turn}/answer"
         with self.noticing_loss("waiting for the other processes"):
             client.key_value_set(f"{said}{self.index:08d}", json.dumps(mine))
-            client.wait_at_barrier(f"lolo/{turn}", SETTLE_SECONDS * 1000)
+            client.wait_at_barrier(f"lolo/{turn}", AGREE_SECONDS * 1000)
             if self.leads:
                 answer = {}
                 try:
@@ -76,7 +76,7 @@ class Gang:
                 if turn > 0:  # everyone has read the answer before: all are here
                     client.key_value_delete(f"lolo/{turn - 1}/")
             else:
-                answer = json.loads(client.blocking_key_value_get(answered, SETTLE_SECONDS * 1000))
+                answer = json.loads(client.blocking_key_value_get(answered, AGREE_SECONDS * 1000))
         if "error" in answer:
             self.dissolve()
             if error is not None:
@@ -110,7 +110,7 @@ class Gang:
             ours = isinstance(error, ValueError) and type(error) is not ValueError
             if self.processes == 1 or ours or not LOST.search(words):
                 raise
-            raise GangError(
+            raise ProcessGroupError(
                 f"process {self.index} of {self.processes} lost another process while {doing} ({words[:200]})."
             ) from error
 
@@ -120,7 +120,7 @@ class Gang:
             jax.distributed.shutdown()
 
 
-ALONE = Gang()
+ALONE = ProcessGroup()
 
 
 def address(coordinator: str) -> tuple[str, int]:
@@ -140,7 +140,7 @@ def await_coordinator(coordinator: str, seconds: float) -> None:
             return
         except OSError as error:
             if time.monotonic() >= until:
-                raise GangError(
+                raise ProcessGroupError(
                     f"nothing answers at {coordinator} ({error.strerror or error}), after {seconds:g} s. Is that the "
                     "address of process 0, is it running, and does the network let this host through?"
                 ) from error
@@ -167,7 +167,7 @@ def require_free(coordinator: str, seconds: float) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
     except OSError as error:
-        raise GangError(
+        raise ProcessGroupError(
             f"process 0 can't listen at {coordinator} ({error.strerror or error}). Give an address of this host and a "
             "free port; no other process may have --process-id 0."
         ) from error
@@ -175,7 +175,7 @@ def require_free(coordinator: str, seconds: float) -> None:
 
 def join(
     coordinator: str | None, process_id: int | None, processes: int | None, *, join_seconds: int, heartbeat_seconds: int
-) -> Gang:
+) -> ProcessGroup:
     """Meet the other processes. Call it after `parallel.use_cores` and before anything runs in JAX.
 
     Args:
@@ -211,5 +211,7 @@ def join(
                 f"process ({error}) Start it in one, or give --coordinator, --process-id and --processes."
             ) from error
         where = f"at {coordinator}" if coordinator else "with --hosts auto"
-        raise GangError(f"the processes could not meet {where} ({' '.join(str(error).split())[:300]}).") from error
-    return Gang(distributed.global_state.num_processes, distributed.global_state.process_id)
+        raise ProcessGroupError(
+            f"the processes could not meet {where} ({' '.join(str(error).split())[:300]})."
+        ) from error
+    return ProcessGroup(distributed.global_state.num_processes, distributed.global_state.process_id)

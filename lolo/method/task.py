@@ -1,0 +1,86 @@
+"""What an inner problem is: a model, a loss and one split of a data set, as a `Task`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+from lolo.trees import PyTree
+
+
+class TaskError(ValueError):
+    """A task that can't be found or used; says which, and what to do."""
+
+
+@runtime_checkable
+class Segments(Protocol):
+    """The batches of a stream, one segment after the other."""
+
+    @property
+    def cursor(self) -> Any: ...  # a NamedTuple: the first example that no segment has had yet
+
+    def next(self) -> PyTree: ...  # leaves [steps, batch, ...]
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class BatchStream(Protocol):
+    """Examples that do not lie in memory, such as `lolo.data.stream.Stream`."""
+
+    @property
+    def columns(self) -> Sequence[Any]: ...  # arrays, or their shapes and dtypes, [examples, ...]
+
+    @property
+    def size(self) -> int: ...  # number of examples
+
+    def segments(self, steps: int, batch: int, seed: Sequence[int], used: int = 0) -> Segments: ...
+
+
+def _static(default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One inner problem on one split of its data. The arrays in `data` are leaves; all else is static.
+
+    Another split, or the next segment of a stream, is the same Task with other leaves.
+    """
+
+    data: PyTree  # arrays; leaves [examples, ...] unless the task says otherwise
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]] = _static()  # key -> params, stats
+    examples: Callable[[PyTree, jax.Array], PyTree] = _static()  # data, indices [B] -> batch
+    loss: Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]] = _static()
+    # params, stats, batch, key -> loss [], stats; the mean over the batch
+    score: Callable[[PyTree, PyTree, PyTree], dict[str, jax.Array]] = _static()
+    # params, stats, batch -> means over the batch by name; "loss" is always there
+    size: int = _static()  # number of examples
+    batch: int = _static()  # examples per inner step
+    loss_limit: float | None = _static()  # losses enter the meta-gradient clipped to this; None: as they are
+    micro_batches: int = _static(1)  # the gradient of a batch is computed in so many equal parts, one after the other
+    score_batch: int = _static(1000)  # examples scored together
+    score_examples: int = _static(10_000)  # of the held-out split, scored on the way through a long run
+    stream: BatchStream | None = _static(None)  # where segments come from; None: `data` is the whole split
+
+    def sample(self, key: jax.Array, step: jax.Array) -> PyTree:
+        """The batch of inner step `step`.
+
+        From resident data it is drawn with replacement by `key`. Of a stream, `data` is a segment, leaves
+        [steps, batch, ...], and the batch is the one at `step` modulo its length.
+        """
+        if self.stream is not None:
+            return self.examples(self.data, step % jax.tree.leaves(self.data)[0].shape[0])
+        return self.examples(self.data, jax.random.randint(key, (self.batch,), 0, self.size))
+
+
+class Splits(NamedTuple):
+    """The same problem on data that never mix: meta-training, choices, and the one final report."""
+
+    train: Task
+    validation: Task
+    test: Task

@@ -1,0 +1,56 @@
+"""Versions, commit and machine of a result, and what a program sets up in JAX."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lolo.runtime import parallel
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide the bytes of a result."""
+    return {name: metadata.version(name) for name in ("lolo", "jax", "jaxlib", "optax", "numpy")}
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit (if run from a checkout) and machine."""
+    package = Path(__file__).parents[1]
+    commit = None
+    if (package.parent / ".git").exists():
+        asked = subprocess.run(
+            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+        commit = asked.stdout.strip() or None
+    device = jax.local_devices()[0]
+    return {
+        "versions": versions(),
+        "commit": commit,
+        "machine": {
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "python": platform.python_version(),
+            "device": f"{device.platform}: {device.device_kind}",
+            "devices": len(jax.local_devices()),
+            "cores": parallel.cores(),
+        },
+    }
+
+
+def user_cache() -> Path:
+    """Folder for compiled programs: $LOLO_CACHE, or lolo in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(os.environ.get("LOLO_CACHE") or os.path.join(base, "lolo"))
+
+
+def set_up(devices: int | None = None) -> None:
+    """For programs: one CPU device per core, and compiled programs kept in the user's cache folder."""
+    parallel.use_cores(devices)
+    jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
