@@ -27,17 +27,19 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from lolo import plots, recipes, textbook, training
+from lolo import plots, textbook
 from lolo.files import disk, jsonl, settings
 from lolo.method import meta
 from lolo.method.task import Splits, Task
-from lolo.offload import Offloaded
 from lolo.optimizers import small_fc
 from lolo.runtime import parallel
 from lolo.runtime.environment import provenance
 from lolo.runtime.process_group import ALONE
 from lolo.tasks import models
 from lolo.tasks.classification import classification
+from lolo.training import recipes
+from lolo.training.offload import Offloaded
+from lolo.training.run import prepare
 from lolo.trees import PyTree, count_bytes
 
 PAIRS, BATCH = 8, 128
@@ -179,7 +181,7 @@ def outer_step(
     recipe: recipes.Recipe, splits: dict[str, Splits] | None = None, devices: int | None = None
 ) -> OuterStep:
     """Build and compile what `lolo train` would run. Every call sees the same segment of streamed data."""
-    run = training.prepare(recipe, None, splits, devices, ALONE)
+    run = prepare(recipe, None, splits, devices, ALONE)
     assert not isinstance(run.step, Offloaded)
     with run.feeding():
         data = run.next_tasks()

@@ -18,18 +18,20 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import bench, comparisons, health, plan, recipes, report, studies, sweep, training
+from lolo import bench, comparisons, report, studies
 from lolo.data import prepare
 from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.method.task import Splits
 from lolo.optimizers import architecture, weights_file
-from lolo.recipes import Recipe
 from lolo.runtime import environment, interrupt, launch, parallel
 from lolo.runtime.launch import Processes
 from lolo.runtime.process_group import ALONE, ProcessGroup, ProcessGroupError
 from lolo.tasks import by_name
-from lolo.training import DivergedError
+from lolo.training import build, doctor, loop, plan, recipes, run_folder, sweep
+from lolo.training.loop import DivergedError
+from lolo.training.recipes import Recipe
+from lolo.training.run import logger_openers
 
 T = TypeVar("T")
 
@@ -169,7 +171,7 @@ def train_command(argv: list[str]) -> int:
     recipe = arguments.recipe
     task = "-".join(Path(t.partition(":")[0]).stem for t in recipe.tasks)
     out = arguments.out or Path("runs") / f"{name}-{task}-seed{recipe.seed}"
-    recipes.check(recipe)
+    build.check(recipe)
     if arguments.dry_run:
         environment.set_up()
         print(plan.report(plan.of_training(recipe, arguments.devices, arguments.offload)))
@@ -181,7 +183,7 @@ def train_command(argv: list[str]) -> int:
             "its place, with the N that a run in one process has stored."
         )
 
-    def run(gang: ProcessGroup, **hooks: Any) -> training.Result:
+    def run(gang: ProcessGroup, **hooks: Any) -> loop.Result:
         common: dict[str, Any] = {
             "devices": arguments.devices,
             "offload": arguments.offload,
@@ -190,23 +192,23 @@ def train_command(argv: list[str]) -> int:
             "gang": gang,
         }
         # Before anything starts JAX, which connects the processes' XLA: it must be of one version.
-        training.require_alike(gang, training.pinned(recipe), {})
+        run_folder.require_alike(gang, run_folder.pinned(recipe), {})
         # What is wrong with these is said before anything else.
         splits = [by_name.resolve(task) for task in recipe.tasks]
         if arguments.init is not None:
             weights_file.read_weights(arguments.init)
-        training.sink_openers(arguments.log)
+        logger_openers(arguments.log)
         parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, arguments.devices)
         if gang.leads:
             hooks["say"](plan.outlook(recipe, splits))
         # A scheduler that starts processes again gives the same command.
-        if arguments.several.asked and training.go_on(out, recipe, gang):
-            return training.resume(out, **common, **hooks)
+        if arguments.several.asked and run_folder.can_resume(out, recipe, gang):
+            return loop.resume(out, **common, **hooks)
         chosen = recipe
         if arguments.measure_blocks:
-            training.require_free(out, recipe)
+            run_folder.require_free(out, recipe)
             chosen = with_fastest_block(recipe, dict(zip(recipe.tasks, splits, strict=True)), arguments.devices)
-        return training.train(chosen, out, init=arguments.init, **common, **hooks)
+        return loop.train(chosen, out, init=arguments.init, **common, **hooks)
 
     return in_processes(["train", *argv], name, recipe, arguments.several, arguments.devices, run)
 
@@ -226,7 +228,7 @@ def in_processes(
     recipe: Recipe,
     several: Processes,
     devices: int | None,
-    run: Callable[..., training.Result],
+    run: Callable[..., loop.Result],
 ) -> int:
     """`run(gang, stop, told, say)` in this process, or, where several are asked for, `lolo ARGV` in each of them."""
     place = launch.member()
@@ -260,7 +262,7 @@ def known_options(options: list[str], more: list[str]) -> list[str]:
     return spelled
 
 
-def supervise(what: str, gang: ProcessGroup, run: Callable[..., training.Result]) -> int:
+def supervise(what: str, gang: ProcessGroup, run: Callable[..., loop.Result]) -> int:
     """Run a meta-training with progress and signals; exit status 0 if finished, 3 if stopped on request."""
     stop = interrupt.Stop()
     if not gang.leads:
@@ -268,7 +270,7 @@ def supervise(what: str, gang: ProcessGroup, run: Callable[..., training.Result]
             return 0 if run(gang, stop=stop, told=lambda progress: None, say=lambda text: None).finished else 3
     with telling() as teller, interrupt.stop_on_signals(stop):
 
-        def told(p: training.Progress) -> None:
+        def told(p: loop.Progress) -> None:
             rate = 1 / max(p.seconds, 1e-9)
             teller(
                 what, p.step, p.total, f"loss {p.task_loss:.4f}  α {p.alpha:.2f}  K {p.start_step:.0f}  {rate:.1f}/s"
@@ -301,14 +303,14 @@ def resume_command(argv: list[str]) -> int:
           log: tensorboard, wandb; default: where the run logged before; `--log` alone: nowhere else.
           several: go on in several processes, any number.
         """
-        recipe = training.read_recipe(run)
+        recipe = run_folder.read_recipe(run)
         return in_processes(
             ["resume", *argv],
             str(run),
             recipe,
             several,
             devices,
-            lambda gang, **hooks: training.resume(
+            lambda gang, **hooks: loop.resume(
                 run,
                 devices=devices,
                 offload=offload,
@@ -395,7 +397,7 @@ def eval_command(argv: list[str]) -> int:
         by_name.pin(task)
         environment.set_up()
         if dry_run:
-            print(plan.report(plan.of_evaluation(task, architecture.Learner(), len(optimizers), seeds, steps)))
+            print(plan.report(plan.of_evaluation(task, architecture.LearnerSettings(), len(optimizers), seeds, steps)))
             return 0
         splits = by_name.resolve(task)  # first: where data are missing, nothing is written
         if out is None:
@@ -498,16 +500,16 @@ def tasks_command(argv: list[str]) -> int:
 def doctor_command(argv: list[str]) -> int:
     """lolo doctor RUN"""
 
-    def doctor(run: tyro.conf.Positional[Path]) -> int:
+    def doctor_(run: tyro.conf.Positional[Path]) -> int:
         """Whether a meta-training is healthy, in plain words, and what to try when it is not.
 
         Args:
           run: the run's folder.
         """
-        print(health.report(health.examine(run)))
+        print(doctor.report(doctor.examine(run)))
         return 0
 
-    return call(doctor, argv, "lolo doctor")
+    return call(doctor_, argv, "lolo doctor")
 
 
 def report_command(argv: list[str]) -> int:

@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from lolo import contestants, evaluation, plots, training
-from lolo.evaluation import Row
+from lolo import contestants, plots
+from lolo.evaluation import baselines, long_runs, statistics
+from lolo.evaluation.statistics import Row
 from lolo.files import disk, jsonl, tensors
 from lolo.files.disk import FileError
 from lolo.method.task import Splits
@@ -33,7 +34,8 @@ from lolo.optimizers import architecture, pretrained
 from lolo.runtime import environment, interrupt, parallel
 from lolo.runtime.process_group import ALONE
 from lolo.tasks import by_name
-from lolo.training import RunError
+from lolo.training import run_folder
+from lolo.training.run_folder import RunError
 
 
 def slug(text: str) -> str:
@@ -87,7 +89,7 @@ def evaluate(
     Returns: the rows, and the weights by label and meta-seed. Raises ValueError, FileError.
     """
     unique = contestants.distinct(names)  # what is wrong with a name is said now rather than after hours
-    evaluation.check_steps(steps)
+    long_runs.check_steps(steps)
     named = contestants.named_weights(unique, methods)
     splits = splits or by_name.resolve(task)
     files_of = {} if parts is None else _part_files(parts, task, unique, named)
@@ -95,7 +97,7 @@ def evaluate(
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def size(name: str) -> int:
-        return (seeds + evaluation.grid_size(name)) * steps
+        return (seeds + baselines.grid_size(name)) * steps
 
     found = {name: _kept(file, task, steps, seeds, named.get(name)) for name, file in files_of.items()}
     rows_of = {name: rows for name, rows in found.items() if rows}
@@ -113,7 +115,7 @@ def evaluate(
     for members in groups.values():
         with timed(parts.parent, f"evaluating {file_name(task)}") if parts else contextlib.nullcontext():
             entries = [contestants.contestant(name, named, splits, steps, advanced) for name in members]
-            made = evaluation.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
+            made = long_runs.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
         for name, entry in zip(members, entries, strict=True):
             rows_of[name] = [row for row in made if (row.optimizer, row.meta_seed) == (entry.label, entry.meta_seed)]
             if name in files_of:
@@ -170,7 +172,7 @@ def _kept(file: Path, task: str, steps: int, seeds: int, named: contestants.Name
     return rows if sorted(there, key=lambda of: of[-1]) == wanted else None
 
 
-def shown(i: evaluation.Interval, signed: bool = False) -> str:
+def shown(i: statistics.Interval, signed: bool = False) -> str:
     """An interval in a cell of a table."""
     mean = f"{i.mean:+.4f}" if signed else f"{i.mean:.4f}"
     half = f" ± {i.half:.4f}" if math.isfinite(i.half) else ""
@@ -196,11 +198,11 @@ def meta_seed_tables(rows: Sequence[Row]) -> str:
         return [cell(only(seed)) for seed in seeds]
 
     def losses(label: str, mine: list[Row]) -> str:
-        end, lowest = (evaluation.summary(mine, label, field).mean for field in ("train_loss", "train_minimum"))
+        end, lowest = (statistics.summary(mine, label, field).mean for field in ("train_loss", "train_minimum"))
         return f"{end:.4f} ({end - lowest:+.4f})"
 
     def gap(a: str, b: str, mine: list[Row]) -> str:
-        return shown(evaluation.paired_difference(mine, a, b), signed=True)
+        return shown(statistics.paired_difference(mine, a, b), signed=True)
 
     def have(labels: Sequence[str]) -> bool:
         return all(any(row.optimizer == label for row in only(seed)) for label in labels for seed in seeds)
@@ -222,13 +224,13 @@ def cells(rows: Sequence[Row], reference: str | None = None) -> list[list[str]]:
         if label == reference:
             return ""
         try:
-            return shown(evaluation.paired_difference(rows, reference, label, field), signed=True)
+            return shown(statistics.paired_difference(rows, reference, label, field), signed=True)
         except ValueError:  # several meta-seeds on either side, and none in common
             return "no pairs"
 
-    for label in sorted(labels, key=lambda name: evaluation.summary(rows, name).mean):
+    for label in sorted(labels, key=lambda name: statistics.summary(rows, name).mean):
         mine = [row for row in rows if row.optimizer == label]
-        line = [label, shown(evaluation.summary(rows, label)), shown(evaluation.summary(rows, label, "held_loss"))]
+        line = [label, shown(statistics.summary(rows, label)), shown(statistics.summary(rows, label, "held_loss"))]
         line += [difference(label, field) for field in ("train_loss", "held_loss")]
         found.append([*line, f"{sum(row.diverged for row in mine)} of {len(mine)}"])
     return found
@@ -272,8 +274,8 @@ def _row(row: Any) -> dict[str, Any]:
     other = sorted(set(row) - set(_ROW_FIELDS))
     if other:
         raise ValueError(f"field {other[0]!r} is not of this version of lolo")
-    if {len(row["train_curve"]) * evaluation.WINDOW, len(row["held_curve"]) * evaluation.WINDOW} != {row["steps"]}:
-        raise ValueError(f"its curves have no number for each {evaluation.WINDOW} of {row['steps']} steps")
+    if {len(row["train_curve"]) * long_runs.WINDOW, len(row["held_curve"]) * long_runs.WINDOW} != {row["steps"]}:
+        raise ValueError(f"its curves have no number for each {long_runs.WINDOW} of {row['steps']} steps")
     return row
 
 
@@ -307,14 +309,14 @@ def kept_in(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) 
     """
     unique = contestants.distinct(names)
     named = contestants.named_weights(unique)
-    evaluation.check_steps(steps)
+    long_runs.check_steps(steps)
     if (out / "recipe.json").exists():
         raise RunError(f"{out} already holds recipe.json of a run; give another --out.")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise RunError(f"{out} can't be written ({nearest} is in the way); give another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    with training.alone_in(out, ALONE):
+    with run_folder.exclusive(out, ALONE):
         if (command := command_of(out, task)) and not command.startswith("lolo eval "):
             raise RunError(f"{out} already holds what {command!r} wrote; give another --out.")
         kept = _part_files(out / "parts", task, unique, named)
@@ -405,7 +407,7 @@ def write_report(
         f"# {task}, {rows[0].steps:,} inner steps",
         note,
         text,
-        f"Train loss: mean over the last {evaluation.WINDOW} steps. ±: 95 % t interval. All optimizers start from the "
+        f"Train loss: mean over the last {long_runs.WINDOW} steps. ±: 95 % t interval. All optimizers start from the "
         f"same inits and see the same batches; {diverged} of {len(rows)} runs diverged. The grid's learning rate was "
         "picked on other seeds.",
         meta_seed_tables(rows),

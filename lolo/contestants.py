@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import optax
 
-from lolo import evaluation, recipes
-from lolo.evaluation import Contestant
+from lolo.evaluation import baselines, long_runs
+from lolo.evaluation.long_runs import Contestant
 from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.method.task import Splits
 from lolo.optimizers import pretrained, weights_file
-from lolo.optimizers.architecture import Learner
+from lolo.optimizers.architecture import LearnerSettings
+from lolo.training import recipes
 
 SCHEDULES = ("constant", "cosine")
 
@@ -78,11 +79,11 @@ class Named(NamedTuple):
 def is_baseline(name: str) -> bool:
     """Whether this names an optimizer made by hand, such as adamw:1e-3. Raises RecipeError for an unknown one."""
     kind, separator, setting = name.partition(":")
-    if separator and kind in evaluation.BASELINES:
+    if separator and kind in baselines.BASELINES:
         return True
     weights = kind in weights_file.shipped_weights() or Path(name.rpartition(":")[0]).is_file()
     if separator and "=" not in setting and not weights and not Path(name).exists():
-        raise settings.unknown("optimizer", kind, evaluation.BASELINES)
+        raise settings.unknown("optimizer", kind, baselines.BASELINES)
     return False
 
 
@@ -143,7 +144,7 @@ def _label(
 
 
 @functools.lru_cache(maxsize=64)
-def _make_of(learner: Learner, step_scale: float, cosine_steps: int | None) -> evaluation.Make:
+def _make_of(learner: LearnerSettings, step_scale: float, cosine_steps: int | None) -> long_runs.Make:
     """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
     optimizer = pretrained.architecture(learner).optimizer
     if cosine_steps is not None:
@@ -169,8 +170,8 @@ def contestant(
         return Contestant(label, seed, make, weights.meta_params)
     kind, lr = name.partition(":")[0], learning_rate(name)
     if isinstance(lr, str):
-        return evaluation.best_of_grid(splits, kind, steps, lr, advanced=advanced)
-    return evaluation.baseline(kind, lr, steps)
+        return baselines.best_of_grid(splits, kind, steps, lr, advanced=advanced)
+    return baselines.baseline(kind, lr, steps)
 
 
 def distinct(names: Sequence[str | Path]) -> list[str]:
@@ -185,12 +186,12 @@ def distinct(names: Sequence[str | Path]) -> list[str]:
 def learning_rate(name: str) -> float | str:
     """Of a baseline's name: "adamw:1e-3" -> 1e-3, "adamw:grid" -> "grid". Raises ValueError."""
     kind, _, setting = name.partition(":")
-    if setting in evaluation.GRIDS:
+    if setting in baselines.GRIDS:
         return setting
     try:
         lr = float(setting)
     except ValueError:
-        grids = " or ".join(f"{kind}:{grid}" for grid in evaluation.GRIDS)
+        grids = " or ".join(f"{kind}:{grid}" for grid in baselines.GRIDS)
         raise ValueError(f"{name}: give a learning rate ({kind}:1e-3), or {grids}.") from None
     if not 0 < lr < float("inf"):
         raise ValueError(f"{name}: the learning rate must be a positive number.")

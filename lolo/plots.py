@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lolo.evaluation import WINDOW, Row
+from lolo.evaluation.long_runs import WINDOW
+from lolo.evaluation.statistics import Row
 from lolo.files import disk
 
 # Paul Tol's "bright" colours: told apart by readers with any colour vision.

@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lolo import charts, comparisons, evaluation, health, pages, recipes, studies, training
+from lolo import charts, comparisons, pages, studies
 from lolo.charts import Series
-from lolo.evaluation import Row
+from lolo.evaluation import long_runs
+from lolo.evaluation.statistics import Row
 from lolo.files import disk, jsonl, settings
 from lolo.files.disk import FileError
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
 from lolo.optimizers.weights_file import WeightsFile
 from lolo.pages import Html, details, join, table, tag
-from lolo.recipes import Recipe
+from lolo.training import doctor, recipes, run_folder
+from lolo.training.build import check
+from lolo.training.recipes import Recipe
 
 MAX_OPTIMIZERS = 32  # in one evaluation: so many can be told apart in a picture
 NEWEST = 20  # validations in a table
@@ -95,7 +98,7 @@ class RunFolder(NamedTuple):
 
     path: Path
     recipe: Recipe
-    log: health.Log
+    log: doctor.Log
     about: dict[str, Any]
     weights: dict[str, WeightsFile]  # best, last
 
@@ -103,24 +106,24 @@ class RunFolder(NamedTuple):
 def read_run(path: Path) -> RunFolder:
     """A run's folder, checked. Raises FileError."""
     try:
-        recipe = training.read_recipe(path)
-        recipes.check(recipe)
+        recipe = run_folder.read_recipe(path)
+        check(recipe)
     except RecipeError as error:
         raise FileError(f"{path}/recipe.json: {error}") from error
     logs = [path / name for name in ("log.jsonl", "validation.jsonl") if (path / name).is_file()]
-    log = health.read_log(logs[0], len(recipe.tasks)) if logs else health.Log([], [])
+    log = doctor.read_log(logs[0], len(recipe.tasks)) if logs else doctor.Log([], [])
     weights = {
         name: weights_file.read_weights(path / f"{name}.safetensors")
         for name in ("best", "last")
         if (path / f"{name}.safetensors").is_file()
     }
-    return RunFolder(path, recipe, log, training.read_about(path), weights)
+    return RunFolder(path, recipe, log, run_folder.read_about(path), weights)
 
 
 def run_part(path: Path, level: Level) -> list[Html]:
     """A meta-training: facts, health, curves, start steps, validations, recipe, how to reproduce it."""
     run = read_run(path)
-    findings = [level.heading("Health"), findings_list(health.examine(path))] if run.log.steps else []
+    findings = [level.heading("Health"), findings_list(doctor.examine(path))] if run.log.steps else []
     return [
         facts(run),
         *findings,
@@ -144,7 +147,7 @@ def facts(run: RunFolder) -> Html:
     return tag("p", words)
 
 
-def findings_list(findings: Sequence[health.Finding]) -> Html:
+def findings_list(findings: Sequence[doctor.Finding]) -> Html:
     """Health, in the words of `lolo doctor`."""
     items = []
     for finding in findings:
@@ -322,7 +325,7 @@ def comparison(folder: Path, path: Path) -> list[Html]:
 
 
 EXPLANATION = (
-    f"Train loss: mean over the last {evaluation.WINDOW} steps. ±: 95 % t interval. All optimizers start from the same "
+    f"Train loss: mean over the last {long_runs.WINDOW} steps. ±: 95 % t interval. All optimizers start from the same "
     "inits and see the same batches. A learning rate called best was picked on other seeds."
 )
 
@@ -338,7 +341,7 @@ def summary_table(rows: Sequence[Row]) -> Html:
 
 def comparison_curves(rows: Sequence[Row], labels: Sequence[str], mark: float | None) -> list[Html]:
     """Train and held-out loss against the inner step: means and ranges over runs."""
-    x = evaluation.WINDOW * np.arange(1, len(rows[0].train_curve) + 1)
+    x = long_runs.WINDOW * np.arange(1, len(rows[0].train_curve) + 1)
     if mark is not None and not 0 < mark <= x[-1]:
         mark = None
     unroll = "" if mark is None else f"; dotted line: the unroll in meta-training, {mark:,.0f} steps"

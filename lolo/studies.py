@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from lolo import comparisons, plots, recipes, training
+from lolo import comparisons, plots
 from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
-from lolo.recipes import Recipe
 from lolo.runtime import interrupt
 from lolo.tasks import by_name
-from lolo.training import RunError
+from lolo.training import loop, recipes, run_folder, run_log
+from lolo.training.recipes import Recipe
+from lolo.training.run_folder import RunError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,20 +233,20 @@ def meta_train(
     run = runs / f"{comparisons.slug(task)}-{comparisons.slug(method)}-T{total}-seed{seed}"
     what = described(recipe, method)
 
-    def progress(p: training.Progress) -> None:
+    def progress(p: loop.Progress) -> None:
         told(what, p.step, p.total, f"loss {p.task_loss:.3f} α {p.alpha:.2f} K {p.start_step:.0f}")
 
     if (run / "recipe.json").is_file():
-        changed = settings.diff(training.read_recipe(run), recipe)
+        changed = settings.diff(run_folder.read_recipe(run), recipe)
         if changed:
             raise RunError(f"{run} holds another recipe ({', '.join(changed)} differ); give another --out.")
         if finished(run, recipe):
             return run / "last.safetensors"
     with comparisons.timed(runs.parent, what):
         if (run / "recipe.json").is_file():
-            result = training.resume(run, stop=stop, told=progress, say=say)
+            result = loop.resume(run, stop=stop, told=progress, say=say)
         else:
-            result = training.train(recipe, run, stop=stop, told=progress, say=say)
+            result = loop.train(recipe, run, stop=stop, told=progress, say=say)
     if not result.finished:
         raise interrupt.Interrupted(interrupt.stopped_message(runs.parent))
     return run / "last.safetensors"
@@ -351,7 +352,7 @@ def picture_meta_losses(file: Path, task: str, runs: dict[tuple[str, int], Path]
     """
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for (method, _), run in runs.items():
-        recipe, rows = training.read_recipe(run), [row for row in training.log_rows(run) if "task_loss" in row]
+        recipe, rows = run_folder.read_recipe(run), [row for row in run_log.log_rows(run) if "task_loss" in row]
         per_update = recipe.unroll.truncation * recipe.unroll.truncations_per_update
         inner_steps = 2 * recipe.estimator.pairs * len(recipe.tasks) * per_update
         whole = len(rows) // META_LOSS_WINDOW * META_LOSS_WINDOW

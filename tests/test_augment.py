@@ -7,10 +7,10 @@ import optax
 import pytest
 from helpers import assert_close, run, small
 
-from lolo import recipes
 from lolo.method.task import TaskError
 from lolo.tasks import augment, by_name
 from lolo.tasks.small import quadratic
+from lolo.training import build, recipes
 
 PLAIN = quadratic()
 SCALED = augment.reparametrized(PLAIN, 1e3)
@@ -56,7 +56,7 @@ def test_gradients_are_scaled_and_an_optimizer_without_a_scale_sees_other_steps(
 def test_meta_training_keeps_a_states_scale_through_the_buffer():
     recipe = small(recipes.LOLO, {"tasks": ("quadratic:reparametrize=1e3",), "replay.threshold": 0.2})
     task = by_name.resolve(recipe.tasks[0]).train
-    history = run(recipes.build(recipe), (task,), 12)
+    history = run(build.build(recipe), (task,), 12)
     slots = history.states[-1].slots[0]
     assert int(slots.replay.size.min()) > 0
     drawn = {float(x) for state in history.states[1:] for x in np.ravel(state.slots[0].inner.stats.scale)}

@@ -6,9 +6,10 @@ import time
 import pytest
 from test_training import SMALL, small
 
-from lolo import bench, cli, training
+from lolo import bench, cli
 from lolo.files.settings import RecipeError
 from lolo.runtime import parallel
+from lolo.training import run_folder
 
 
 def test_calls_take_turns_and_medians_are_theirs():
@@ -63,7 +64,7 @@ def test_the_fastest_block_is_stored_in_the_recipe(tmp_path, monkeypatch, capsys
     options = [f"--{name}={value}" for name, value in SMALL.items() if name != "tasks"]
     words = ["train", "lolo", "--task", "quadratic", *options, "--devices", "1", "--measure-blocks"]
     assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
-    assert training.read_recipe(tmp_path / "run").estimator.slots_per_block == 2
+    assert run_folder.read_recipe(tmp_path / "run").estimator.slots_per_block == 2
     assert "1: 200.0 ms, 2: 100.0 ms. Storing 2" in capsys.readouterr().err
     monkeypatch.setattr(bench, "block_times", lambda *args: pytest.fail("timed before the folder was looked at"))
     assert cli.main([*words, "--out", str(tmp_path / "run")]) == 2

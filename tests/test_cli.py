@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import cli, comparisons, evaluation, recipes, studies
+from lolo import cli, comparisons, studies
+from lolo.evaluation import long_runs
 from lolo.files import disk, tensors
 from lolo.files.settings import fields
 from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.runtime import environment, interrupt
+from lolo.training import recipes
 
 
 def run(capsys, *argv):
@@ -110,7 +112,7 @@ def test_an_evaluation_is_refused_before_it_runs_where_it_can_not_be_written(tmp
 
 
 def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsys):
-    out, made, original = tmp_path / "out", [], evaluation.compare
+    out, made, original = tmp_path / "out", [], long_runs.compare
 
     def counting(name, splits, entries, *args, **settings):
         made.extend(entry.label for entry in entries)
@@ -123,7 +125,7 @@ def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsy
     def rows():
         return {(row.optimizer, row.seed): row for row in comparisons.load_rows(out / "rows-quadratic.jsonl")}
 
-    monkeypatch.setattr(evaluation, "compare", counting)
+    monkeypatch.setattr(long_runs, "compare", counting)
     stopped = interrupt.Stop()
     monkeypatch.setattr(interrupt, "Stop", lambda: stopped)
     stopped.requested = "SIGTERM"

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from test_training import small
 
-from lolo import comparisons, contestants, evaluation, plots, recipes
-from lolo.evaluation import Row
+from lolo import comparisons, contestants, plots
+from lolo.evaluation import long_runs
+from lolo.evaluation.statistics import Row
 from lolo.files.disk import FileError
 from lolo.optimizers import architecture, pretrained
 from lolo.tasks.small import quadratic
+from lolo.training import recipes
 
 QUADRATIC = quadratic()
 
@@ -148,20 +150,20 @@ def test_a_learner_without_a_clock_refuses_a_limit(tmp_path):
 
 @pytest.mark.parametrize("name", ["adamw:fast", "adamw:0", "adamw:inf", "sgdm:-1", "lion:1e-3"])
 def test_a_bad_baseline_is_refused_before_the_first_run(name, monkeypatch):
-    monkeypatch.setattr(evaluation, "compare", lambda *args, **kwargs: pytest.fail("ran"))
+    monkeypatch.setattr(long_runs, "compare", lambda *args, **kwargs: pytest.fail("ran"))
     with pytest.raises(ValueError, match=name.partition(":")[0]):
         comparisons.evaluate(["adamw:1e-3", name], "quadratic", 100, 1)
 
 
 def test_rows_kept_from_before_are_not_made_again_unless_something_changed(tmp_path, monkeypatch):
     path = write(tmp_path / "a.safetensors", small("lolo"))
-    made, compare = [], evaluation.compare
+    made, compare = [], long_runs.compare
 
     def counting(task, splits, entries, *args, **kwargs):
         made.extend(entry.label for entry in entries)
         return compare(task, splits, entries, *args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "compare", counting)
+    monkeypatch.setattr(long_runs, "compare", counting)
     told = []
 
     def evaluate(*names, steps=100):
@@ -231,7 +233,7 @@ def test_names_of_parts_tell_weights_by_the_settings_they_came_with(tmp_path):
 
 def test_rows_of_a_users_task_are_not_kept_when_its_file_changes(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(evaluation, "compare", lambda *args, **_: made.append(1) or [row("adam 0.1", None, 0, 1.0)])
+    monkeypatch.setattr(long_runs, "compare", lambda *args, **_: made.append(1) or [row("adam 0.1", None, 0, 1.0)])
     file = tmp_path / "mine.py"
     for content in ("from lolo.tasks import quadratic", "from lolo.tasks import quadratic  # changed"):
         file.write_text(content)
@@ -241,7 +243,7 @@ def test_rows_of_a_users_task_are_not_kept_when_its_file_changes(tmp_path, monke
 
 def test_an_optimizer_that_is_named_twice_is_run_once(tmp_path, monkeypatch):
     path, run = write(tmp_path / "a.safetensors", small("lolo")), []
-    monkeypatch.setattr(evaluation, "compare", lambda name, splits, entries, *args, **_: run.extend(entries) or [])
+    monkeypatch.setattr(long_runs, "compare", lambda name, splits, entries, *args, **_: run.extend(entries) or [])
     comparisons.evaluate([path, "adam:0.1", path, "adam:0.1"], "quadratic", 100, 1)
     assert [entry.label for entry in run] == ["lolo", "adam 0.1"]
 
@@ -294,7 +296,7 @@ def test_start_steps_are_summed_over_meta_seeds_and_drawn_once_for_each_weights(
     def weights(value, **changes):
         card = {"start_steps_per_250": {"0": 8, "250": 2}}  # alike for every method without a buffer
         return pretrained.Weights(
-            {"w0": jnp.full(2, value)}, architecture.Learner(), changes | {"unroll": {"length": 9}}, card
+            {"w0": jnp.full(2, value)}, architecture.LearnerSettings(), changes | {"unroll": {"length": 9}}, card
         )
 
     methods = {

@@ -5,10 +5,11 @@ import numpy as np
 import optax
 import pytest
 
-from lolo import evaluation, recipes, training
+from lolo.evaluation import long_runs
 from lolo.files import settings
 from lolo.optimizers import architecture, pretrained
 from lolo.tasks.small import fashion_mlp
+from lolo.training import build, loop, recipes
 
 STEPS = 100
 SEEDS = (0, 1, 2)
@@ -37,13 +38,13 @@ def sgd(setting):
 def losses(make, setting):
     """Test loss after STEPS steps, one number per seed."""
     splits = fashion_mlp()
-    return evaluation.run(
+    return long_runs.run(
         splits.train, splits.test, make, [setting] * len(SEEDS), SEEDS, STEPS
     ).final["loss"]  # fmt: skip
 
 
 def meta_trained():
-    result = training.train(recipe(), None)
+    result = loop.train(recipe(), None)
     return losses(pretrained.architecture(result.weights.learner).optimizer, result.weights.meta_params)
 
 
@@ -65,7 +66,7 @@ def test_a_meta_trained_optimizer_beats_its_untrained_self_and_tuned_sgd(best_sg
 
 
 def test_with_the_meta_gradient_s_sign_flipped_it_does_not(monkeypatch, best_sgd):
-    ascend = recipes.build_outer
-    monkeypatch.setattr(recipes, "build_outer", lambda outer: optax.chain(optax.scale(-1.0), ascend(outer)))
+    ascend = build.build_outer
+    monkeypatch.setattr(build, "build_outer", lambda outer: optax.chain(optax.scale(-1.0), ascend(outer)))
     flipped = meta_trained()
     assert not (flipped < best_sgd).any()

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from lolo import evaluation
-from lolo.evaluation import Contestant, Row
+from lolo.evaluation import baselines, long_runs, statistics
+from lolo.evaluation.long_runs import Contestant
+from lolo.evaluation.statistics import Row
 from lolo.tasks.small import quadratic
 
 QUADRATIC = quadratic()
@@ -29,54 +30,54 @@ def rows(optimizer, losses):
 
 
 def test_an_interval_by_hand():
-    found = evaluation.interval([1.0, 2.0, 3.0], "seeds")
+    found = statistics.interval([1.0, 2.0, 3.0], "seeds")
     assert (found.mean, found.n, found.unit) == (2.0, 3, "seeds")
     assert found.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)  # t of 2 degrees of freedom, deviation 1
-    assert not found.excludes_zero and evaluation.interval([5.0, 5.1, 4.9], "seeds").excludes_zero
-    assert not evaluation.interval([5.0], "seeds").excludes_zero  # one run shows nothing
-    assert not evaluation.interval([math.inf, 5.0, 5.0], "seeds").excludes_zero
+    assert not found.excludes_zero and statistics.interval([5.0, 5.1, 4.9], "seeds").excludes_zero
+    assert not statistics.interval([5.0], "seeds").excludes_zero  # one run shows nothing
+    assert not statistics.interval([math.inf, 5.0, 5.0], "seeds").excludes_zero
 
 
 def test_the_unit_is_the_meta_seed_where_there_are_several():
     losses = rows("lolo", {0: [1.0, 3.0], 1: [4.0, 6.0], 2: [7.0, 9.0]})
-    found = evaluation.summary(losses, "lolo")
+    found = statistics.summary(losses, "lolo")
     assert (found.mean, found.n, found.unit) == (5.0, 3, "meta-seeds")
     assert found.half == pytest.approx(4.302653 * 3.0 / math.sqrt(3), rel=1e-5)  # of 2, 5, 8: not of six numbers
-    one = evaluation.summary([r for r in losses if r.meta_seed == 0], "lolo")
+    one = statistics.summary([r for r in losses if r.meta_seed == 0], "lolo")
     assert (one.mean, one.n, one.unit) == (2.0, 2, "seeds")
 
 
 def test_differences_are_paired_by_evaluation_seed_within_meta_seed():
     ours = rows("lolo", {0: [1.0, 2.0], 1: [5.0, 6.0]})
     theirs = rows("naive", {0: [1.5, 2.7], 1: [5.5, 6.7]})
-    found = evaluation.paired_difference(ours + theirs[::-1], "lolo", "naive")
+    found = statistics.paired_difference(ours + theirs[::-1], "lolo", "naive")
     assert (found.n, found.unit) == (2, "meta-seeds")
     assert found.mean == pytest.approx(-0.6) and found.half == pytest.approx(0.0, abs=1e-9) and found.excludes_zero
-    back = evaluation.paired_difference(ours + theirs, "naive", "lolo")
+    back = statistics.paired_difference(ours + theirs, "naive", "lolo")
     assert back.mean == pytest.approx(0.6)
 
 
 def test_hand_made_optimizers_are_paired_with_every_meta_seed():
     ours, theirs = rows("lolo", {0: [1.0, 2.0], 1: [5.0, 6.0]}), rows("adamw", {None: [2.0, 4.0]})
-    found = evaluation.paired_difference(ours + theirs, "lolo", "adamw")
+    found = statistics.paired_difference(ours + theirs, "lolo", "adamw")
     assert (found.mean, found.n, found.unit) == (pytest.approx((-1.5 + 2.5) / 2), 2, "meta-seeds")
-    assert evaluation.paired_difference(ours + theirs, "adamw", "lolo").mean == pytest.approx(-found.mean)
-    two = evaluation.paired_difference(theirs + rows("sgdm", {None: [2.5, 4.5]}), "adamw", "sgdm")
+    assert statistics.paired_difference(ours + theirs, "adamw", "lolo").mean == pytest.approx(-found.mean)
+    two = statistics.paired_difference(theirs + rows("sgdm", {None: [2.5, 4.5]}), "adamw", "sgdm")
     assert (two.mean, two.n, two.unit) == (-0.5, 2, "seeds")
 
 
 def test_single_weights_of_different_meta_seeds_are_paired_by_evaluation_seed():
     ours, theirs = rows("lolo", {0: [1.0, 2.0]}), rows("naive", {1: [1.5, 2.7]})
-    found = evaluation.paired_difference(ours + theirs, "lolo", "naive")
+    found = statistics.paired_difference(ours + theirs, "lolo", "naive")
     assert (found.mean, found.n, found.unit) == (pytest.approx(-0.6), 2, "seeds")
 
 
 def test_what_can_not_be_paired_is_an_error():
     ours, theirs = rows("lolo", {0: [1.0], 1: [2.0]}), rows("naive", {2: [1.0], 3: [2.0]})
     with pytest.raises(ValueError, match="no evaluation seed and meta-seed in common"):
-        evaluation.paired_difference(ours + theirs, "lolo", "naive")
+        statistics.paired_difference(ours + theirs, "lolo", "naive")
     with pytest.raises(ValueError, match="no evaluation seed and meta-seed in common"):
-        evaluation.paired_difference([row("a", None, 0, 1.0), row("b", None, 1, 1.0)], "a", "b")
+        statistics.paired_difference([row("a", None, 0, 1.0), row("b", None, 1, 1.0)], "a", "b")
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def test_what_can_not_be_paired_is_an_error():
 
 def by_hand(optimizer, seed, steps):
     """Train losses of plain optax steps from the evaluation seed's init on its batches."""
-    task, key = QUADRATIC.train, evaluation.seed_key(seed)
+    task, key = QUADRATIC.train, long_runs.seed_key(seed)
     params, _ = task.init(jax.random.fold_in(key, 0))
 
     def step(carry, n):
@@ -100,8 +101,8 @@ def by_hand(optimizer, seed, steps):
 
 def test_a_run_is_plain_optax_on_the_seed_s_init_and_batches():
     names = {"adamw": 3e-3, "sgdm": 0.1, "adamw-rsqrt": 0.1, "adamw-cosine": 0.1}
-    contestants = [evaluation.baseline(name, lr, 200) for name, lr in names.items()]
-    found = evaluation.compare("quadratic", QUADRATIC, contestants, (0, 7), 200)
+    contestants = [baselines.baseline(name, lr, 200) for name, lr in names.items()]
+    found = long_runs.compare("quadratic", QUADRATIC, contestants, (0, 7), 200)
     schedules = [lambda t: 0.1 * (1 + t / 3000) ** -0.5, optax.cosine_decay_schedule(0.1, 200)]
     optimizers = [optax.adamw(3e-3, weight_decay=1e-4), optax.sgd(0.1, momentum=0.9)]
     optimizers += [optax.adamw(schedule, weight_decay=1e-4) for schedule in schedules]
@@ -115,23 +116,23 @@ def test_a_run_is_plain_optax_on_the_seed_s_init_and_batches():
 
 
 def test_the_grid_s_best_is_picked_by_train_loss_on_seeds_that_are_not_reported():
-    best = evaluation.best_of_grid(QUADRATIC, "sgdm", 100)
+    best = baselines.best_of_grid(QUADRATIC, "sgdm", 100)
     assert best.label == "best sgdm 0.3"
-    assert not set(evaluation.PICK_SEEDS) & set(range(100_000))
+    assert not set(baselines.PICK_SEEDS) & set(range(100_000))
 
 
 def test_the_wide_grid_tries_a_second_weight_decay_and_its_label_says_which():
-    labels = [c.label for c in evaluation.grid("adamw-cosine", "wide-grid", 100)]
+    labels = [c.label for c in baselines.grid("adamw-cosine", "wide-grid", 100)]
     assert len(labels) == len(set(labels)) == 10 and "adamw-cosine 0.003 wd 0.1" in labels
-    assert len(evaluation.grid("adam", "wide-grid", 100)) == 5  # has none
-    assert evaluation.grid_size("adamw:wide-grid") == 20 and evaluation.grid_size("adamw:1e-3") == 0
+    assert len(baselines.grid("adam", "wide-grid", 100)) == 5  # has none
+    assert baselines.grid_size("adamw:wide-grid") == 20 and baselines.grid_size("adamw:1e-3") == 0
 
 
 def test_a_run_that_diverged_counts_with_the_loss_limit():
     limited = QUADRATIC._replace(train=dataclasses.replace(QUADRATIC.train, loss_limit=3.0))
-    (found,) = evaluation.compare("quadratic", limited, [evaluation.baseline("sgdm", 1e9, 100)], [0], 100)
+    (found,) = long_runs.compare("quadratic", limited, [baselines.baseline("sgdm", 1e9, 100)], [0], 100)
     assert found.diverged and found.train_loss == found.held_loss == 3.0
-    (found,) = evaluation.compare("quadratic", QUADRATIC, [evaluation.baseline("sgdm", 1e9, 100)], [0], 100)
+    (found,) = long_runs.compare("quadratic", QUADRATIC, [baselines.baseline("sgdm", 1e9, 100)], [0], 100)
     assert found.diverged and found.train_loss == math.inf
 
 
@@ -145,11 +146,11 @@ def test_scores_are_means_over_the_examples_asked_for(size, limit):
         examples=lambda data, indices: data[indices],
         score=lambda params, stats, batch: {"loss": jnp.mean(batch)},
     )
-    found = evaluation.score_split(task, {}, {}, limit)["loss"]
+    found = long_runs.score_split(task, {}, {}, limit)["loss"]
     np.testing.assert_allclose(found, np.mean(np.arange(min(limit or size, size))), rtol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 150, -100])
 def test_steps_that_are_no_whole_windows_are_refused(steps):
     with pytest.raises(ValueError, match=f"steps={steps} must be a multiple of 100; try [12]00"):
-        evaluation.compare("q", QUADRATIC, [Contestant("sgd", None, evaluation.sgdm, {"lr": 0.1})], [0], steps)
+        long_runs.compare("q", QUADRATIC, [Contestant("sgd", None, baselines.sgdm, {"lr": 0.1})], [0], steps)

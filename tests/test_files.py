@@ -11,10 +11,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from lolo import checkpoints, run_folder
 from lolo.files import disk, jsonl, tensors
 from lolo.files.disk import FileError
 from lolo.optimizers import small_fc_spec, weights_file
+from lolo.training import checkpoints, run_folder
 
 LEARNER = {
     "name": "small_fc",

@@ -15,13 +15,14 @@ import jax
 import numpy as np
 import pytest
 
-from lolo import checkpoints, cli, recipes, run_folder, training
+from lolo import cli
 from lolo.files import settings, tensors
 from lolo.files.disk import FileError
 from lolo.optimizers import pretrained
 from lolo.runtime import launch, parallel, process_group
 from lolo.runtime.process_group import DifferError, ProcessGroupError
-from lolo.training import RunError
+from lolo.training import checkpoints, loop, recipes, run_folder, run_log
+from lolo.training.run_folder import RunError
 
 SIZES = "--task quadratic --learner.name sgd --imitation.lr 0.01 --unroll.length 20 --unroll.truncation 5"
 OPTIONS = [*SIZES.split(), "--estimator.pairs", "4", "--validation.every", "0"]
@@ -123,7 +124,7 @@ def test_two_processes_give_the_bytes_of_one(lolo, tmp_path):
     assert "gloo" not in words.lower()
     timeless = [
         [{k: v for k, v in row.items() if k not in ("inner_steps_per_second", "peak_memory_mb")} for row in rows]
-        for rows in (training.log_rows(tmp_path / name) for name in ("one", "two"))
+        for rows in (run_log.log_rows(tmp_path / name) for name in ("one", "two"))
     ]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 8
     one, two = (checkpoints.read_checkpoint(tmp_path / name, 6)[0] for name in ("one", "two"))
@@ -437,17 +438,17 @@ def test_every_process_states_how_many_devices_it_may_use(monkeypatch):
     monkeypatch.setattr(process_group.ProcessGroup, "require_equal", refuse)
     recipe = settings.with_field(recipes.LOLO, "tasks", ("quadratic",))
     with pytest.raises(DifferError, match="3"):
-        training.train(recipe, devices=3, gang=process_group.ProcessGroup(2, 0))
+        loop.train(recipe, devices=3, gang=process_group.ProcessGroup(2, 0))
 
 
 def test_a_run_that_not_every_process_sees_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(process_group.ProcessGroup, "settle", lambda self, mine, decide: decide([mine, False]))
     recipe = settings.with_field(recipes.LOLO, "tasks", ("quadratic",))
-    assert not training.go_on(tmp_path / "new", recipe, process_group.ProcessGroup(2, 0))
-    training.create_run(tmp_path / "run", recipe, {})
+    assert not run_folder.can_resume(tmp_path / "new", recipe, process_group.ProcessGroup(2, 0))
+    run_folder.create_run(tmp_path / "run", recipe, {})
     checkpoints.write_checkpoint(tmp_path / "run", 0, {"phi": np.zeros(1)}, {})
     with pytest.raises(RunError, match="process 1 does not see .*run: --out must be a folder that all hosts"):
-        training.go_on(tmp_path / "run", recipe, process_group.ProcessGroup(2, 0))
+        run_folder.can_resume(tmp_path / "run", recipe, process_group.ProcessGroup(2, 0))
 
 
 def test_hosts_auto_outside_a_cluster_is_bad_input(monkeypatch):

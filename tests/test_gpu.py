@@ -8,11 +8,11 @@ import optax
 import pytest
 
 import lolo
-from lolo import recipes, training
 from lolo.files import tensors
 from lolo.optimizers import weights_file
 from lolo.runtime import interrupt
 from lolo.tasks import models
+from lolo.training import loop, recipes
 
 pytestmark = pytest.mark.gpu
 
@@ -59,15 +59,15 @@ def test_meta_training_repeats_itself_and_resumes_to_the_byte(tmp_path, slots):
         f"lolo outer.steps=8 unroll.length=20 unroll.truncation=10 validation.every=0 estimator.slots_per_block={slots}"
     )
     for name in ("one", "two"):
-        assert training.train(recipe, tmp_path / name).finished
+        assert loop.train(recipe, tmp_path / name).finished
     stop = interrupt.Stop()
 
     def told(progress):
         if progress.step >= 3:
             stop.requested = "the test"
 
-    assert not training.train(recipe, tmp_path / "three", stop=stop, told=told).finished
-    assert training.resume(tmp_path / "three").finished
+    assert not loop.train(recipe, tmp_path / "three", stop=stop, told=told).finished
+    assert loop.resume(tmp_path / "three").finished
     phi = [
         weights_file.read_weights(tmp_path / name / "last.safetensors").meta_params for name in ("one", "two", "three")
     ]

@@ -10,9 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from lolo import checkpoints, run_folder
 from lolo.files import tensors
 from lolo.optimizers import pretrained
+from lolo.training import checkpoints, run_folder
 
 pytestmark = pytest.mark.slow
 

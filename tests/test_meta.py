@@ -12,10 +12,10 @@ import pytest
 from helpers import agrees, all_finite, assert_close, linear_learner, make_task, recording, run, same, small
 from scipy import stats
 
-from lolo import recipes
 from lolo.method import experts, inner, meta, replay
-from lolo.recipes import BC_ONLY, LOLO, NAIVE, RECIPES
 from lolo.tasks.small import quadratic
+from lolo.training import build
+from lolo.training.recipes import BC_ONLY, LOLO, NAIVE, RECIPES
 
 QUADRATIC = (quadratic(4).train,)
 
@@ -23,7 +23,7 @@ QUADRATIC = (quadratic(4).train,)
 @functools.cache
 def built(recipe):
     """Equal recipes share one Setup, and with it what `helpers.run` has compiled."""
-    return recipes.build(recipe)
+    return build.build(recipe)
 
 
 def setup_of(recipe, changes=None, **fields):

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from helpers import StopAfter, small
 
-from lolo import checkpoints, offload, recipes, training
 from lolo.files import disk
 from lolo.files.settings import RecipeError
+from lolo.training import checkpoints, loop, offload, recipes
+from lolo.training.run import prepare
 
 CHANGES = {
     "unroll.length": 6,
@@ -28,8 +29,8 @@ def digest(run):
 @pytest.mark.parametrize("read", ["oldest", "newest"])
 def test_buffers_on_the_host_change_no_byte(tmp_path, read):
     recipe = small(recipes.LOLO, CHANGES | {"replay.read": read})
-    training.train(recipe, tmp_path / "device")
-    training.train(recipe, tmp_path / "host", offload=True)
+    loop.train(recipe, tmp_path / "device")
+    loop.train(recipe, tmp_path / "host", offload=True)
     expected = digest(tmp_path / "device")
     sizes = [np.frombuffer(x, np.int32) for name, x in expected.items() if name.endswith(".replay.size")]
     assert sizes and all((size == 2).all() for size in sizes)  # full: the oldest were dropped
@@ -42,16 +43,16 @@ def test_buffers_on_the_host_change_no_byte(tmp_path, read):
 
 def test_a_run_may_go_on_with_its_buffers_on_the_other_side(tmp_path):
     recipe = small(recipes.LOLO, CHANGES)
-    training.train(recipe, tmp_path / "whole")
+    loop.train(recipe, tmp_path / "whole")
     for first in (True, False):
         stop, out = StopAfter(7), tmp_path / f"offload-{first}"
-        training.train(recipe, out, offload=first, stop=stop, told=stop.told, say=lambda text: None)
-        assert training.resume(out, offload=not first, say=lambda text: None).finished
+        loop.train(recipe, out, offload=first, stop=stop, told=stop.told, say=lambda text: None)
+        assert loop.resume(out, offload=not first, say=lambda text: None).finished
         assert digest(out) == digest(tmp_path / "whole")
 
 
 def test_the_device_holds_one_state_for_each_slot():
-    run = training.prepare(small(recipes.LOLO, CHANGES), None, None, None, offload=True)
+    run = prepare(small(recipes.LOLO, CHANGES), None, None, None, offload=True)
     ours, whole = run.state.slots[0].replay.states, run.whole_state().slots[0].replay.states
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
         assert a.shape == (2, 1, *b.shape[2:]) and b.shape[1] == 2 and isinstance(b, np.ndarray)
@@ -66,4 +67,4 @@ def test_rules_that_read_within_a_step_are_refused(change, words):
     with pytest.raises(RecipeError, match=words):
         offload.check(recipe)
     with pytest.raises(RecipeError, match="--offload needs"):
-        training.train(recipe, None, offload=True)
+        loop.train(recipe, None, offload=True)

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from lolo import recipes
 from lolo.files import settings
+from lolo.training import recipes
 
 PROGRAM = """
 import hashlib, json, sys

@@ -10,11 +10,12 @@ import pytest
 from helpers import small
 from test_prepared_tasks import write_prepared
 
-from lolo import cli, cost, plan, recipes
+from lolo import cli
 from lolo.files import settings
 from lolo.method import meta
 from lolo.tasks import models
 from lolo.tasks.small import quadratic
+from lolo.training import build, cost, plan, recipes
 from lolo.trees import count_bytes
 
 F32 = jnp.float32
@@ -73,7 +74,7 @@ def planned():
 
 
 def test_a_plans_state_is_that_of_the_run(planned):
-    setup = recipes.build(RECIPE)
+    setup = build.build(RECIPE)
     group = (quadratic().train,)
     state = jax.eval_shape(lambda key: meta.meta_init(setup, group, key), jax.random.key(0))
     assert sum(planned.parts.values()) == count_bytes(state)
@@ -84,12 +85,12 @@ def test_a_plans_state_is_that_of_the_run(planned):
 
 
 def test_arithmetic_is_that_of_all_inner_steps(planned):
-    one = plan.inner_step_cost(recipes.build(RECIPE), quadratic().train).flops
+    one = plan.inner_step_cost(build.build(RECIPE), quadratic().train).flops
     assert planned.flops == one * 3 * 4  # L = 3 steps of 2 pairs
 
 
 def test_validation_has_its_share():
-    splits, setup = quadratic(), recipes.build(RECIPE)
+    splits, setup = quadratic(), build.build(RECIPE)
     step = plan.inner_step_cost(setup, splits.train)
     flops, seconds = plan._long_run(step, splits.validation, 300)
     scored = plan.scoring_cost(splits.validation, 1000)

@@ -23,7 +23,7 @@ from PIL import Image
 from lolo.data import batch_pickle, embedded, fineweb, idx, imagenet, npy, prepare, sandbox, textures
 from lolo.data import tokens as gpt2
 from lolo.data.errors import DataError
-from lolo.data.plan import grouped
+from lolo.data.read_plan import grouped
 from lolo.data.text import alphabet, read_text
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,12 +12,13 @@ from helpers import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lolo import recipes
 from lolo.files.settings import ADDED, RecipeError, diff, fields, with_field
 from lolo.method import experts, inner
 from lolo.optimizers import architecture
-from lolo.recipes import BC_ONLY, LOLO, NAIVE, check, from_dict, to_dict
 from lolo.tasks.small import quadratic
+from lolo.training import build, recipes
+from lolo.training.build import check
+from lolo.training.recipes import BC_ONLY, LOLO, NAIVE, from_dict, to_dict
 
 
 def changed(changes, recipe=LOLO):
@@ -111,16 +112,16 @@ def test_replay_without_imitation_is_naive_with_lolo_s_buffer():
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_recipes_build_as_they_are(name):
-    setup = recipes.build(recipes.RECIPES[name])
+    setup = build.build(recipes.RECIPES[name])
     assert (setup.expert is None) == (name in ("naive", "replay-only"))
     assert (setup.truncation, setup.capacity, setup.estimator.pairs) == (50, 4, 8)
     assert setup.first_lengths == (20,) * 8
 
 
 def test_stagger_shortens_first_unrolls_in_whole_truncations():
-    setup = recipes.build(changed({"unroll.stagger": True}))
+    setup = build.build(changed({"unroll.stagger": True}))
     assert setup.first_lengths == (3, 5, 8, 10, 13, 15, 18, 20)
-    few = recipes.build(changed({"unroll.stagger": True, "unroll.length": 200, "estimator.pairs": 8}))
+    few = build.build(changed({"unroll.stagger": True, "unroll.length": 200, "estimator.pairs": 8}))
     assert few.first_lengths == (1, 1, 2, 2, 3, 3, 4, 4)
 
 
@@ -250,7 +251,7 @@ def test_an_unknown_field_suggests_the_nearest(name, near):
     ],
 )
 def test_an_unknown_choice_suggests_the_nearest(name, value, near):
-    text = message(recipes.build, with_field(LOLO, name, value))
+    text = message(build.build, with_field(LOLO, name, value))
     assert name in text and repr(value) in text and f"did you mean {near!r}?" in text
 
 
@@ -312,7 +313,7 @@ def test_values_that_do_not_go_together_are_refused_in_a_sentence(changes, words
     text = message(check, changed(changes))
     for word in words:
         assert word in text
-    assert message(recipes.build, changed(changes)) == text  # nothing is built from it
+    assert message(build.build, changed(changes)) == text  # nothing is built from it
 
 
 def test_the_length_that_an_error_suggests_is_accepted():
@@ -326,7 +327,7 @@ def test_the_length_that_an_error_suggests_is_accepted():
 
 def draws(schedule, step=0, total=100, count=2000):
     """Lengths in truncations that new unrolls get; N / L = 20."""
-    draw = recipes.unroll_schedules(LOLO.unroll, total)[schedule]
+    draw = build.unroll_schedules(LOLO.unroll, total)[schedule]
     lengths = jax.vmap(lambda key: draw(key, jnp.int32(step)))(jax.random.split(jax.random.key(0), count))
     assert lengths.dtype == jnp.int32
     return np.broadcast_to(lengths, count)
@@ -353,7 +354,7 @@ def test_the_curriculum_grows_to_the_whole_by_half_of_meta_training():
 
 def test_the_shortest_unroll_is_one_truncation():
     unroll = dataclasses.replace(LOLO.unroll, length=50)
-    for draw in recipes.unroll_schedules(unroll, 10).values():
+    for draw in build.unroll_schedules(unroll, 10).values():
         assert int(draw(jax.random.key(0), jnp.int32(0))) == 1
 
 
@@ -362,13 +363,13 @@ def test_the_shortest_unroll_is_one_truncation():
 
 def first_update(recipe, scale):
     """The first update of φ that a gradient of the norm `scale` gets."""
-    outer, phi = recipes.build_outer(recipe.outer), {"w": jnp.zeros(4)}
+    outer, phi = build.build_outer(recipe.outer), {"w": jnp.zeros(4)}
     updates, _ = outer.update({"w": jnp.full(4, scale / 2)}, outer.init(phi), phi)
     return np.asarray(updates["w"])
 
 
 def test_the_outer_rate_warms_up_and_decays():
-    outer, phi = recipes.build_outer(changed({"outer.steps": 100, "outer.warmup": 0.1}).outer), {"w": jnp.zeros(())}
+    outer, phi = build.build_outer(changed({"outer.steps": 100, "outer.warmup": 0.1}).outer), {"w": jnp.zeros(())}
 
     def step(state, _):
         updates, state = outer.update({"w": jnp.ones(())}, state, phi)
@@ -386,7 +387,7 @@ def test_a_clip_before_adam_normalises_and_one_after_it_does_not_fire():
         recipe = with_field(LOLO, "outer.clip_position", position)
         np.testing.assert_allclose(first_update(recipe, 1e3), first_update(recipe, 1e5), rtol=1e-4)
     outer = changed({"outer.clip_position": "before"}).outer
-    built, phi = recipes.build_outer(outer), {"w": jnp.zeros(1)}
+    built, phi = build.build_outer(outer), {"w": jnp.zeros(1)}
     _, state = built.update({"w": jnp.full(1, 1e3)}, built.init(phi), phi)
     np.testing.assert_allclose(optax.tree_utils.tree_get(state, "mu")["w"], 0.1, rtol=1e-5)  # 0.1 · the clipped 1
 
@@ -397,7 +398,7 @@ def test_weight_decay_is_given_to_the_expert_too_and_cancels_in_bc():
     task, key = quadratic(4).train, jax.random.key(2)
 
     def bc(learner_recipe, expert_recipe):
-        learner, expert = architecture.build_learner(learner_recipe.learner), recipes.build_expert(expert_recipe)
+        learner, expert = architecture.build_learner(learner_recipe.learner), build.build_expert(expert_recipe)
         optimizer = learner.optimizer(learner.init(jax.random.key(0)))
         state = inner.begin(task, optimizer, expert, jax.random.key(1))
         step = jax.jit(lambda state: inner.inner_step(task, optimizer, expert, jnp.float32(0.5), state, key))

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import charts, cli, comparisons, evaluation, health, pages, recipes, report, training
+from lolo import charts, cli, comparisons, pages, report
+from lolo.evaluation import long_runs, statistics
 from lolo.files import disk, jsonl, settings
 from lolo.files.disk import FileError
 from lolo.optimizers import weights_file
 from lolo.runtime import environment
-from lolo.training import RunError
+from lolo.training import doctor, loop, recipes, run_log
+from lolo.training.run_folder import RunError
 
 EVIL = "</title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&$x^{$\ud800\u202e\0"
 NUMBERS = ("alpha_mix", "alpha_loss", "gradient_ratio", "gradient_norm", "signal_to_noise", "inner_steps_per_second")
@@ -55,9 +57,9 @@ def make_run(path, task="books-mlp", steps=6, name="lolo"):
 
 def make_rows(task="books-mlp", labels=("lolo", "adamw 0.001"), steps=400):
     """Rows of an evaluation with two seeds."""
-    length = steps // evaluation.WINDOW
+    length = steps // long_runs.WINDOW
     return [
-        evaluation.Row(
+        statistics.Row(
             task=task,
             optimizer=label,
             meta_seed=0 if label == "lolo" else None,
@@ -149,7 +151,7 @@ def test_a_meta_training(tmp_path):
     recipe = make_run(tmp_path / "run")
     page = assert_complete_in_itself(report.build([tmp_path / "run"]))
     said = page.said()
-    for finding in health.examine(tmp_path / "run"):
+    for finding in doctor.examine(tmp_path / "run"):
         assert " ".join(finding.what.split()) in said
     for name, value in settings.fields(recipe).items():
         assert name in said and report.shown(value) in said
@@ -163,7 +165,7 @@ def test_a_meta_training(tmp_path):
 
 def test_a_run_of_which_only_recipe_and_validations_were_kept(tmp_path):
     make_run(tmp_path / "run")
-    rows = [row for row in training.log_rows(tmp_path / "run") if "validation" in row]
+    rows = [row for row in run_log.log_rows(tmp_path / "run") if "validation" in row]
     for name in ("log.jsonl", "run.json", "last.safetensors"):
         (tmp_path / "run" / name).unlink()
     disk.write_bytes(tmp_path / "run" / "validation.jsonl", "".join(jsonl.json_line(r) + "\n" for r in rows).encode())
@@ -241,7 +243,7 @@ def test_the_command_that_is_shown_makes_the_same_recipe(tmp_path, monkeypatch):
         asked.append(recipe)
         raise RunError("enough")
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(environment, "set_up", lambda devices=None: None)
     words = shlex.split(report.train_command(recipe))
     assert words[:3] == ["lolo", "train", "bc-only"]

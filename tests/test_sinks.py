@@ -10,8 +10,9 @@ import pytest
 from helpers import StopAfter
 from test_training import small
 
-from lolo import cli, sinks, training
-from lolo.training import RunError
+from lolo import cli
+from lolo.training import loggers, loop, run_log
+from lolo.training.run_folder import RunError
 
 RECIPE = small(**{"validation.every": 4, "validation.steps": 100, "validation.seeds": 1})
 
@@ -24,8 +25,8 @@ def expected(run):
     """(step, name) -> number, as the log has them."""
     return {
         (row["step"], name): value
-        for row in training.log_rows(run)
-        for name, value in sinks.scalars(row, RECIPE.tasks).items()
+        for row in run_log.log_rows(run)
+        for name, value in loggers.scalars(row, RECIPE.tasks).items()
     }
 
 
@@ -38,22 +39,22 @@ def memory(monkeypatch):
         assert recipe["outer.steps"] == RECIPE.outer.steps
         got = []
         opened.append(got)
-        return sinks.Sink(
+        return loggers.Logger(
             lambda scalars, step: got.extend((step, name, value) for name, value in scalars.items()),
             lambda: got.append("closed"),
         )
 
-    monkeypatch.setitem(sinks.SINKS, "tensorboard", sinks.Kind("json", open_))
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", loggers.Kind("json", open_))
     return opened
 
 
 def test_a_sink_gets_the_numbers_of_the_log_each_step_once_also_after_a_kill(tmp_path, memory):
     stop = StopAfter(5)
-    training.train(RECIPE, tmp_path / "run", log=("tensorboard",), stop=stop, told=stop.told, say=silent)
+    loop.train(RECIPE, tmp_path / "run", log=("tensorboard",), stop=stop, told=stop.told, say=silent)
     # As a SIGKILL leaves it: rows that are past the newest whole checkpoint, and no sink closed.
     with open(tmp_path / "run" / "log.jsonl", "a") as log:
-        log.write(json.dumps(training.log_rows(tmp_path / "run")[-1] | {"step": 5, "task_loss": [99.0]}) + "\n")
-    training.resume(tmp_path / "run", say=silent)  # logs where it logged before
+        log.write(json.dumps(run_log.log_rows(tmp_path / "run")[-1] | {"step": 5, "task_loss": [99.0]}) + "\n")
+    loop.resume(tmp_path / "run", say=silent)  # logs where it logged before
     first, second = memory
     assert first.pop() == "closed" and second.pop() == "closed"
     assert {step for step, _, _ in first} == set(range(5))
@@ -64,12 +65,12 @@ def test_a_sink_gets_the_numbers_of_the_log_each_step_once_also_after_a_kill(tmp
 
 def test_resume_can_add_a_sink_that_starts_at_the_first_step_and_can_drop_it(tmp_path, memory):
     stop = StopAfter(3)
-    training.train(RECIPE, tmp_path / "run", stop=stop, told=stop.told, say=silent)
+    loop.train(RECIPE, tmp_path / "run", stop=stop, told=stop.told, say=silent)
     assert memory == []
-    training.resume(tmp_path / "run", log=("tensorboard",), say=silent)
+    loop.resume(tmp_path / "run", log=("tensorboard",), say=silent)
     assert {entry[0] for entry in memory[0][:-1]} == set(range(8))
-    training.resume(tmp_path / "run", log=(), say=silent)
-    training.resume(tmp_path / "run", say=silent)
+    loop.resume(tmp_path / "run", log=(), say=silent)
+    loop.resume(tmp_path / "run", say=silent)
     assert len(memory) == 1
 
 
@@ -79,11 +80,11 @@ def test_a_sink_that_fails_is_left_out_and_told_and_the_run_goes_on(tmp_path, mo
             raise RuntimeError("no space")
 
     monkeypatch.setitem(
-        sinks.SINKS, "tensorboard", sinks.Kind("json", lambda run, recipe: sinks.Sink(fail, lambda: None))
+        loggers.LOGGERS, "tensorboard", loggers.Kind("json", lambda run, recipe: loggers.Logger(fail, lambda: None))
     )
     said = []
-    result = training.train(small(), tmp_path / "run", log=("tensorboard",), say=said.append)
-    assert result.finished and len(training.log_rows(tmp_path / "run")) == 8
+    result = loop.train(small(), tmp_path / "run", log=("tensorboard",), say=said.append)
+    assert result.finished and len(run_log.log_rows(tmp_path / "run")) == 8
     assert len(said) == 1 and "no space" in said[0] and "lolo resume --log tensorboard" in said[0]
 
 
@@ -91,7 +92,7 @@ def test_a_sink_that_does_not_open_is_one_line(tmp_path, monkeypatch, capsys):
     def refuse(run, recipe):
         raise RuntimeError("no permission")
 
-    monkeypatch.setitem(sinks.SINKS, "wandb", sinks.Kind("json", refuse))
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", loggers.Kind("json", refuse))
     argv = [f"--{name}={' '.join(value) if isinstance(value, tuple) else value}" for name, value in TINY.items()]
     assert cli.main(["train", "lolo", *argv, "--log", "wandb", "--out", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
@@ -121,13 +122,13 @@ def test_an_unknown_sink_names_the_nearest(tmp_path, monkeypatch, capsys):
 
 def test_a_sink_without_a_run_folder_is_refused():
     with pytest.raises(RunError, match="needs a run folder"):
-        training.train(small(), None, log=("tensorboard",))
+        loop.train(small(), None, log=("tensorboard",))
 
 
 def test_numbers_of_a_row():
     row = {"step": 3, "task_loss": [1.0, "nan"], "alpha_mix": "inf", "starts": [0, 50], "reached": [], "dropped": 1}
     row |= {"first_bad": [{"task": "a"}], "validation": {"held_loss": 2.0}}
-    found = sinks.scalars(row, ["a", "b"])
+    found = loggers.scalars(row, ["a", "b"])
     assert math.isnan(found.pop("task_loss/b"))
     expected = {"task_loss/a": 1.0, "alpha_mix": float("inf"), "starts/mean": 25.0, "dropped": 1.0}
     assert found == expected | {"validation/held_loss": 2.0}
@@ -183,9 +184,9 @@ def test_each_library_holds_each_step_once_after_a_resume(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "torch", None)
     stop = StopAfter(5)
     run = tmp_path / "run"
-    training.train(RECIPE, run, log=(name,), stop=stop, told=stop.told, say=silent)
+    loop.train(RECIPE, run, log=(name,), stop=stop, told=stop.told, say=silent)
     assert {step for step, _, _ in read(run)} == set(range(5))
-    training.resume(run, say=silent)
+    loop.resume(run, say=silent)
     found = read(run)
     assert len(found) == len(expected(run))
     for step, scalar, value in found:
@@ -194,5 +195,5 @@ def test_each_library_holds_each_step_once_after_a_resume(tmp_path, monkeypatch,
 
 def test_every_kind_of_sink_is_an_extra_of_its_name():
     text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
-    for name, kind in sinks.SINKS.items():
+    for name, kind in loggers.LOGGERS.items():
         assert f'\n{name} = ["{kind.package}>=' in text

@@ -12,13 +12,14 @@ from helpers import StopAfter, make_task, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lolo import checkpoints, evaluation, recipes, training
 from lolo.data import npy, stream
 from lolo.data.errors import DataError
-from lolo.data.stream import Cursor, Feed, Rows, Stream
+from lolo.data.stream import Cursor, Rows, SegmentReader, Stream
+from lolo.evaluation import baselines, long_runs
 from lolo.method.task import Splits
 from lolo.tasks.small import quadratic
-from lolo.training import RunError
+from lolo.training import checkpoints, loop, recipes
+from lolo.training.run_folder import RunError
 
 SEED = (0, 3)
 
@@ -48,10 +49,10 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 @settings(max_examples=25, deadline=None)
 def test_a_feed_that_goes_on_gives_what_the_first_would_have_given(size, batch, steps, stop):
     source = Stream((np.arange(size, dtype=np.int64), np.arange(2 * size).reshape(size, 2)))
-    whole = Feed(source, steps, batch, SEED)
+    whole = SegmentReader(source, steps, batch, SEED)
     segments = [whole.next() for _ in range(6)]
     whole.close()
-    later = Feed(source, steps, batch, SEED, used=stop)
+    later = SegmentReader(source, steps, batch, SEED, used=stop)
     assert later.cursor == stream.cursor_after(stop * steps * batch, size)
     for expected in segments[stop:]:
         for ours, theirs in zip(later.next(), expected, strict=True):
@@ -94,7 +95,7 @@ def test_a_file_that_became_shorter_or_is_gone_is_an_error(tmp_path):
     np.testing.assert_array_equal(rows[np.array([0])], 0)
     with pytest.raises(DataError, match="ends within row 7"):
         rows[np.array([7])]
-    feed = Feed(Stream((rows,)), 1, 8, SEED)
+    feed = SegmentReader(Stream((rows,)), 1, 8, SEED)
     with pytest.raises(DataError, match=r"a\.npy: ends within row"):
         feed.next()
     feed.close()
@@ -163,17 +164,17 @@ def test_a_segments_batches_are_taken_in_order_and_step_counts_modulo_its_length
 def test_a_streamed_run_resumes_in_the_middle_of_an_epoch_with_the_same_bytes(tmp_path):
     recipe = small(recipes.LOLO, {"outer.steps": 6, "validation.every": 0, "estimator.pairs": 2})
     group = {"streamed": streamed(quadratic())}  # 3 steps of 4 examples a segment: 30 examples end mid-segment
-    whole = training.train(recipe, tmp_path / "whole", tasks=group)
+    whole = loop.train(recipe, tmp_path / "whole", tasks=group)
     stop = StopAfter(3)
-    training.train(recipe, tmp_path / "run", tasks=group, stop=stop, told=stop.told, say=lambda text: None)
+    loop.train(recipe, tmp_path / "run", tasks=group, stop=stop, told=stop.told, say=lambda text: None)
     _, manifest = checkpoints.newest_checkpoint(tmp_path / "run", print)
     assert manifest["streams"] == {"streamed": {"epoch": 1, "position": 6, "size": 30}}
-    resumed = training.resume(tmp_path / "run", tasks=group, say=lambda text: None)
+    resumed = loop.resume(tmp_path / "run", tasks=group, say=lambda text: None)
     assert resumed.finished
     for name, array in whole.weights.meta_params.items():
         assert np.asarray(array).tobytes() == np.asarray(resumed.weights.meta_params[name]).tobytes()
     with pytest.raises(RunError, match="they are not the same data"):
-        training.resume(tmp_path / "run", tasks={"streamed": streamed(quadratic(), size=29)})
+        loop.resume(tmp_path / "run", tasks={"streamed": streamed(quadratic(), size=29)})
 
 
 def test_evaluation_reads_one_stream_for_each_seed_and_every_optimizer():
@@ -184,9 +185,9 @@ def test_evaluation_reads_one_stream_for_each_seed_and_every_optimizer():
     )
     held = dataclasses.replace(task, stream=None, data=(jnp.ones(5),), size=5)
     lr = {"lr": 0.1}
-    curves = evaluation.run(task, held, evaluation.sgdm, [lr] * 4, [1, 2, 1, 2], 200)
+    curves = long_runs.run(task, held, baselines.sgdm, [lr] * 4, [1, 2, 1, 2], 200)
     for k, seed in enumerate([1, 2, 1, 2]):
-        order = stream.indices((evaluation.EVAL_STREAM, seed), Cursor(0, 0), 800, 700)
+        order = stream.indices((long_runs.EVAL_STREAM, seed), Cursor(0, 0), 800, 700)
         expected = values[order].reshape(2, 400).mean(axis=1)
         np.testing.assert_allclose(curves.train_loss[k], expected, rtol=1e-5)
     assert not np.allclose(curves.train_loss[0], curves.train_loss[1])

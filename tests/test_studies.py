@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from test_training import SMALL, small
 
-from lolo import comparisons, contestants, evaluation, plots, recipes, studies, training
+from lolo import comparisons, contestants, plots, studies
 from lolo.data.errors import DataError
+from lolo.evaluation import statistics
 from lolo.files.settings import RecipeError
 from lolo.runtime import interrupt
-from lolo.training import RunError
+from lolo.training import build, loop, recipes, run_folder, run_log
+from lolo.training.run_folder import RunError
 
 TINY = studies.Study(
     about="the smallest study",
@@ -54,13 +56,13 @@ def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, mo
     )
     expected = [r for r in found if (r.optimizer, r.meta_seed) in (("lolo", 1), ("adamw 0.01", None))]
     assert again == expected
-    assert evaluation.paired_difference(again, "lolo", "adamw 0.01").unit == "seeds"
+    assert statistics.paired_difference(again, "lolo", "adamw 0.01").unit == "seeds"
 
 
 def test_a_study_refuses_runs_of_another_recipe(tmp_path, monkeypatch):
     monkeypatch.setitem(studies.STUDIES, "tiny", TINY)
     other = dataclasses.replace(studies.recipe_of(TINY, "lolo", "quadratic", 0), seed=7)
-    training.create_run(tmp_path / "runs" / "quadratic-lolo-T3-seed0", other, {})
+    run_folder.create_run(tmp_path / "runs" / "quadratic-lolo-T3-seed0", other, {})
     with pytest.raises(RunError, match=r"another recipe \(seed differ\)"):
         studies.reproduce("tiny", tmp_path)
 
@@ -107,8 +109,8 @@ def test_meta_losses_are_pictured_against_the_median_time_of_a_step(tmp_path, mo
     seen = {}
     draw = plots.meta_losses
     monkeypatch.setattr(plots, "meta_losses", lambda runs, title: seen.update(runs) or draw(runs, title))
-    training.train(small("lolo"), tmp_path / "run")
-    rows = training.log_rows(tmp_path / "run")
+    loop.train(small("lolo"), tmp_path / "run")
+    rows = run_log.log_rows(tmp_path / "run")
     studies.picture_meta_losses(tmp_path / "a.png", "quadratic", {("lolo", 0): tmp_path / "run"})
     [(hours, losses)] = seen["lolo"]
     pace = np.median([row["inner_steps_per_second"] for row in rows])
@@ -154,7 +156,7 @@ def test_every_recipe_of_the_study_can_be_built(part):
     study = studies.STUDY[part]
     for task in study.tasks:
         for method in study.methods:
-            recipes.build(studies.recipe_of(study, method, task, 0))
+            build.build(studies.recipe_of(study, method, task, 0))
     assert all(method in study.methods for method, _ in study.uses)
     for name in study.baselines:
         contestants.learning_rate(name)

@@ -12,11 +12,12 @@ import time
 
 import pytest
 
-from lolo import cli, recipes, sweep, training
+from lolo import cli
 from lolo.files import settings
 from lolo.optimizers import weights_file
 from lolo.runtime import interrupt
-from lolo.sweep import SweepError
+from lolo.training import loop, recipes, sweep
+from lolo.training.sweep import SweepError
 
 SMALL = """
 [fields]
@@ -107,10 +108,10 @@ def test_the_slurm_script_has_a_task_for_each_run_and_is_valid_shell(tmp_path, c
 def test_the_table_tells_how_far_each_run_is(tmp_path, capsys):
     path = write(tmp_path, f'out = "{tmp_path}/out"\n{SMALL}\n[grid]\nseed = [0, 1, 2, 3]')
     done, begun, failed, waiting = sweep.read(path).runs
-    training.train(done.recipe, done.out)
+    loop.train(done.recipe, done.out)
     stop = interrupt.Stop()
     stop.requested = "test"
-    training.train(begun.recipe, begun.out, stop=stop, say=lambda text: None)
+    loop.train(begun.recipe, begun.out, stop=stop, say=lambda text: None)
     sweep.failure_file(failed).write_text("killed by SIGKILL: it said nothing\n")
     assert [sweep.state_of(run) for run in (done, begun, failed, waiting)] == ["done", "begun", "waiting", "waiting"]
     assert sweep.command(begun, "lolo", 1) == ["resume", str(begun.out), "--devices", "1"]

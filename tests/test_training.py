@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from helpers import StopAfter
 
-from lolo import checkpoints, health, recipes, run_folder, training
 from lolo.files import disk, settings, tensors
 from lolo.files.disk import FileError
 from lolo.method.task import TaskError
 from lolo.optimizers import pretrained, weights_file
 from lolo.tasks.small import quadratic
-from lolo.training import DivergedError, RunError
+from lolo.training import checkpoints, doctor, loop, recipes, run_folder, run_log
+from lolo.training.loop import DivergedError
+from lolo.training.run import check_init
+from lolo.training.run_folder import RunError
 
 SMALL = {
     "tasks": ("quadratic",),
@@ -45,15 +47,15 @@ def phi(result):
 @pytest.mark.parametrize("name", ["lolo", "bc-only", "naive"])
 def test_stop_and_resume_equals_uninterrupted(tmp_path, name):
     recipe = small(name, **{"validation.every": 3, "validation.steps": 100, "validation.seeds": 1})
-    whole = training.train(recipe, tmp_path / "whole")
+    whole = loop.train(recipe, tmp_path / "whole")
     for at in (1, 3, 6):
         stop = StopAfter(at)
         out = tmp_path / f"stopped{at}"
-        first = training.train(recipe, out, stop=stop, told=stop.told, say=lambda text: None)
+        first = loop.train(recipe, out, stop=stop, told=stop.told, say=lambda text: None)
         assert not first.finished and first.step == at
-        second = training.resume(out, say=lambda text: None)
+        second = loop.resume(out, say=lambda text: None)
         assert second.finished and phi(second) == phi(whole)
-        logs = [training.log_rows(folder) for folder in (out, tmp_path / "whole")]
+        logs = [run_log.log_rows(folder) for folder in (out, tmp_path / "whole")]
         timeless = [
             [{k: v for k, v in row.items() if k not in ("inner_steps_per_second", "peak_memory_mb")} for row in log]
             for log in logs
@@ -62,43 +64,43 @@ def test_stop_and_resume_equals_uninterrupted(tmp_path, name):
 
 
 def test_another_seed_gives_other_weights():
-    assert phi(training.train(small(), None)) != phi(training.train(small(seed=1), None))
+    assert phi(loop.train(small(), None)) != phi(loop.train(small(seed=1), None))
 
 
 def test_a_folder_with_another_run_is_refused_with_the_difference(tmp_path):
-    training.train(small(), tmp_path / "run")
+    loop.train(small(), tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     with pytest.raises(RunError, match=r"already holds a run \(seed: 0 there, 5 asked\).*lolo resume"):
-        training.train(small(seed=5), tmp_path / "run")
+        loop.train(small(seed=5), tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(RunError, match="not an empty folder"):
-        training.train(small(), tmp_path)
+        loop.train(small(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_resume_refuses_a_changed_recipe(tmp_path):
-    training.train(small(), tmp_path / "run")
+    loop.train(small(), tmp_path / "run")
     path = tmp_path / "run" / "recipe.json"
     data = json.loads(path.read_text())
     data["estimator"]["sigma"] = 0.5
     path.write_text(json.dumps(data))
     with pytest.raises(RunError, match=r"estimator\.sigma: 0\.01 in the checkpoint, 0\.5 now"):
-        training.resume(tmp_path / "run")
+        loop.resume(tmp_path / "run")
 
 
 def test_resume_without_a_run_or_a_checkpoint_says_so(tmp_path):
     with pytest.raises(RunError, match="holds no run"):
-        training.resume(tmp_path)
+        loop.resume(tmp_path)
     stop = StopAfter(1)
-    training.train(small(), tmp_path / "run", stop=stop, told=stop.told, say=lambda text: None)
+    loop.train(small(), tmp_path / "run", stop=stop, told=stop.told, say=lambda text: None)
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         (folder / "manifest.json").unlink()
     with pytest.raises(RunError, match="no whole checkpoint"):
-        training.resume(tmp_path / "run", say=lambda text: None)
+        loop.resume(tmp_path / "run", say=lambda text: None)
 
 
 def test_two_at_work_on_one_folder_are_kept_apart(tmp_path):
@@ -106,22 +108,22 @@ def test_two_at_work_on_one_folder_are_kept_apart(tmp_path):
 
     def told(progress):
         with pytest.raises(RunError, match=f"another process is at work on {out}; wait for it"):
-            training.resume(out)
+            loop.resume(out)
         tried.append(progress.step)
 
     stop = StopAfter(2)
-    training.train(small(), out, stop=stop, told=lambda p: (told(p), stop.told(p)), say=lambda text: None)
+    loop.train(small(), out, stop=stop, told=lambda p: (told(p), stop.told(p)), say=lambda text: None)
     log = (out / "log.jsonl").read_text()
     with disk.locked(out) as free, disk.locked(tmp_path) as another:
         assert free and another
         with pytest.raises(RunError, match="another process is at work"):
-            training.resume(out)
+            loop.resume(out)
     assert (out / "log.jsonl").read_text() == log and tried == [1, 2]
-    assert phi(training.resume(out, say=lambda text: None)) == phi(training.train(small()))
+    assert phi(loop.resume(out, say=lambda text: None)) == phi(loop.train(small()))
 
 
 def test_weights_carry_recipe_and_quantiles_of_realised_steps(tmp_path):
-    result = training.train(small(), tmp_path / "run")
+    result = loop.train(small(), tmp_path / "run")
     loaded = pretrained.load(tmp_path / "run" / "last.safetensors")
     assert loaded.recipe["unroll"]["length"] == 40
     assert loaded.card["outer_step"] == 8
@@ -136,8 +138,8 @@ def test_weights_carry_recipe_and_quantiles_of_realised_steps(tmp_path):
 
 def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path):
     recipe = small(**{"validation.every": 2, "validation.steps": 100, "validation.seeds": 1})
-    training.train(recipe, tmp_path / "run")
-    measured = [row["validation"]["held_loss"] for row in training.log_rows(tmp_path / "run") if "validation" in row]
+    loop.train(recipe, tmp_path / "run")
+    measured = [row["validation"]["held_loss"] for row in run_log.log_rows(tmp_path / "run") if "validation" in row]
     assert len(measured) == 4
     best = pretrained.load(tmp_path / "run" / "best.safetensors")
     assert best.card["outer_step"] == 2 * (int(np.argmin(measured)) + 1)
@@ -148,62 +150,60 @@ def test_last_weights_say_how_their_step_was_validated(tmp_path, monkeypatch):
     recipe = small(**{"validation.every": 3, "validation.steps": 100, "validation.seeds": 1})
     written, save = [], pretrained.save
     monkeypatch.setattr(pretrained, "save", lambda path, weights: (written.append(path.name), save(path, weights)))
-    training.train(recipe, tmp_path / "run")  # validated after 3, 6 and, because it is the last, 8 outer steps
+    loop.train(recipe, tmp_path / "run")  # validated after 3, 6 and, because it is the last, 8 outer steps
     assert written.count("last.safetensors") == 3
-    measured = [row["validation"] for row in training.log_rows(tmp_path / "run") if "validation" in row]
+    measured = [row["validation"] for row in run_log.log_rows(tmp_path / "run") if "validation" in row]
     assert pretrained.load(tmp_path / "run" / "last.safetensors").card["validation"] == measured[-1]
-    training.resume(tmp_path / "run", say=lambda text: None)
+    loop.resume(tmp_path / "run", say=lambda text: None)
     assert pretrained.load(tmp_path / "run" / "last.safetensors").card["validation"] == measured[-1]
     stop = StopAfter(7)
-    training.train(recipe, tmp_path / "cut", stop=stop, told=stop.told, say=lambda text: None)
+    loop.train(recipe, tmp_path / "cut", stop=stop, told=stop.told, say=lambda text: None)
     assert "validation" not in pretrained.load(tmp_path / "cut" / "last.safetensors").card
 
 
 def test_init_goes_on_from_other_weights(tmp_path):
-    training.train(small(), tmp_path / "a")
+    loop.train(small(), tmp_path / "a")
     source = tmp_path / "a" / "last.safetensors"
     recipe = small(**{"outer.steps": 1, "outer.lr": 1e-12, "outer.final_lr": 1e-12})
-    result = training.train(recipe, None, init=source)
+    result = loop.train(recipe, None, init=source)
     for name, array in pretrained.load(source).meta_params.items():
         np.testing.assert_allclose(result.weights.meta_params[name], array, atol=1e-9)
     for name, value, there in (("hidden", 5, "4"), ("step_mult", 0.01, "0.001"), ("learn_decays", True, "False")):
         words = f"learner.{name} is {there} there and {value} in the recipe"
         with pytest.raises(FileError, match=words):
-            training.train(small(**{f"learner.{name}": value}), tmp_path / "b", init=source)
+            loop.train(small(**{f"learner.{name}": value}), tmp_path / "b", init=source)
     assert not (tmp_path / "b").exists()
-    training.check_init(
-        weights_file.read_weights(source), small(**{"learner.clock_limit": 5.0}).learner
-    )  # a mend is free
+    check_init(weights_file.read_weights(source), small(**{"learner.clock_limit": 5.0}).learner)  # a mend is free
     weights = pretrained.load(source)  # and so is how they are shipped: φ means what it was meta-trained as
     shipped = dataclasses.replace(weights.learner, step_mult=2e-3, step_decay=3000.0)
     pretrained.save(tmp_path / "shipped.safetensors", weights._replace(learner=shipped))
-    training.check_init(weights_file.read_weights(tmp_path / "shipped.safetensors"), weights.learner)
+    check_init(weights_file.read_weights(tmp_path / "shipped.safetensors"), weights.learner)
 
 
 @pytest.mark.parametrize("killed", ["before recipe.json", "in recipe.json", "before the first checkpoint"])
 def test_a_run_killed_before_its_first_checkpoint_is_not_in_the_way(tmp_path, killed):
     recipe = small(**{"outer.steps": 2})
-    run, whole = tmp_path / "run", phi(training.train(recipe, tmp_path / "whole"))
+    run, whole = tmp_path / "run", phi(loop.train(recipe, tmp_path / "whole"))
     run.mkdir()
     (run / "run.json").write_bytes((tmp_path / "whole" / "run.json").read_bytes())
     if killed == "before the first checkpoint":
         (run / "recipe.json").write_bytes((tmp_path / "whole" / "recipe.json").read_bytes())
         (run / "checkpoints").mkdir()
-        assert phi(training.resume(run, say=lambda text: None)) == whole
+        assert phi(loop.resume(run, say=lambda text: None)) == whole
         return
     if killed == "in recipe.json":
         (run / ".recipe.json.123.tmp").write_text("{")
-    assert phi(training.train(recipe, run)) == whole
+    assert phi(loop.train(recipe, run)) == whole
 
 
 def test_a_run_without_checkpoints_is_not_begun_again_over_what_it_made(tmp_path):
-    training.train(small(**{"outer.steps": 1}), tmp_path / "run")
+    loop.train(small(**{"outer.steps": 1}), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     for gone in (None, "log.jsonl", "last.safetensors"):
         if gone:
             (tmp_path / "run" / gone).rename(tmp_path / gone)
         with pytest.raises(RunError, match="no whole checkpoint"):
-            training.resume(tmp_path / "run", say=lambda text: None)
+            loop.resume(tmp_path / "run", say=lambda text: None)
         if gone:
             (tmp_path / gone).rename(tmp_path / "run" / gone)
 
@@ -214,19 +214,19 @@ def own():
 
 def test_own_tasks_are_named_in_the_weights_and_asked_for_again(tmp_path):
     stop = StopAfter(1)
-    first = training.train(small(), tmp_path / "run", tasks=own(), stop=stop, told=stop.told, say=lambda text: None)
+    first = loop.train(small(), tmp_path / "run", tasks=own(), stop=stop, told=stop.told, say=lambda text: None)
     assert first.weights.recipe["tasks"] == ("mine",)
     with pytest.raises(RunError, match=r"tasks=\('mine',\), not \('yours',\)"):
-        training.resume(tmp_path / "run", tasks={"yours": quadratic(3)})
+        loop.resume(tmp_path / "run", tasks={"yours": quadratic(3)})
     with pytest.raises(TaskError, match="unknown task 'mine'"):
-        training.resume(tmp_path / "run", say=lambda text: None)
-    assert training.resume(tmp_path / "run", tasks=own(), say=lambda text: None).finished
+        loop.resume(tmp_path / "run", say=lambda text: None)
+    assert loop.resume(tmp_path / "run", tasks=own(), say=lambda text: None).finished
 
 
 def test_less_than_one_device_is_refused():
     for devices in (0, -1):
         with pytest.raises(ValueError, match=f"devices={devices} must be at least 1"):
-            training.train(small(), None, devices=devices)
+            loop.train(small(), None, devices=devices)
 
 
 def poisoned():
@@ -238,18 +238,18 @@ def poisoned():
 def test_a_run_of_bad_numbers_stops_with_a_diagnosis_and_keeps_the_last_good_checkpoint(tmp_path):
     recipe = small(**{"outer.max_bad_steps": 3})
     with pytest.raises(DivergedError) as caught:
-        training.train(recipe, tmp_path / "run", tasks=poisoned())
+        loop.train(recipe, tmp_path / "run", tasks=poisoned())
     words = str(caught.value)
     assert "task 'poisoned'" in words and "the loss went bad first" in words and "outer step 0." in words
     assert run_folder.checkpoints(tmp_path / "run") == [0]
     arrays, _ = checkpoints.read_checkpoint(tmp_path / "run", 0)
     assert all(np.isfinite(x).all() for name, x in arrays.items() if x.dtype.kind == "f" and "meta_params" in name)
-    assert [row["dropped"] for row in training.log_rows(tmp_path / "run")] == [2, 2, 2]
+    assert [row["dropped"] for row in run_log.log_rows(tmp_path / "run")] == [2, 2, 2]
 
 
 def test_every_logged_row_names_what_the_evaluation_rules_ask_for(tmp_path):
-    training.train(small(), tmp_path / "run")
-    row = training.log_rows(tmp_path / "run")[-1]
+    loop.train(small(), tmp_path / "run")
+    row = run_log.log_rows(tmp_path / "run")[-1]
     assert {
         "task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms", "gradient_ratio", "alpha_mix", "gradient_norm",
         "signal_to_noise", "dropped", "starts", "inner_steps_per_second",
@@ -260,7 +260,7 @@ def test_every_logged_row_names_what_the_evaluation_rules_ask_for(tmp_path):
 
 
 def test_large_checkpoints_are_written_while_the_next_outer_steps_run(tmp_path, monkeypatch):
-    training.train(small(), tmp_path / "inline", checkpoint_seconds=0.0)
+    loop.train(small(), tmp_path / "inline", checkpoint_seconds=0.0)
     told, held_up, write = threading.Event(), [], checkpoints.write_checkpoint
 
     def slow(run, step, arrays, about, **more):
@@ -268,9 +268,9 @@ def test_large_checkpoints_are_written_while_the_next_outer_steps_run(tmp_path, 
             held_up.append(told.wait(20))  # for what the loop does after asking for this checkpoint
         return write(run, step, arrays, about, **more)
 
-    monkeypatch.setattr(training, "LARGE_CHECKPOINT", 0)
+    monkeypatch.setattr(checkpoints, "LARGE_CHECKPOINT", 0)
     monkeypatch.setattr(checkpoints, "write_checkpoint", slow)
-    training.train(small(), tmp_path / "run", checkpoint_seconds=0.0, told=lambda p: p.step == 2 and told.set())
+    loop.train(small(), tmp_path / "run", checkpoint_seconds=0.0, told=lambda p: p.step == 2 and told.set())
     assert held_up == [True]
     for step in run_folder.checkpoints(tmp_path / "inline"):
         ours, theirs = (checkpoints.read_checkpoint(tmp_path / name, step)[0] for name in ("run", "inline"))
@@ -285,22 +285,22 @@ def test_a_large_checkpoint_that_can_not_be_written_ends_the_run_with_the_reason
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(run, step, arrays, about, **more)
 
-    monkeypatch.setattr(training, "LARGE_CHECKPOINT", 0)
+    monkeypatch.setattr(checkpoints, "LARGE_CHECKPOINT", 0)
     monkeypatch.setattr(checkpoints, "write_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
-        training.train(small(), tmp_path / "run", checkpoint_seconds=0.0)
+        loop.train(small(), tmp_path / "run", checkpoint_seconds=0.0)
     assert run_folder.checkpoints(tmp_path / "run")[-1] == 2
     monkeypatch.setattr(checkpoints, "write_checkpoint", write)
-    resumed = training.resume(tmp_path / "run")
-    assert phi(resumed) == phi(training.train(small()))
+    resumed = loop.resume(tmp_path / "run")
+    assert phi(resumed) == phi(loop.train(small()))
 
 
 def test_bad_numbers_in_one_task_leave_the_others_work_alone(tmp_path):
     recipe = small(**{"tasks": ("poisoned", "good"), "outer.max_bad_steps": 3})
-    result = training.train(recipe, tmp_path / "run", tasks=poisoned() | {"good": quadratic()})
-    rows = training.log_rows(tmp_path / "run")
+    result = loop.train(recipe, tmp_path / "run", tasks=poisoned() | {"good": quadratic()})
+    rows = run_log.log_rows(tmp_path / "run")
     assert result.finished and [row["dropped"] for row in rows] == [2] * 8
     assert {bad["task"] for row in rows for bad in row["first_bad"]} == {"poisoned"}
     assert all(np.isfinite(x).all() for x in result.weights.meta_params.values())
-    findings = health.examine(tmp_path / "run")
+    findings = doctor.examine(tmp_path / "run")
     assert any("50.00 % of all" in finding.what and not finding.good for finding in findings)

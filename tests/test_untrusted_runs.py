@@ -14,14 +14,16 @@ from test_interop import draw
 from test_training import small
 from test_untrusted_files import mutated
 
-from lolo import checkpoints, comparisons, evaluation, health, recipes, training
+from lolo import comparisons
+from lolo.evaluation import statistics
 from lolo.files import tensors
 from lolo.files.disk import FileError
 from lolo.files.settings import RecipeError
 from lolo.method import meta
 from lolo.optimizers import interop, pretrained, weights_file
 from lolo.tasks.small import quadratic
-from lolo.training import RunError
+from lolo.training import build, checkpoints, doctor, loop, run_folder
+from lolo.training.run_folder import RunError
 
 OURS = (FileError, RecipeError, RunError)
 STEP = 2
@@ -68,9 +70,9 @@ def metadata_mutated(content, random):
 def run(tmp_path_factory):
     """A run of two outer steps, with the rows of an evaluation and the weights in the other tools' files beside it."""
     folder = tmp_path_factory.mktemp("seed") / "run"
-    training.train(small(**{"outer.steps": STEP, "validation.every": 1, "validation.steps": 100}), folder)
+    loop.train(small(**{"outer.steps": STEP, "validation.every": 1, "validation.steps": 100}), folder)
     curve = [1.0, float("nan")]
-    row = evaluation.Row("quadratic", "lolo", 0, 1, 200, 1.0, 0.9, 1.1, {"loss": 1.1}, False, curve, curve)
+    row = statistics.Row("quadratic", "lolo", 0, 1, 200, 1.0, 0.9, 1.1, {"loss": 1.1}, False, curve, curve)
     comparisons.save_rows(folder / "rows.jsonl", [row, dataclasses.replace(row, seed=2, meta_seed=None)])
     interop.export_learned_optimization(draw(2), folder / "theta.state")
     interop.export_pylo(draw(2), folder / "model.safetensors")
@@ -79,7 +81,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def state_shapes():
-    setup, splits = recipes.build(small()), quadratic()
+    setup, splits = build.build(small()), quadratic()
     return jax.eval_shape(lambda key: meta.meta_init(setup, (splits.train,), key, None), jax.random.key(0))
 
 
@@ -92,7 +94,7 @@ def read_state(folder, shapes):
         entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     path.write_text(json.dumps(manifest))
     arrays, _ = checkpoints.read_checkpoint(folder, STEP)
-    training.state_from_arrays(arrays, shapes, ", ".join(manifest["files"]))
+    checkpoints.state_from_arrays(arrays, shapes, ", ".join(manifest["files"]))
 
 
 class Reader(NamedTuple):
@@ -102,10 +104,10 @@ class Reader(NamedTuple):
 
 
 READERS = [
-    Reader("recipe.json", lambda folder, _: training.read_recipe(folder), json_mutated),
-    Reader("recipe.json", lambda folder, _: training.read_recipe(folder), mutated),
-    Reader("log.jsonl", lambda folder, _: health.report(health.examine(folder)), lines_mutated),
-    Reader("log.jsonl", lambda folder, _: health.report(health.examine(folder)), mutated),
+    Reader("recipe.json", lambda folder, _: run_folder.read_recipe(folder), json_mutated),
+    Reader("recipe.json", lambda folder, _: run_folder.read_recipe(folder), mutated),
+    Reader("log.jsonl", lambda folder, _: doctor.report(doctor.examine(folder)), lines_mutated),
+    Reader("log.jsonl", lambda folder, _: doctor.report(doctor.examine(folder)), mutated),
     Reader("rows.jsonl", lambda folder, _: comparisons.load_rows(folder / "rows.jsonl"), lines_mutated),
     Reader(f"{CHECKPOINT}/manifest.json", lambda folder, _: checkpoints.read_checkpoint(folder, STEP), json_mutated),
     Reader(f"{CHECKPOINT}/state.safetensors", lambda folder, _: checkpoints.read_checkpoint(folder, STEP), mutated),

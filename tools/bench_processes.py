@@ -21,8 +21,8 @@ import numpy as np
 import scale_model
 import tyro
 
-from lolo import training
 from lolo.runtime import environment, launch, parallel, process_group
+from lolo.training.run import prepare
 
 TURN = 10  # outer steps of one gang before the other's turn
 
@@ -35,7 +35,7 @@ def worker(core: int, place: dict, task: str, pairs: int) -> None:
     if place["processes"] > 1:
         here = process_group.join(**place, join_seconds=120, heartbeat_seconds=60)
     recipe = scale_model.of_task(task, pairs)
-    run = training.prepare(recipe, None, None, 1, here)
+    run = prepare(recipe, None, None, 1, here)
     any_process = parallel.any_process(run.over)
     for line in sys.stdin:
         times = []

@@ -16,15 +16,17 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from lolo import bench, recipes, training
+from lolo import bench
 from lolo.files import settings
 from lolo.method import meta
 from lolo.method.inner import StepRecord
 from lolo.method.task import Task
-from lolo.recipes import Recipe
 from lolo.runtime import environment, parallel
 from lolo.runtime.process_group import ALONE
 from lolo.tasks import by_name
+from lolo.training import build, recipes
+from lolo.training.recipes import Recipe
+from lolo.training.run import prepare
 
 WORD = 4  # bytes
 FLAGS = 2  # does any process want to stop; is a checkpoint due
@@ -52,7 +54,7 @@ class Counts:
 
 def counts(recipe: Recipe) -> Counts:
     """What one outer step does, from the recipe alone."""
-    setup = recipes.build(recipe)
+    setup = build.build(recipe)
     pairs, steps = recipe.estimator.pairs, recipe.unroll.truncation
     rounds = recipe.unroll.truncations_per_update * len(recipe.tasks)
     phi = sum(x.size for x in jax.tree.leaves(jax.eval_shape(setup.learned.init, jax.random.key(0))))
@@ -172,7 +174,7 @@ def measure(task: str = "fashion-mlp", pairs: int = 8, steps: int = 100, out: st
     short = recipe.unroll.truncation
     runs = {}
     for length in (short, 2 * short):
-        runs[length] = training.prepare(settings.with_field(recipe, "unroll.truncation", length), None, None, 1, ALONE)
+        runs[length] = prepare(settings.with_field(recipe, "unroll.truncation", length), None, None, 1, ALONE)
     replicated = jax.jit(partial(replicated_work, runs[short].setup, by_name.resolve(task).train, pairs))
     times: dict[object, list[float]] = {length: [] for length in (*runs, "replicated")}
     for turn in range(steps + 5):  # the first compile and warm up

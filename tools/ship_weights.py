@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lolo import comparisons, contestants, evaluation
+from lolo import comparisons, contestants
+from lolo.evaluation import statistics
 from lolo.optimizers import pretrained, weights_file
 
 
@@ -58,13 +59,13 @@ def measured(file: Path) -> tuple[str, dict[str, Any]]:
     rows = comparisons.load_rows(file)
     results = {}
     for label in dict.fromkeys(row.optimizer for row in rows):
-        train, held = (evaluation.summary(rows, label, field) for field in ("train_loss", "held_loss"))
+        train, held = (statistics.summary(rows, label, field) for field in ("train_loss", "held_loss"))
         n = f"{train.n} {train.unit}" if train.n > 1 else "single run"
         results[label] = {"train_loss": rounded(train), "test_loss": rounded(held), "n": n}
     return f"{rows[0].task}, {rows[0].steps} steps, mean and 95 % half-width", results
 
 
-def rounded(interval: evaluation.Interval) -> list[float]:
+def rounded(interval: statistics.Interval) -> list[float]:
     return [round(x, 4) for x in (interval.mean, interval.half) if math.isfinite(x)]
 
 

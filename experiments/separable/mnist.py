@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lolo import comparisons, contestants, evaluation
+from lolo import comparisons, contestants
+from lolo.evaluation import long_runs
 from lolo.files import disk
 from lolo.method import inner
 from lolo.method.task import Splits
@@ -62,7 +63,7 @@ def updates(name: str, steps: int) -> list[dict[str, float]]:
     """Loss, update and gradient of one run, means over the last 100 steps at 100, 300, 1,000, ... steps."""
     splits = by_name.resolve(f"{__file__}:mnist")
     task, entry = splits.train, contestants.contestant(name, contestants.named_weights([name]), splits, steps)
-    optimizer, key = entry.make(entry.setting), evaluation.seed_key(0)
+    optimizer, key = entry.make(entry.setting), long_runs.seed_key(0)
     state = inner.begin(task, optimizer, None, jax.random.fold_in(key, 0))
 
     @jax.jit

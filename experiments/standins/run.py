@@ -23,13 +23,15 @@ from pathlib import Path
 
 import jax
 
-from lolo import comparisons, contestants, evaluation, plots
+from lolo import comparisons, contestants, plots
+from lolo.evaluation import long_runs
+from lolo.evaluation.statistics import Row
 from lolo.files import disk
 from lolo.runtime import environment
 from lolo.tasks import by_name
 
 SEED = 0
-WINDOW = evaluation.WINDOW
+WINDOW = long_runs.WINDOW
 ADAMW = "adamw:1e-3"
 
 
@@ -74,7 +76,7 @@ def run_one(name: str, optimizer: str, smoke: bool) -> dict:
         ticks.append(time.perf_counter())
         print(f"{name}, {optimizer}: step {count * len(ticks)} of {steps}, {ticks[-1] - began:.0f} s", file=sys.stderr)
 
-    rows = evaluation.compare(
+    rows = long_runs.compare(
         name,
         splits,
         entries,
@@ -121,7 +123,7 @@ def write_reports(out: Path, names: list[str], optimizers: list[str], command: s
     parts = {}
     for name in names:
         found = [json.loads(part_file(out, name, optimizer).read_text()) for optimizer in optimizers]
-        rows = [evaluation.Row(**part["row"]) for part in found]
+        rows = [Row(**part["row"]) for part in found]
         comparisons.save_rows(out / f"rows-{name}.jsonl", rows)
         if all(part["window"] == WINDOW for part in found):
             plots.save_figure(plots.curves(rows, None, name), out / f"curves-{name}.png")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lolo.data import rgb32
 from lolo.data.errors import DataError
-from lolo.data.plan import check_labels, untrusted
+from lolo.data.read_plan import check_labels, untrusted
 
 CURE = "fetch the file again, or use the npz archives"
 

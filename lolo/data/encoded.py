@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lolo.data import rgb32
 from lolo.data.errors import DataError, library_missing
-from lolo.data.plan import check_labels
+from lolo.data.read_plan import check_labels
 
 OFFICIAL_HDF5 = (1_281_167, 50_000, 100_000)
 """Examples of ImageNet's train, validation and test sets."""

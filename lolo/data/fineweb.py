@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lolo.data import encoded, npy, sandbox, tokens
 from lolo.data.errors import DataError
-from lolo.data.plan import VALIDATION_STRIDE, Part, Plan, Rows, existing, grouped, untrusted
+from lolo.data.read_plan import VALIDATION_STRIDE, Part, ReadPlan, Rows, existing, grouped, untrusted
 
 MAGIC = 20_240_520
 VERSION = 1
@@ -46,7 +46,7 @@ class Shard(NamedTuple):
     tokens: int
 
 
-def plan(source: Path | None) -> Plan:
+def plan(source: Path | None) -> ReadPlan:
     """A folder of `.bin`, else `.npy`, else `.parquet` files, or one such file. Arrays: tokens uint16 [n].
 
     Files with "val" in the name are the test split. Where there are none, the last twentieth of the tokens (in
@@ -62,7 +62,7 @@ def plan(source: Path | None) -> Plan:
             raise DataError.at(place, f"only validation files ({held_out[0].name})", "fetch training shards too")
         if found:
             parts, info = (_plan_parquet if suffix == ".parquet" else _plan_shards)(train, held_out)
-            return Plan(parts, {"kind": "tokens", "format": suffix[1:], "vocabulary": tokens.VOCABULARY, **info})
+            return ReadPlan(parts, {"kind": "tokens", "format": suffix[1:], "vocabulary": tokens.VOCABULARY, **info})
     expected = "fineweb_train_000001.bin … and fineweb_val_000000.bin, uint16 .npy shards, or .parquet with `text`"
     raise DataError.at(place, "no shards are here", f"give a folder that holds {expected}")
 
@@ -128,7 +128,7 @@ def read_tokens(shard: Shard) -> Iterator[NDArray[np.uint16]]:
             yield piece
 
 
-def _plan_shards(train: list[Path], held_out: list[Path]) -> Plan:
+def _plan_shards(train: list[Path], held_out: list[Path]) -> ReadPlan:
     shards = [read_shard(path) for path in train]
     total = sum(shard.tokens for shard in shards)
     twentieth = total // VALIDATION_STRIDE
@@ -142,7 +142,7 @@ def _plan_shards(train: list[Path], held_out: list[Path]) -> Plan:
     for path in held_out:
         shard = read_shard(path)
         parts.append(Part(path.name, 2 * shard.tokens, functools.partial(_test_rows, shard)))
-    return Plan(parts, {"notes": [f"{len(train)} train shards, {len(held_out)} validation shards"]})
+    return ReadPlan(parts, {"notes": [f"{len(train)} train shards, {len(held_out)} validation shards"]})
 
 
 def _train_rows(shard: Shard, start: int, ends: list[int], scratch: Path) -> Iterator[Rows]:
@@ -163,7 +163,7 @@ def _test_rows(shard: Shard, scratch: Path) -> Iterator[Rows]:
 # Text in parquet
 
 
-def _plan_parquet(train: list[Path], held_out: list[Path]) -> Plan:
+def _plan_parquet(train: list[Path], held_out: list[Path]) -> ReadPlan:
     parts = []
     for path in train + held_out:
         with tempfile.TemporaryDirectory() as scratch:
@@ -174,7 +174,7 @@ def _plan_parquet(train: list[Path], held_out: list[Path]) -> Plan:
             rows = functools.partial(_parquet_rows, path, piece, start, which)
             parts.append(Part(f"{path.name}[{piece[0]}:{piece[-1] + 1}]", sum(groups[i][1] for i in piece), rows))
             start += sum(groups[i][0] for i in piece)
-    return Plan(parts, {"notes": [f"tokenised from {len(train)} train files, {len(held_out)} validation files"]})
+    return ReadPlan(parts, {"notes": [f"tokenised from {len(train)} train files, {len(held_out)} validation files"]})
 
 
 def child_parquet(file: str, scratch: str, groups: list[int], start: int, which: str) -> None:

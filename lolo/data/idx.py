@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lolo.data.errors import DataError
 from lolo.data.npy import Stream
-from lolo.data.plan import Part, Plan, Rows, existing, split_examples, untrusted
+from lolo.data.read_plan import Part, ReadPlan, Rows, existing, split_examples, untrusted
 
 UNSIGNED_BYTES = b"\x00\x00\x08"
 MAX_AXES = 4
@@ -85,7 +85,7 @@ def _header(stream: Stream, path: Path) -> tuple[int, ...]:
     return shape
 
 
-def plan(source: Path | None) -> Plan:
+def plan(source: Path | None) -> ReadPlan:
     """Any folder with one set of IDX files: images and labels, named as MNIST's are.
 
     A name with "train" in it is the published training set, of which every 20th example, from the first, is
@@ -113,7 +113,7 @@ def plan(source: Path | None) -> Plan:
         expected = "train-images-idx3-ubyte and train-labels-idx1-ubyte, or the same with .gz"
         raise DataError.at(folder, "no IDX files of a training set", f"give a folder that holds {expected}")
     parts = [_part(split, pair) for split, pair in sorted(by_split.items(), reverse=True)]
-    return Plan(parts, {"kind": "images", "format": "idx", "label_order": "as in the files"})
+    return ReadPlan(parts, {"kind": "images", "format": "idx", "label_order": "as in the files"})
 
 
 def _part(split: str, pair: dict[str, Path]) -> Part:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lolo.data import batch_pickle, encoded, npy, rgb32, sandbox
 from lolo.data.errors import DataError
-from lolo.data.plan import Part, Plan, Rows, check_labels, existing, grouped, split_examples, untrusted
+from lolo.data.read_plan import Part, ReadPlan, Rows, check_labels, existing, grouped, split_examples, untrusted
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -40,7 +40,7 @@ DEVKIT_ORDER = "ILSVRC2012 development kit (map_clsloc.txt), label - 1"
 CURE = "fetch the file again"
 
 
-def plan(source: Path | None) -> Plan:
+def plan(source: Path | None) -> ReadPlan:
     """A folder with ImageNet-32 as npz archives, else batch pickles, one HDF5 file or parquet; or one such file.
 
     Arrays: images uint8 [N, 32, 32, 3], labels uint16 [N] in 0..999.
@@ -51,7 +51,7 @@ def plan(source: Path | None) -> Plan:
         found = [path for path in paths if re.fullmatch(pattern, path.name)]
         if found:
             parts, info = plan_form(found)
-            return Plan(parts, {"kind": "images", "classes": CLASSES, **info})
+            return ReadPlan(parts, {"kind": "images", "classes": CLASSES, **info})
     expected = "train_data_batch_1.npz … _10.npz and val_data.npz, the same without .npz, one .hdf5, or .parquet files"
     raise DataError.at(place, "no form of ImageNet-32 is here", f"give a folder that holds {expected}")
 
@@ -59,7 +59,7 @@ def plan(source: Path | None) -> Plan:
 # The archives, and the pickles of the same layout
 
 
-def _plan_batches(form: str, paths: list[Path]) -> Plan:
+def _plan_batches(form: str, paths: list[Path]) -> ReadPlan:
     """train_data_batch_k and val_data: `data` uint8 [N, 3072] in planes of red, green, blue; `labels` 1..1000."""
     numbered = {}
     for path in paths:
@@ -78,7 +78,7 @@ def _plan_batches(form: str, paths: list[Path]) -> Plan:
                 notes.append(f"{path.name} has {n:,} examples, the published file {OFFICIAL_BATCHES.get(k, 0):,}")
         rows = functools.partial(_npz_rows if form == "npz" else _pickle_rows, path, k != 0)
         parts.append(Part(path.name, path.stat().st_size, rows))
-    return Plan(parts, {"format": form, "label_order": DEVKIT_ORDER, "notes": notes})
+    return ReadPlan(parts, {"format": form, "label_order": DEVKIT_ORDER, "notes": notes})
 
 
 def npz_headers(path: Path) -> dict[str, npy.Header]:
@@ -184,7 +184,7 @@ def _from_child(path: Path, scratch: Path, start: int, train: bool) -> Iterator[
 # HDF5 and parquet
 
 
-def _plan_hdf5(paths: list[Path]) -> Plan:
+def _plan_hdf5(paths: list[Path]) -> ReadPlan:
     """`encoded_images` (one JPEG's bytes each) and `targets` (0..999): train, validation and test, in that order.
 
     The sizes of the splits are those in Fuel's `split` attribute where the file has it, and the published ones
@@ -209,7 +209,7 @@ def _plan_hdf5(paths: list[Path]) -> Plan:
     if (train, validation) != (OFFICIAL_TRAIN, OFFICIAL_VALIDATION):
         notes = [f"{train:,} + {validation:,} examples, published: {OFFICIAL_TRAIN:,} + {OFFICIAL_VALIDATION:,}"]
     order = "as in the file; Fuel's converter writes that of the ILSVRC2012 development kit"
-    return Plan(parts, {"format": "hdf5", "label_order": order, "notes": notes})
+    return ReadPlan(parts, {"format": "hdf5", "label_order": order, "notes": notes})
 
 
 def _hdf5_rows(path: Path, start: int, stop: int, train: bool, scratch: Path) -> Iterator[Rows]:
@@ -217,7 +217,7 @@ def _hdf5_rows(path: Path, start: int, stop: int, train: bool, scratch: Path) ->
     yield from _from_child(path, scratch, start, train)
 
 
-def _plan_parquet(paths: list[Path]) -> Plan:
+def _plan_parquet(paths: list[Path]) -> ReadPlan:
     """Files named train*, and val* or else test*: `image` as encoded bytes or as uint8 lists, `label` 0..999."""
     train = [path for path in paths if path.name.startswith("train")]
     held_out = [path for path in paths if path.name.startswith("val")]
@@ -241,7 +241,7 @@ def _plan_parquet(paths: list[Path]) -> Plan:
         published = f"{OFFICIAL_TRAIN:,} + {OFFICIAL_VALIDATION:,}"
         notes = [f"{total[True]:,} + {total[False]:,} examples, published: {published}"]
     order = "as in the files; usually that of sorted WordNet ids"
-    return Plan(parts, {"format": "parquet", "label_order": order, "notes": notes})
+    return ReadPlan(parts, {"format": "parquet", "label_order": order, "notes": notes})
 
 
 def _parquet_rows(path: Path, groups: list[int], start: int, train: bool, scratch: Path) -> Iterator[Rows]:
@@ -249,7 +249,7 @@ def _parquet_rows(path: Path, groups: list[int], start: int, train: bool, scratc
     yield from _from_child(path, scratch, start, train)
 
 
-FORMS: dict[str, Callable[[list[Path]], Plan]] = {
+FORMS: dict[str, Callable[[list[Path]], ReadPlan]] = {
     r"(train_data_batch_\d{1,2}|val_data)\.npz": functools.partial(_plan_batches, "npz"),
     r"(train_data_batch_\d{1,2}|val_data)": functools.partial(_plan_batches, "pickle"),
     r".*\.(hdf5|h5)": _plan_hdf5,

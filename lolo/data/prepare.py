@@ -28,7 +28,7 @@ import numpy as np
 
 from lolo.data import fineweb, idx, imagenet, npy, text, textures, tokens
 from lolo.data.errors import DataError
-from lolo.data.plan import Part, Plan
+from lolo.data.read_plan import Part, ReadPlan
 
 FORMAT_VERSION = 1
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.json", "prepare.lock"
@@ -39,7 +39,7 @@ DTYPES = ("|u1", "<u2")
 Progress = Callable[[int, int, str], None]
 """Called with work done, all work (both in bytes of the source) and a line of text."""
 
-PLANS: dict[str, Callable[[Path | None], Plan]] = {
+PLANS: dict[str, Callable[[Path | None], ReadPlan]] = {
     "imagenet32": imagenet.plan,
     "fineweb": fineweb.plan,
     "idx": idx.plan,
@@ -125,7 +125,7 @@ def _locked(target: Path) -> Iterator[None]:
 # The journal: {"fingerprint", "done": parts, "arrays": {"train_images": {"split", "array", "row", "dtype", "rows"}}}
 
 
-def _begin(name: str, plan: Plan, target: Path) -> dict[str, Any]:
+def _begin(name: str, plan: ReadPlan, target: Path) -> dict[str, Any]:
     """The journal to go on with, and partial files cut back to what it vouches for."""
     parts = [[part.name, part.weight] for part in plan.parts]
     fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, name, parts]).encode()).hexdigest()
@@ -191,7 +191,7 @@ def _opened_for_append(path: Path) -> IO[bytes]:
     return stream
 
 
-def _finish(name: str, plan: Plan, target: Path, journal: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _finish(name: str, plan: ReadPlan, target: Path, journal: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Headers, hashes, final names, manifest. Each step may be met half done after a kill."""
     if not journal["arrays"]:
         raise DataError.at(target, "the source held no examples at all", "check what you gave as source")

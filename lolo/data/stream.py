@@ -115,9 +115,9 @@ class Stream:
         """Number of examples."""
         return len(self.columns[0])
 
-    def segments(self, steps: int, batch: int, seed: Sequence[int], used: int = 0) -> Feed:
+    def segments(self, steps: int, batch: int, seed: Sequence[int], used: int = 0) -> SegmentReader:
         """A reader of segments of `steps` batches in the order that `seed` decides; `used` were read before."""
-        return Feed(self, steps, batch, seed, used)
+        return SegmentReader(self, steps, batch, seed, used)
 
 
 class Cursor(NamedTuple):
@@ -160,7 +160,7 @@ def segment(stream: Stream, seed: tuple[int, ...], start: Cursor, steps: int, ba
     return tuple(part.reshape(steps, batch, *part.shape[1:]) for part in parts)
 
 
-class Feed:
+class SegmentReader:
     """Segments of a stream, one after the other. A thread reads the next one while the last is used."""
 
     def __init__(self, stream: Stream, steps: int, batch: int, seed: Sequence[int], used: int = 0) -> None:

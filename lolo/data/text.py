@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lolo.data import embedded, sandbox, tokens
 from lolo.data.errors import DataError
-from lolo.data.plan import Part, Plan, Rows, existing
+from lolo.data.read_plan import Part, ReadPlan, Rows, existing
 
 MAX_BYTES = 1 << 30
 SPLITS = embedded.SPLITS
@@ -63,12 +63,12 @@ def _next_line(text: str, start: int) -> int:
     return start if end < 0 or end > start + len(text) // 40 else end + 1
 
 
-def plan_tokens(source: Path | None) -> Plan:
+def plan_tokens(source: Path | None) -> ReadPlan:
     """Any text as GPT-2 tokens, each split one document. Arrays: tokens uint16 [n]."""
     place = existing(source, "text")
     texts = splits(place)
     parts = [Part(split, len(texts[split]), functools.partial(_token_rows, place, split)) for split in SPLITS]
-    return Plan(parts, {"kind": "tokens", "format": "text", "vocabulary": tokens.VOCABULARY})
+    return ReadPlan(parts, {"kind": "tokens", "format": "text", "vocabulary": tokens.VOCABULARY})
 
 
 def child_tokens(file: str, scratch: str, split: str) -> None:
@@ -91,7 +91,7 @@ def alphabet(text: str) -> str:
     return "".join(chr(character) for character in commonest if counts[character])
 
 
-def plan_characters(source: Path | None) -> Plan:
+def plan_characters(source: Path | None) -> ReadPlan:
     """Any text as the character task's symbols: lower case, the train split's 47 commonest characters and 47 for all
     others. Arrays: symbols uint8 [n]; the alphabet is in the manifest.
     """
@@ -106,7 +106,7 @@ def plan_characters(source: Path | None) -> Plan:
             yield split, {"symbols": symbol_of[_code_points(text[start : start + CHUNK_CHARACTERS])]}
 
     parts = [Part(split, len(texts[split]), functools.partial(rows, split)) for split in SPLITS]
-    return Plan(parts, {"kind": "symbols", "format": "text", "vocabulary": SYMBOLS, "alphabet": letters})
+    return ReadPlan(parts, {"kind": "symbols", "format": "text", "vocabulary": SYMBOLS, "alphabet": letters})
 
 
 def _code_points(text: str) -> NDArray[np.uint32]:

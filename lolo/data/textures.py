@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lolo.data import rgb32, sandbox
 from lolo.data.errors import DataError
-from lolo.data.plan import Part, Plan, Rows
+from lolo.data.read_plan import Part, ReadPlan, Rows
 
 FOLDER = Path("/usr/share/games/openarena/baseoa")
 """Where Debian installs the package."""
@@ -134,7 +134,7 @@ def textures(
     return splits
 
 
-def plan(source: Path | None) -> Plan:
+def plan(source: Path | None) -> ReadPlan:
     """The same crops, prepared. Arrays: images uint8 [N, 32, 32, 3], labels uint16 [N]."""
     paths = find(source)
 
@@ -147,4 +147,4 @@ def plan(source: Path | None) -> Plan:
                     yield split, {"images": images, "labels": labels}
 
     info = {"kind": "images", "format": "pk3", "classes": CLASSES, "label_order": "names of the textures"}
-    return Plan([Part("textures", sum(path.stat().st_size for path in paths), rows)], info)
+    return ReadPlan([Part("textures", sum(path.stat().st_size for path in paths), rows)], info)

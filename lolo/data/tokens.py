@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lolo.data import embedded
 from lolo.data.errors import DataError, library_missing
-from lolo.data.plan import Part, Plan, Rows
+from lolo.data.read_plan import Part, ReadPlan, Rows
 
 VOCABULARY = 50_257
 END_OF_TEXT = 50_256
@@ -112,7 +112,7 @@ def books() -> dict[str, NDArray[np.uint16]]:
     return tokens
 
 
-def plan_books(source: Path | None) -> Plan:
+def plan_books(source: Path | None) -> ReadPlan:
     """The embedded books as GPT-2 tokens; `source` is not read. Arrays: tokens uint16 [n]."""
 
     def rows(split: str, scratch: Path) -> Iterator[Rows]:
@@ -120,4 +120,4 @@ def plan_books(source: Path | None) -> Plan:
 
     texts = embedded.books_text()
     parts = [Part(split, len(texts[split]), functools.partial(rows, split)) for split in embedded.SPLITS]
-    return Plan(parts, {"kind": "tokens", "format": "embedded", "vocabulary": VOCABULARY})
+    return ReadPlan(parts, {"kind": "tokens", "format": "embedded", "vocabulary": VOCABULARY})

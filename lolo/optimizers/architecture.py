@@ -14,7 +14,7 @@ LEARNERS: dict[str, Callable[..., base.LearnedOptimizer]] = {"small_fc": small_f
 
 
 @dataclasses.dataclass(frozen=True)
-class Learner:
+class LearnerSettings:
     """The learned optimizer's architecture."""
 
     name: str = "small_fc"  # small_fc or sgd
@@ -27,15 +27,17 @@ class Learner:
     step_decay: float | None = None  # updates shrink as 1/√(1 + t/this); for use, not for meta-training
 
 
-def learner_from_dict(data: Any, source: str) -> Learner:
+def learner_from_dict(data: Any, source: str) -> LearnerSettings:
     """The architecture stored with weights. Raises RecipeError, which names `source`."""
     try:
-        return parse(Learner, data, "learner.")
+        return parse(LearnerSettings, data, "learner.")
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from error
 
 
-def build_learner(learner: Learner, axis_name: str | None = None, sharded_axis: int = 0) -> base.LearnedOptimizer:
+def build_learner(
+    learner: LearnerSettings, axis_name: str | None = None, sharded_axis: int = 0
+) -> base.LearnedOptimizer:
     """The architecture that a recipe names; inside shard_map, for parameters cut over `axis_name` (see small_fc)."""
     make = pick(LEARNERS, "learner.name", learner.name)
     if make is base.learned_sgd:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from lolo.optimizers import weights_file
-from lolo.optimizers.architecture import Learner, build_learner, learner_from_dict
+from lolo.optimizers.architecture import LearnerSettings, build_learner, learner_from_dict
 from lolo.optimizers.base import LearnedOptimizer
 from lolo.optimizers.features import Moments
 from lolo.optimizers.small_fc import SmallFcState
@@ -26,7 +26,7 @@ class Weights(NamedTuple):
     """A meta-trained optimizer."""
 
     meta_params: dict[str, jax.Array]  # φ
-    learner: Learner  # its architecture
+    learner: LearnerSettings  # its architecture
     recipe: dict[str, Any]  # of its meta-training; {} if unknown
     card: dict[str, Any]  # data, results, realised steps, limits
 
@@ -63,11 +63,11 @@ class Weights(NamedTuple):
 
 
 def used(
-    learner: Learner,
+    learner: LearnerSettings,
     weight_decay: float | None = None,
     clock_limit: float | None = None,
     step_decay: float | None = None,
-) -> Learner:
+) -> LearnerSettings:
     """A learner with other settings of use; None: as it is. Raises ValueError for one that does not have them."""
     if step_decay is not None and not step_decay > 0:
         raise ValueError(f"step_decay={step_decay!r} must be a positive number of steps.")
@@ -104,7 +104,7 @@ def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.Gradie
 
 
 @functools.lru_cache(maxsize=64)
-def architecture(learner: Learner, axis_name: str | None = None, sharded_axis: int = 0) -> LearnedOptimizer:
+def architecture(learner: LearnerSettings, axis_name: str | None = None, sharded_axis: int = 0) -> LearnedOptimizer:
     """`recipes.build_learner`, one object for equal arguments: what is compiled for it is found again."""
     return build_learner(learner, axis_name, sharded_axis)
 

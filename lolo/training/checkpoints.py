@@ -9,20 +9,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from lolo import run_folder
 from lolo.files import disk, tensors
 from lolo.files.disk import FileError
+from lolo.files.settings import diff
+from lolo.method import meta
+from lolo.runtime import environment, parallel
+from lolo.training import recipes, run_folder, slots
+from lolo.training.recipes import Recipe
+from lolo.training.run_folder import RunError
 
 CHECKPOINT_VERSION = 1
+LARGE_CHECKPOINT = 32 << 20  # bytes from which on a thread writes it
 
 
-Settle = Callable[[Any, Callable[[list[Any]], Any]], Any]
+Agree = Callable[[Any, Callable[[list[Any]], Any]], Any]
 """(what this process says, decide) -> what process 0 decided on what all said; see `gang.Gang.settle`."""
 
 
-def alone(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
+def agree_alone(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
     """The `Settle` of a single process."""
     return decide([mine])
 
@@ -36,7 +43,7 @@ def write_checkpoint(
     *,
     own: tensors.Arrays | None = None,
     rows: tuple[int, int] = (0, 0),
-    settle: Settle = alone,
+    settle: Agree = agree_alone,
 ) -> Path:
     """Write a checkpoint whole or not at all, and drop all but the newest `keep`.
 
@@ -198,8 +205,54 @@ def newest_checkpoint(
     run: Path,
     warn: Callable[[str], None],
     rows: tuple[int, int] | None = None,
-    settle: Settle = alone,
+    settle: Agree = agree_alone,
 ) -> tuple[tensors.Arrays, dict[str, Any]] | None:
     """The newest checkpoint that is whole; `warn` is told of each that is not. None if there is none."""
     step = settle(None, lambda _: newest_complete(run, warn))
     return None if step is None else read_checkpoint(run, step, rows)
+
+
+def state_arrays(state: meta.MetaState) -> tuple[tensors.Arrays, tensors.Arrays]:
+    """A MetaState as named arrays, for a checkpoint: what lies on every device, and this process's rows of the rest."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    specs = jax.tree.leaves(slots.state_specs(state))
+    everywhere: tensors.Arrays = {}
+    own: tensors.Arrays = {}
+    for (path, leaf), spec in zip(leaves, specs, strict=True):
+        (own if parallel.AXIS in spec else everywhere)[jax.tree_util.keystr(path)] = parallel.own_part(leaf)
+    return everywhere, own
+
+
+def state_from_arrays(arrays: tensors.Arrays, like: meta.MetaState, source: str) -> meta.MetaState:
+    """The MetaState of `state_arrays`; `like` gives names, shapes and dtypes. Raises FileError."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    named = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+    if set(arrays) != {name for name, _ in named}:
+        odd = sorted(set(arrays) ^ {name for name, _ in named})
+        raise FileError(f"{source}: tensors do not match the recipe; first difference: {odd[0]!r}.")
+    for name, leaf in named:
+        if arrays[name].shape != leaf.shape or arrays[name].dtype != leaf.dtype:
+            raise FileError(
+                f"{source}: {name!r} is {arrays[name].dtype}{arrays[name].shape}, expected {leaf.dtype}{leaf.shape}."
+            )
+    return jax.tree_util.tree_unflatten(structure, [arrays[name] for name, _ in named])
+
+
+def state_shapes(state: meta.MetaState, rows: tuple[int, int]) -> meta.MetaState:
+    """Shapes of what `state_arrays` gives where these rows lie."""
+
+    def shape(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
+        whole = tuple(leaf.shape)
+        return jax.ShapeDtypeStruct((rows[1] - rows[0], *whole[1:]) if parallel.AXIS in spec else whole, leaf.dtype)
+
+    return jax.tree.map(shape, state, slots.state_specs(state))
+
+
+def check_manifest(manifest: dict[str, Any], run: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Raise RunError if a checkpoint is of another recipe; say so if it is of other versions."""
+    changed = diff(recipes.from_dict(manifest.get("recipe")), recipe)
+    if changed:
+        differs = "; ".join(f"{name}: {a!r} in the checkpoint, {b!r} now" for name, (a, b) in changed.items())
+        raise RunError(f"{run}/recipe.json is not the recipe of the checkpoint ({differs}). Undo the change.")
+    if manifest.get("versions") != environment.versions():
+        say(f"versions differ from the checkpoint's ({manifest.get('versions')}): the result may differ in last bits.")

@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-class SinkError(ValueError):
+class LoggerError(ValueError):
     """A sink that can't be opened; says what to do."""
 
 
-class Sink(NamedTuple):
+class Logger(NamedTuple):
     """A place that takes a log's rows."""
 
     add: Callable[[dict[str, float], int], None]  # numbers of one row by name, and the outer step
     close: Callable[[], None]
 
 
-Open = Callable[[Path, dict[str, Any]], Sink]  # (run folder, recipe by dotted names) -> an empty sink
+Open = Callable[[Path, dict[str, Any]], Logger]  # (run folder, recipe by dotted names) -> an empty sink
 
 
-def tensorboard(run: Path, recipe: dict[str, Any]) -> Sink:
+def tensorboard(run: Path, recipe: dict[str, Any]) -> Logger:
     """Event files in RUN/tensorboard, for `tensorboard --logdir RUN`."""
     from tensorboardX import SummaryWriter
 
@@ -43,10 +43,10 @@ def tensorboard(run: Path, recipe: dict[str, Any]) -> Sink:
         for name, value in scalars.items():
             writer.add_scalar(name, value, step)
 
-    return Sink(add, writer.close)
+    return Logger(add, writer.close)
 
 
-def wandb(run: Path, recipe: dict[str, Any]) -> Sink:
+def wandb(run: Path, recipe: dict[str, Any]) -> Logger:
     """A wandb run in RUN/wandb, offline unless WANDB_MODE says otherwise; `wandb sync` uploads it later."""
     import wandb
 
@@ -55,7 +55,7 @@ def wandb(run: Path, recipe: dict[str, Any]) -> Sink:
     mode: Any = os.environ.get("WANDB_MODE", "offline")
     settings = wandb.Settings(silent=True, console="off")
     session = wandb.init(project="lolo", name=run.name, dir=run, config=recipe, mode=mode, settings=settings)
-    return Sink(lambda scalars, step: session.log(scalars, step=step), session.finish)
+    return Logger(lambda scalars, step: session.log(scalars, step=step), session.finish)
 
 
 class Kind(NamedTuple):
@@ -65,14 +65,14 @@ class Kind(NamedTuple):
     open: Open
 
 
-SINKS = {"tensorboard": Kind("tensorboardX", tensorboard), "wandb": Kind("wandb", wandb)}
+LOGGERS = {"tensorboard": Kind("tensorboardX", tensorboard), "wandb": Kind("wandb", wandb)}
 
 
 def opener(name: str) -> Open:
     """How to open a kind of SINKS. Raises SinkError if its extra is not installed."""
-    package, open_ = SINKS[name]
+    package, open_ = LOGGERS[name]
     if importlib.util.find_spec(package) is None:
-        raise SinkError(f"--log {name} needs {package}; install the extra: pip install 'lolo[{name}]'.")
+        raise LoggerError(f"--log {name} needs {package}; install the extra: pip install 'lolo[{name}]'.")
     return open_
 
 

@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from lolo import recipes, run_folder, training
 from lolo.files import disk, jsonl, settings
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
-from lolo.recipes import Recipe
 from lolo.runtime import interrupt, launch, parallel
+from lolo.training import build, recipes, run_folder, run_log
+from lolo.training.recipes import Recipe
 
 LAST_STEPS = 100  # outer steps that the reported loss is the mean of
 KEYS = {"recipe": str, "out": str, "fields": dict, "grid": dict}
@@ -83,8 +83,8 @@ def changed(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
             place = place[part]
         place[last] = [value] if name == "tasks" and isinstance(value, str) else value
     recipe = recipes.from_dict(data)
-    recipes.build(recipe)  # looks every name up too: a wrong one must not wait for its turn
-    return training.pinned(recipe)
+    build.build(recipe)  # looks every name up too: a wrong one must not wait for its turn
+    return run_folder.pinned(recipe)
 
 
 def read(path: Path) -> Sweep:
@@ -126,14 +126,11 @@ def read(path: Path) -> Sweep:
     return Sweep(base, out, runs)
 
 
-# --- how far a run is ---------------------------------------------------------------------------------------------
-
-
 def state_of(run: Planned) -> str:
     """done, begun or waiting. Raises SweepError: its folder holds another run."""
     if not (run.out / "recipe.json").is_file():
         return "waiting"
-    differs = settings.diff(training.read_recipe(run.out), run.recipe)
+    differs = settings.diff(run_folder.read_recipe(run.out), run.recipe)
     if differs:
         words = "; ".join(f"{name}: {a!r} there, {b!r} in the file" for name, (a, b) in differs.items())
         raise SweepError(f"{run.out} holds another run ({words}). Give the sweep another `out`, or undo the change.")
@@ -154,7 +151,7 @@ def row(run: Planned) -> dict[str, Any]:
     state, reason = state_of(run), None
     if state != "done" and failure_file(run).is_file():
         state, reason = "failed", failure_file(run).read_text().strip()
-    rows = training.log_rows(run.out)
+    rows = run_log.log_rows(run.out)
     losses = [float(np.mean(r["task_loss"])) for r in rows if "task_loss" in r]
     held = [float(r["validation"]["held_loss"]) for r in rows if "validation" in r]
     return {
@@ -193,9 +190,6 @@ def gather(sweep: Sweep) -> str:
     disk.write_bytes(sweep.out / "rows.jsonl", "".join(f"{jsonl.json_line(r)}\n" for r in rows).encode())
     disk.write_bytes(sweep.out / "table.md", text.encode())
     return text
-
-
-# --- running ------------------------------------------------------------------------------------------------------
 
 
 def command(run: Planned, base: str, devices: int) -> list[str]:

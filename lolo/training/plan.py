@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lolo import cost, evaluation, recipes
+from lolo.evaluation import long_runs
 from lolo.method import inner, meta
 from lolo.method.task import Splits, Task
-from lolo.offload import check as check_offload
 from lolo.optimizers import architecture, pretrained
-from lolo.recipes import Recipe
 from lolo.runtime import parallel
-from lolo.slots import compile_step
 from lolo.tasks.by_name import outline
+from lolo.training import build, cost, recipes
+from lolo.training.offload import check as check_offload
+from lolo.training.recipes import Recipe
+from lolo.training.slots import compile_step
 from lolo.trees import PyTree, count_bytes
 
 GPU_BYTES = 80e9
@@ -157,7 +158,7 @@ def work_of(recipe: Recipe, setup: meta.Setup, splits: Sequence[Splits]) -> tupl
 
 def outlook(recipe: Recipe, splits: Sequence[Splits]) -> str:
     """One line before a run: sizes and arithmetic, without compiling anything."""
-    setup, group = recipes.build(recipe), tuple(s.train for s in splits)
+    setup, group = build.build(recipe), tuple(s.train for s in splits)
     state = jax.eval_shape(lambda: meta.meta_init(setup, group, jax.random.key(0)))
     flops, _ = work_of(recipe, setup, splits)
     buffers = _size(count_bytes([slots.replay for slots in state.slots]))
@@ -170,7 +171,7 @@ def outlook(recipe: Recipe, splits: Sequence[Splits]) -> str:
 
 def of_training(recipe: Recipe, devices: int | None = 1, offload: bool = False) -> Plan:
     """The plan of `lolo train`. Raises RecipeError, TaskError."""
-    setup = recipes.build(recipe)
+    setup = build.build(recipe)
     if offload:
         check_offload(recipe)
         setup = setup._replace(capacity=1)
@@ -205,23 +206,23 @@ def of_training(recipe: Recipe, devices: int | None = 1, offload: bool = False) 
 
 def _long_run(step: cost.Cost, held: Task, steps: int) -> tuple[float, float]:
     """FLOPs and H100 seconds of one evaluation run; scoring is taken to be as fast as training."""
-    scored = steps // evaluation.WINDOW * min(held.score_examples, held.size) + held.size
+    scored = steps // long_runs.WINDOW * min(held.score_examples, held.size) + held.size
     scoring = scoring_cost(held, scored)
     flops = step.flops * steps + scoring
     return flops, h100_seconds(step) * flops / step.flops
 
 
-def of_evaluation(name: str, learner: architecture.Learner, optimizers: int, seeds: int, steps: int) -> Plan:
+def of_evaluation(name: str, learner: architecture.LearnerSettings, optimizers: int, seeds: int, steps: int) -> Plan:
     """The plan of `lolo eval`, as if every optimizer were a learned one: runs one after the other on one device.
 
     The states of all seeds are held at once; those of a streamed task are run seed by seed.
     """
-    setup = recipes.build(dataclasses.replace(recipes.NAIVE, learner=learner, tasks=(name,)))
+    setup = build.build(dataclasses.replace(recipes.NAIVE, learner=learner, tasks=(name,)))
     splits = outline(name)
-    task = segment(splits.train, evaluation.WINDOW)
+    task = segment(splits.train, long_runs.WINDOW)
     make = pretrained.architecture(learner).optimizer
     phi = jax.eval_shape(setup.learned.init, jax.random.key(0))
-    compiled, state = evaluation.compiled_window(task, splits.test, make, phi, 1 if task.stream else seeds)
+    compiled, state = long_runs.compiled_window(task, splits.test, make, phi, 1 if task.stream else seeds)
     flops, seconds = _long_run(inner_step_cost(setup, task), splits.test, steps)
     held, beside = count_bytes(splits.test.data), count_bytes(splits.validation.data)
     return Plan(

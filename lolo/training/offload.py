@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from lolo.files.settings import RecipeError
 from lolo.method import meta, replay
 from lolo.method.task import Task
-from lolo.recipes import Recipe
 from lolo.runtime import parallel
-from lolo.slots import compile_step, state_specs
+from lolo.training.recipes import Recipe
+from lolo.training.slots import compile_step, state_specs
 from lolo.trees import PyTree
 
 AGES = {"oldest": lambda size: np.zeros_like(size), "newest": lambda size: np.maximum(size - 1, 0)}

@@ -6,7 +6,6 @@ Every optimizer sees the same inits and the same batches: both derive from the e
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -18,8 +17,8 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
-from scipy import special
 
+from lolo.evaluation.statistics import Row
 from lolo.method import inner
 from lolo.method.task import Splits, Task
 from lolo.runtime import parallel
@@ -28,7 +27,6 @@ from lolo.trees import PyTree
 
 WINDOW = 100  # steps that a reported loss is the mean of, and between two scores
 EVAL_STREAM = 1  # streams of evaluations: their order is drawn from (this, evaluation seed, epoch)
-PICK_SEEDS = (1_000_001, 1_000_002)  # learning rates of baselines are picked on these, never reported
 
 Make = Callable[[Any], optax.GradientTransformation]
 
@@ -185,9 +183,6 @@ def _by_seed(
     return jax.tree.map(lambda *x: np.concatenate(x)[places], *parts)
 
 
-# --- what can be compared -----------------------------------------------------------------------------------------
-
-
 class Contestant(NamedTuple):
     """One optimizer in a comparison: a φ, or a hand-made optimizer with its settings."""
 
@@ -195,106 +190,6 @@ class Contestant(NamedTuple):
     meta_seed: int | None  # None for hand-made optimizers
     make: Make
     setting: Any
-
-
-def adamw(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """AdamW with constant learning rate."""
-    return optax.adamw(setting["lr"], weight_decay=setting["weight_decay"])
-
-
-def adam(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """Adam with constant learning rate."""
-    return optax.adam(setting["lr"])
-
-
-def sgdm(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """SGD with momentum 0.9 and constant learning rate."""
-    return optax.sgd(setting["lr"], momentum=0.9)
-
-
-def adamw_cosine(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """AdamW with the learning rate following half a cosine to 0 at `steps`."""
-
-    def schedule(count: jax.Array) -> jax.Array:
-        return setting["lr"] * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / setting["steps"], 1.0)))
-
-    return optax.adamw(schedule, weight_decay=setting["weight_decay"])
-
-
-def adamw_rsqrt(setting: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """AdamW with the learning rate over √(1 + t/3000): of any horizon, as `step_decay` is for a learned optimizer."""
-    return optax.adamw(lambda count: setting["lr"] / jnp.sqrt(1 + count / 3000), weight_decay=setting["weight_decay"])
-
-
-BASELINES: dict[str, Make] = {
-    "adamw": adamw,
-    "adam": adam,
-    "sgdm": sgdm,
-    "adamw-cosine": adamw_cosine,
-    "adamw-rsqrt": adamw_rsqrt,
-}
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-SGD_GRID = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-GRIDS = {"grid": (1e-4,), "wide-grid": (1e-4, 0.1)}
-"""Weight decays of the grids by name; learning rates are those of GRID, for SGD of SGD_GRID."""
-
-
-def grid(kind: str, name: str, steps: int) -> list[Contestant]:
-    """The candidates of a baseline's grid. Adam and SGD have no weight decay."""
-    decays = GRIDS[name] if kind.startswith("adamw") else (1e-4,)
-    return [baseline(kind, lr, steps, decay) for decay in decays for lr in (SGD_GRID if kind == "sgdm" else GRID)]
-
-
-def grid_size(name: str) -> int:
-    """Runs that picking from "adamw:grid" takes; 0 for the name of anything else."""
-    kind, _, setting = name.partition(":")
-    return len(grid(kind, setting, 1)) * len(PICK_SEEDS) if kind in BASELINES and setting in GRIDS else 0
-
-
-def baseline(name: str, lr: float, steps: int, weight_decay: float = 1e-4) -> Contestant:
-    """A hand-made optimizer: "adamw", 1e-3 -> AdamW with learning rate 1e-3 and weight decay 1e-4."""
-    setting = {"lr": lr, "weight_decay": weight_decay, "steps": float(steps)}
-    label = f"{name} {lr:g}" if weight_decay == 1e-4 else f"{name} {lr:g} wd {weight_decay:g}"
-    return Contestant(label, None, BASELINES[name], setting)
-
-
-def best_of_grid(
-    splits: Splits,
-    name: str,
-    steps: int,
-    of: str = "grid",
-    advanced: Callable[[int], None] = lambda steps: None,
-) -> Contestant:
-    """The baseline with the lowest final train loss on separate seeds; its label says that it was picked.
-
-    `of`: a name in GRIDS.
-    """
-    candidates = grid(name, of, steps)
-    settings = [c.setting for c in candidates for _ in PICK_SEEDS]
-    curves = run(
-        splits.train, splits.validation, BASELINES[name], settings, PICK_SEEDS * len(candidates), steps, advanced
-    )
-    finals = curves.train_loss[:, -1].reshape(len(candidates), len(PICK_SEEDS)).mean(axis=1)
-    best = candidates[int(np.nanargmin(np.where(np.isfinite(finals), finals, np.inf)))]
-    return best._replace(label=f"best {best.label}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One run: one optimizer, one evaluation seed."""
-
-    task: str
-    optimizer: str
-    meta_seed: int | None
-    seed: int
-    steps: int
-    train_loss: float  # mean over the last 100 steps; the loss limit if diverged
-    train_minimum: float  # lowest mean over 100 steps on the way
-    held_loss: float  # on the whole held-out split
-    held: dict[str, float]  # all scores on the whole held-out split
-    diverged: bool
-    train_curve: list[float]  # means over 100 steps
-    held_curve: list[float]
 
 
 def compare(
@@ -350,68 +245,3 @@ def _row(name: str, task: Task, contestant: Contestant, seed: int, steps: int, c
         train_curve=[number(x) for x in curves.train_loss[k]],
         held_curve=[number(x) for x in curves.held_loss[k]],
     )
-
-
-# --- statistics ---------------------------------------------------------------------------------------------------
-
-
-class Interval(NamedTuple):
-    """A mean with its 95 % t interval over n units; half is NaN for n = 1, and where a value is not finite."""
-
-    mean: float
-    half: float
-    n: int
-    unit: str  # what was counted: "meta-seeds" or "seeds"
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.half < abs(self.mean)
-
-
-def interval(values: Sequence[float], unit: str) -> Interval:
-    """Mean and 95 % t interval."""
-    array, n = np.asarray(values, np.float64), len(values)
-    half = math.nan
-    if n > 1 and np.isfinite(array).all():
-        half = float(special.stdtrit(n - 1, 0.975) * array.std(ddof=1) / math.sqrt(n))
-    with np.errstate(invalid="ignore"):  # ∞ − ∞, of runs that diverged on a task without a loss limit
-        return Interval(float(array.mean()), half, n, unit)
-
-
-def _by_unit(rows: Sequence[Row], field: str, label: str) -> dict[tuple[int | None, int], float]:
-    return {(row.meta_seed, row.seed): getattr(row, field) for row in rows if row.optimizer == label}
-
-
-def summary(rows: Sequence[Row], label: str, field: str = "train_loss") -> Interval:
-    """Mean of one optimizer. The unit is the meta-seed; with one meta-seed, or none, the evaluation seed."""
-    values = _by_unit(rows, field, label)
-    return _interval_by_meta_seed(values)
-
-
-def _interval_by_meta_seed(values: dict[tuple[int | None, int], float]) -> Interval:
-    groups: dict[int | None, list[float]] = {}
-    for (meta_seed, _), value in values.items():
-        groups.setdefault(meta_seed, []).append(value)
-    if len(groups) > 1:
-        return interval([float(np.mean(group)) for group in groups.values()], "meta-seeds")
-    return interval(next(iter(groups.values())), "seeds")
-
-
-def paired_difference(rows: Sequence[Row], a: str, b: str, field: str = "train_loss") -> Interval:
-    """a − b, paired by evaluation seed and, where both have them, by meta-seed; negative: a is lower.
-
-    An optimizer with one φ, or none, is paired with every meta-seed of the other by evaluation seed alone. Raises
-    ValueError where nothing can be paired.
-    """
-    ours, theirs = _by_unit(rows, field, a), _by_unit(rows, field, b)
-    our_seeds, their_seeds = ({meta_seed for meta_seed, _ in values} for values in (ours, theirs))
-    by_meta_seed = bool(our_seeds & their_seeds)
-    differences = {}
-    if by_meta_seed or min(len(our_seeds), len(their_seeds)) == 1:
-        for (our_seed, seed), value in ours.items():
-            for (their_seed, other_seed), other in theirs.items():
-                if seed == other_seed and (our_seed == their_seed or not by_meta_seed):
-                    differences[our_seed if len(our_seeds) > 1 else their_seed, seed] = value - other
-    if not differences:
-        raise ValueError(f"{a!r} and {b!r} have no evaluation seed and meta-seed in common.")
-    return _interval_by_meta_seed(differences)

@@ -1,184 +1,18 @@
-"""Recipes: everything that decides a meta-training, as plain frozen data, and how it becomes a `meta.Setup`.
-
-`LOLO` is the method of the paper; `BC_ONLY` and `NAIVE` are differences to it.
-"""
+"""From a recipe to the functions and sizes of Algorithm 1."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lolo.files.settings import RecipeError, fields, parse, pick, unknown, with_field
+from lolo.files.settings import RecipeError, fields, pick
 from lolo.method import estimators, experts, imitation, meta, replay
 from lolo.optimizers import architecture
-
-FORMAT_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Imitation:
-    """The expert and the hand-over from it to the task loss."""
-
-    expert: str = "adam"  # adam, adam-of-learner (the same, without a state of its own) or sgdm
-    lr: float = 1e-3  # the expert's learning rate
-    alpha_mix: str = "linear"  # α of Eq. 1: linear, zero (the expert steps) or one (the learned optimizer steps)
-    alpha_loss: str = "linear"  # α of Eq. 3-4: linear, zero (imitation loss only) or one (task loss only)
-    normalize: str = "slot"  # ψ of Eq. 5: slot, joint or none
-
-
-@dataclasses.dataclass(frozen=True)
-class Replay:
-    """The buffer of inner states that unrolls restart from."""
-
-    capacity: int = 4  # M, states per slot
-    threshold: float = 0.1  # P_th: the share of unrolls that start from a random init
-    read: str = "oldest"  # oldest, uniform, newest or pop
-    push: str = "random"  # when a state enters: at a random step of the unroll
-
-
-@dataclasses.dataclass(frozen=True)
-class Unroll:
-    """How inner training is cut into unrolls and truncations."""
-
-    length: int = 1000  # N, inner steps
-    truncation: int = 50  # L, inner steps with one noise
-    truncations_per_update: int = 1  # J; N / L is Algorithm 1 as printed
-    schedule: str = "constant"  # length of an unroll: constant, uniform, log-uniform or curriculum
-    stagger: bool = False  # first unrolls shortened, so that slots are out of phase
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimator:
-    """The estimator of the meta-gradient."""
-
-    kind: str = "pes"  # pes, es or nres
-    pairs: int = 8  # P, antithetic pairs per task
-    sigma: float = 0.01  # σ of the noise on φ
-    slots_per_block: int = 1  # pairs advanced together by vmap; 1 is best on CPUs, more suits GPUs
-
-
-@dataclasses.dataclass(frozen=True)
-class Outer:
-    """The optimizer of φ."""
-
-    steps: int = 5000  # T
-    lr: float = 3e-3  # AdamW's peak learning rate
-    final_lr: float = 1e-3  # at the end of the cosine
-    warmup: float = 0.02  # share of T
-    weight_decay: float = 0.0
-    clip: float = 1.0  # global norm
-    clip_position: str = "before"  # before Adam (acts as normalisation), after it, or none
-    max_bad_steps: int = 10  # stop after this many outer steps in a row without one finite pair
-
-
-@dataclasses.dataclass(frozen=True)
-class Validation:
-    """The long unroll that picks the best weights."""
-
-    every: int = 250  # outer steps; 0: never
-    steps: int = 0  # inner steps; 0: 10 times unroll.length
-    seeds: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """One meta-training. Equal recipes and versions give equal φ on the same kind of device, byte for byte."""
-
-    tasks: tuple[str, ...] = ("fashion-mlp",)  # names of `lolo tasks`, or path.py:function
-    learner: architecture.Learner = architecture.Learner()
-    imitation: Imitation = Imitation()
-    replay: Replay = Replay()
-    unroll: Unroll = Unroll()
-    estimator: Estimator = Estimator()
-    outer: Outer = Outer()
-    validation: Validation = Validation()
-    seed: int = 0
-
-
-LOLO = Recipe()
-"""LoLO with the paper's sizes: imitation of Adam on-policy, replay, linear hand-over."""
-
-BC_ONLY = dataclasses.replace(LOLO, replay=dataclasses.replace(LOLO.replay, threshold=1.0))
-"""LoLO without its buffer: every unroll starts from a random init."""
-
-NAIVE = dataclasses.replace(
-    BC_ONLY, imitation=dataclasses.replace(BC_ONLY.imitation, alpha_mix="one", alpha_loss="one", normalize="none")
-)
-"""Naive-LO: persistent evolution strategies on the task loss alone."""
-
-REPLAY_ONLY = dataclasses.replace(NAIVE, replay=LOLO.replay)
-"""Naive-LO that restarts from the buffer, without imitation: the paper's ablation."""
-
-LOLO_PAPER = dataclasses.replace(LOLO, tasks=("imagenet32-mlp-w128-d3",))
-"""The paper's meta-training: ImageNet-32 MLP at batch 4,096, T = 5,000, N = 1,000, L = 50, σ = 0.01, M = 4.
-
-    lolo train lolo-paper --dry-run                                   # what it needs
-    lolo train lolo-paper --estimator.slots-per-block 8 --out runs/paper   # on a GPU
-
-The paper's three evaluations of its weights, and the hardware, are in docs/paper_tasks.md. Not run yet.
-"""
-
-RECIPES: dict[str, Recipe] = {
-    "lolo": LOLO,
-    "bc-only": BC_ONLY,
-    "naive": NAIVE,
-    "replay-only": REPLAY_ONLY,
-    "lolo-paper": LOLO_PAPER,
-}
-
-
-def method_of(recipe: Recipe) -> str | None:
-    """The name of the method that a recipe's imitation and replay are; None if they are no known method's."""
-    for name, method in RECIPES.items():
-        if recipe.imitation == method.imitation and recipe.replay == method.replay:
-            return name
-    return None
-
-
-def variant(text: str) -> Recipe:
-    """A named recipe with changes: "lolo replay.threshold=0.2 replay.read=newest". Raises RecipeError."""
-    name, *changes = text.split() or [""]
-    recipe: Recipe = pick(RECIPES, "recipe", name)
-    for change in changes:
-        field, _, value = change.partition("=")
-        if field not in fields(recipe):
-            raise unknown("recipe field", field, fields(recipe))
-        kind = type(fields(recipe)[field])
-        if kind not in (bool, int, float, str, type(None)):
-            raise RecipeError(f"{field} can't be set in {text!r}.")
-        parsed: Any = value
-        try:
-            if kind is bool:
-                parsed = {"True": True, "False": False}[value]
-            elif kind is not str:
-                parsed = int(value) if kind is int else float(value)
-        except (KeyError, ValueError):
-            expected = "float" if kind is type(None) else kind.__name__
-            raise RecipeError(f"{field} can't be {value!r}: expected {expected}.") from None
-        recipe = with_field(recipe, field, parsed)
-    return recipe
-
-
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON-ready data with its `format_version`."""
-    return {"format_version": FORMAT_VERSION, **dataclasses.asdict(recipe)}
-
-
-def from_dict(data: Any) -> Recipe:
-    """The recipe of `to_dict`. Raises RecipeError for unknown or missing fields, wrong types, other versions."""
-    if not isinstance(data, dict):
-        raise RecipeError(f"a recipe must be a JSON object, not {type(data).__name__}.")
-    version = data.get("format_version")
-    if version != FORMAT_VERSION:
-        raise RecipeError(f"recipe format_version {version!r} is not {FORMAT_VERSION}; use the lolo that wrote it.")
-    return parse(Recipe, {name: value for name, value in data.items() if name != "format_version"}, "")
-
+from lolo.training import recipes
 
 AT_LEAST_ONE = (
     "learner.hidden",
@@ -203,7 +37,7 @@ NOT_NEGATIVE = (
 SHARES = ("replay.threshold", "outer.warmup")
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: recipes.Recipe) -> None:
     """Raise RecipeError for values that can't be, or that don't go together."""
     values = fields(recipe)
     for name in AT_LEAST_ONE:
@@ -235,7 +69,7 @@ def check(recipe: Recipe) -> None:
     check_learner(recipe)
 
 
-def check_unroll(unroll: Unroll) -> None:
+def check_unroll(unroll: recipes.UnrollSettings) -> None:
     """Raise RecipeError unless unrolls are whole truncations."""
     length, truncation = unroll.length, unroll.truncation
     if length < truncation or length % truncation:
@@ -248,7 +82,7 @@ def check_unroll(unroll: Unroll) -> None:
         )
 
 
-def check_pairs(estimator: Estimator) -> None:
+def check_pairs(estimator: recipes.EstimatorSettings) -> None:
     """Raise RecipeError unless blocks are whole."""
     if estimator.pairs % estimator.slots_per_block:
         raise RecipeError(
@@ -257,7 +91,7 @@ def check_pairs(estimator: Estimator) -> None:
         )
 
 
-def check_learner(recipe: Recipe) -> None:
+def check_learner(recipe: recipes.Recipe) -> None:
     """Raise RecipeError for a learner that lacks what other fields ask of it."""
     learner = recipe.learner
     if learner.name == "sgd" and (learner.weight_decay or learner.clock_limit is not None or learner.learn_decays):
@@ -272,7 +106,7 @@ def check_learner(recipe: Recipe) -> None:
         )
 
 
-def build_expert(recipe: Recipe) -> experts.Expert | None:
+def build_expert(recipe: recipes.Recipe) -> experts.Expert | None:
     """The expert, or None where both α ≡ 1: it would only cost time and memory."""
     if recipe.imitation.alpha_mix == recipe.imitation.alpha_loss == "one":
         return None
@@ -281,7 +115,7 @@ def build_expert(recipe: Recipe) -> experts.Expert | None:
     return experts.with_decay(expert, decay) if decay else expert
 
 
-def build_outer(outer: Outer) -> optax.GradientTransformation:
+def build_outer(outer: recipes.OuterSettings) -> optax.GradientTransformation:
     """Clip, then AdamW with warm-up and cosine (or AdamW, then clip)."""
     warmup = round(outer.warmup * outer.steps)
     schedule = optax.warmup_cosine_decay_schedule(
@@ -296,7 +130,7 @@ def build_outer(outer: Outer) -> optax.GradientTransformation:
 Draw = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def unroll_schedules(unroll: Unroll, total: int) -> dict[str, Draw]:
+def unroll_schedules(unroll: recipes.UnrollSettings, total: int) -> dict[str, Draw]:
     """Lengths of new unrolls in truncations, from a key and the outer step. Random ones reach from N/10 to N."""
     longest = unroll.length // unroll.truncation
     shortest = max(longest // 10, 1)
@@ -318,7 +152,7 @@ def unroll_schedules(unroll: Unroll, total: int) -> dict[str, Draw]:
     return {"constant": constant, "uniform": uniform, "log-uniform": log_uniform, "curriculum": curriculum}
 
 
-def build(recipe: Recipe) -> meta.Setup:
+def build(recipe: recipes.Recipe) -> meta.Setup:
     """The functions and sizes of a recipe. Raises RecipeError."""
     check(recipe)
     unroll, total, pairs = recipe.unroll, recipe.outer.steps, recipe.estimator.pairs

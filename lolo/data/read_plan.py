@@ -27,7 +27,7 @@ class Part(NamedTuple):
     rows: Callable[[Path], Iterator[Rows]]  # scratch folder -> pieces of bounded size, in order
 
 
-class Plan(NamedTuple):
+class ReadPlan(NamedTuple):
     """All parts of a data set. `info` goes into the manifest: format, kind, classes or vocabulary, notes."""
 
     parts: list[Part]

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lolo import recipes, run_folder, training
-from lolo.checkpoints import read_checkpoint
 from lolo.files import jsonl
 from lolo.files.disk import FileError
+from lolo.training import build, run_folder, run_log
+from lolo.training.checkpoints import read_checkpoint
 
 
 class Finding(NamedTuple):
@@ -31,7 +31,7 @@ class Log(NamedTuple):
 def read_log(path: Path, tasks: int) -> Log:
     """The log of a run on so many tasks. Raises FileError for rows that no run writes."""
     log = Log([], [])
-    for count, row in enumerate(jsonl.read_json_lines(path, training.log_row), 1):
+    for count, row in enumerate(jsonl.read_json_lines(path, run_log.log_row), 1):
         at, step = f"{path}, row {count}: ", row["step"]
         if "validation" in row:
             log.validations.append({"step": step, **row["validation"]})
@@ -47,8 +47,8 @@ def read_log(path: Path, tasks: int) -> Log:
 
 def examine(run: Path) -> list[Finding]:
     """Findings about a run, in the order in which to read them. Raises RunError, FileError."""
-    recipe = training.read_recipe(run)
-    recipes.check(recipe)
+    recipe = run_folder.read_recipe(run)
+    build.check(recipe)
     path = run / "log.jsonl"
     steps, validations = read_log(path, len(recipe.tasks)) if path.is_file() else Log([], [])
     if not steps:

@@ -1,0 +1,168 @@
+"""What lies in the folder of a meta-training."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lolo.files import disk
+from lolo.files.disk import FileError
+from lolo.files.settings import RecipeError, diff, fields
+from lolo.runtime import environment
+from lolo.runtime.process_group import ProcessGroup
+from lolo.tasks.by_name import pin
+from lolo.training import recipes
+from lolo.training.recipes import Recipe
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of an outer step lies."""
+    return run / "checkpoints" / f"{step:08d}"
+
+
+def checkpoints(run: Path) -> list[int]:
+    """Outer steps that have a checkpoint, oldest first."""
+    folder = run / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit() and len(name) == 8)
+
+
+class RunError(ValueError):
+    """A run folder that can't be used as asked; says which, and what to do."""
+
+
+def read_recipe(run: Path) -> Recipe:
+    """The recipe of a run folder. Raises RunError, FileError, RecipeError."""
+    if not (run / "recipe.json").is_file():
+        raise RunError(f"{run} holds no run: there is no recipe.json. Start one with `lolo train RECIPE --out {run}`.")
+    try:
+        return recipes.from_dict(disk.read_json(run / "recipe.json"))
+    except RecipeError as error:
+        raise RecipeError(f"{run}/recipe.json: {error}") from error
+
+
+def require_free(run: Path, recipe: Recipe) -> None:
+    """Raise RunError unless a folder is empty, new, or holds this run and it never came to a checkpoint."""
+    holding = (run / "recipe.json").is_file()
+    changed = diff(read_recipe(run), recipe) if holding else {}
+    if changed or (holding and checkpoints(run)):
+        differs = (
+            "; ".join(f"{name}: {a!r} there, {b!r} asked" for name, (a, b) in changed.items()) or "the same recipe"
+        )
+        raise RunError(f"{run} already holds a run ({differs}). Go on with `lolo resume {run}`, or give another --out.")
+    # A run killed while it claimed the folder leaves run.json, or half of a file, and nothing else.
+    ours = re.compile(r"run\.json|\.(run|recipe)\.json\.\d+\.tmp")
+    foreign = run.is_dir() and any(not ours.fullmatch(path.name) for path in run.iterdir())
+    if not holding and run.exists() and (not run.is_dir() or foreign):
+        raise RunError(f"{run} exists and is not an empty folder; give another --out.")
+
+
+def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
+    """Claim a folder for a run, as `require_free` allows. Raises RunError."""
+    require_free(run, recipe)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        disk.write_json(run / "run.json", about)
+        disk.write_json(run / "recipe.json", recipes.to_dict(recipe))
+    except OSError as error:
+        raise RunError(f"{run} can't be written ({error.strerror}); give another --out.") from error
+
+
+def read_about(run: Path) -> dict[str, Any]:
+    """What run.json says of a run: versions, commit, machine, command; {} without one. Raises FileError."""
+    about = disk.read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    if not isinstance(about, dict):
+        raise FileError(f"{run}/run.json: expected a JSON object.")
+    return about
+
+
+def logged_to(run: Path) -> list[str]:
+    """The sinks that a run was started with. Raises FileError."""
+    names = read_about(run).get("log", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FileError(f"{run}/run.json: log is {names!r}; expected a list of names.")
+    return names
+
+
+def require_alike(gang: ProcessGroup, recipe: Recipe, more: dict[str, Any]) -> None:
+    """Raise DifferError unless all processes have the same recipe, versions and kind of device. Starts JAX."""
+    if gang.processes == 1:
+        return
+    cure = "Start every process with the same versions, command and files."
+    facts = {f"{name}'s version": version for name, version in environment.versions().items()}
+    gang.require_equal(facts | {"the machine": platform.machine()} | fields(recipe) | more, cure)
+    device = jax.local_devices()[0]  # only now: it connects the processes' XLA, which must be of one version
+    gang.require_equal({"the device": f"{device.platform}: {device.device_kind}"}, cure)
+
+
+def can_resume(run: Path, recipe: Recipe, gang: ProcessGroup) -> bool:
+    """Whether a folder holds a run of this recipe that has a checkpoint, as process 0 sees it.
+
+    Raises RunError: it holds a run of another recipe, or not every process sees it.
+    """
+
+    def look(_: list[Any]) -> bool:
+        if not (run / "recipe.json").is_file():
+            return False
+        changed = diff(read_recipe(run), pinned(recipe))
+        if changed:
+            differs = "; ".join(f"{name}: {a!r} there, {b!r} asked" for name, (a, b) in changed.items())
+            raise RunError(f"{run} already holds another run ({differs}); give another --out.")
+        return bool(checkpoints(run))
+
+    going_on = gang.settle(None, look)
+    if going_on:
+        require_shared(gang, run)
+    return going_on
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """The recipe with its tasks named as they are stored."""
+    return dataclasses.replace(recipe, tasks=tuple(pin(name) for name in recipe.tasks))
+
+
+def create_shared(gang: ProcessGroup, out: Path, recipe: Recipe, about: dict[str, Any]) -> None:
+    """`create_run` on process 0. Raises RunError where it does, and unless every process sees the folder then."""
+    gang.settle(None, lambda _: create_run(out, recipe, about))
+    require_shared(gang, out)
+
+
+@contextmanager
+def exclusive(folder: Path | None, gang: ProcessGroup) -> Iterator[None]:
+    """Raise RunError, on every process, where other processes write into this run's folder."""
+    with ExitStack() as held:
+        free = folder is None or not gang.leads or held.enter_context(disk.locked(folder))
+
+        def decide(seen: list[bool]) -> None:
+            if not all(seen):
+                raise RunError(f"another process is at work on {folder}; wait for it, stop it, or give another folder.")
+
+        gang.settle(free, decide)
+        yield
+
+
+def require_shared(gang: ProcessGroup, out: Path) -> None:
+    """Raise RunError unless every process sees the run in this folder."""
+
+    def decide(seen: list[Any]) -> None:
+        if not all(seen):
+            raise RunError(
+                f"process {seen.index(False)} does not see {out}: --out must be a folder that all hosts share."
+            )
+
+    gang.settle((out / "recipe.json").is_file(), decide)
+
+
+def untouched(run: Path) -> bool:
+    """Whether a run was killed before its first checkpoint, and its recipe alone says where it starts."""
+    if checkpoints(run) or (run / "log.jsonl").exists() or (run / "last.safetensors").exists():
+        return False
+    about = disk.read_json(run / "run.json")
+    return isinstance(about, dict) and "init" in about and about["init"] is None

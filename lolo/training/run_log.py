@@ -1,0 +1,58 @@
+"""Rows of a run's log: one per outer step, one per validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lolo.files import jsonl
+
+_VALIDATION_ROW = jsonl.fields(
+    step=jsonl.whole_number,
+    validation=jsonl.fields(steps=jsonl.whole_number, train_loss=jsonl.number, held_loss=jsonl.number),
+)
+_STEP_ROW = jsonl.fields(
+    step=jsonl.whole_number,
+    **dict.fromkeys(("task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms"), jsonl.listed(jsonl.number, least=1)),
+    **dict.fromkeys(("alpha_mix", "alpha_loss", "gradient_ratio", "gradient_norm", "signal_to_noise"), jsonl.number),
+    dropped=jsonl.whole_number,
+    **dict.fromkeys(("starts", "reached"), jsonl.listed(jsonl.whole_number)),
+    inner_steps_per_second=jsonl.number,
+)
+_FIRST_BAD = jsonl.listed(
+    jsonl.fields(task=jsonl.string, slot=jsonl.whole_number, start_step=jsonl.whole_number, first=jsonl.string), least=1
+)
+
+
+def log_row(row: Any) -> dict[str, Any]:
+    """A row of `log_step` or of a validation, checked. Raises ValueError."""
+    if isinstance(row, dict) and "validation" in row:
+        return _VALIDATION_ROW(row)
+    row = _STEP_ROW(row)
+    return jsonl.fields(first_bad=_FIRST_BAD)(row) if row["dropped"] else row
+
+
+def log_rows(run: Path) -> list[dict[str, Any]]:
+    """Rows of the log, [] before the first. Raises FileError for a row that is not `log_step`'s or a validation's."""
+    return list(jsonl.read_json_lines(run / "log.jsonl", log_row)) if (run / "log.jsonl").is_file() else []
+
+
+def realised(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where inner training went: quantiles of the steps reached, and all realised start steps with their counts."""
+    reached = np.array([step for row in rows for step in row.get("reached", [])])
+    starts = np.array([step for row in rows for step in row.get("starts", [])])
+    if not reached.size:
+        return {}
+    quantiles = {f"{q}%": int(np.percentile(reached, q)) for q in (50, 90, 99, 100)}
+    values, counts = np.unique(starts // 250 * 250, return_counts=True)
+    return {
+        "realised_steps": quantiles,
+        "start_steps_per_250": {int(v): int(c) for v, c in zip(values, counts, strict=True)},
+    }
+
+
+def best_validation(rows: list[dict[str, Any]]) -> float | None:
+    """The lowest validation loss so far."""
+    return min((row["validation"]["held_loss"] for row in rows if "validation" in row), default=None)
