@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lolo.data import embedded
-from lolo.torch import LoLO
+from lolo.torch.optimizer import LoLO
 
 
 class Classifier(nn.Module):

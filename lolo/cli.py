@@ -18,15 +18,18 @@ import rich.console
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lolo import bench, comparisons, report, studies
+from lolo.bench import speed
 from lolo.data import prepare
 from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.method.task import Splits
 from lolo.optimizers import architecture, weights_file
+from lolo.report import page
 from lolo.runtime import environment, interrupt, launch, parallel
 from lolo.runtime.launch import Processes
 from lolo.runtime.process_group import ALONE, ProcessGroup, ProcessGroupError
+from lolo.studies import comparison_report, comparisons, definitions, evaluation_folder, studies
+from lolo.studies.tables import table
 from lolo.tasks import by_name
 from lolo.training import build, doctor, loop, plan, recipes, run_folder, sweep
 from lolo.training.loop import DivergedError
@@ -215,7 +218,7 @@ def train_command(argv: list[str]) -> int:
 
 def with_fastest_block(recipe: Recipe, splits: dict[str, Splits], devices: int | None) -> Recipe:
     """The recipe with the `slots_per_block` whose outer step is the fastest here; says all times."""
-    times = bench.block_times(recipe, splits, devices)
+    times = speed.block_times(recipe, splits, devices)
     fastest = min(times, key=lambda size: times[size])
     words = ", ".join(f"{size}: {1000 * seconds:.1f} ms" for size, seconds in times.items())
     say(f"an outer step by slots-per-block: {words}. Storing {fastest} in the recipe.")
@@ -403,18 +406,18 @@ def eval_command(argv: list[str]) -> int:
         if out is None:
             with telling() as teller:
                 rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, teller, splits=splits)
-            print(comparisons.table(rows))
+            print(table(rows))
         else:
             stop = interrupt.Stop()
             with (
-                comparisons.kept_in(out, task, optimizers, steps, seeds) as parts,
+                evaluation_folder.evaluation_folder(out, task, optimizers, steps, seeds) as parts,
                 telling() as teller,
                 interrupt.stop_on_signals(stop),
             ):
                 told = interrupt.interruptible(stop, teller, out)
                 rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, told, parts, splits=splits)
                 command = shlex.join(["lolo", "eval", *argv])
-                print(comparisons.write_report(out, task, rows, weights, command))
+                print(comparison_report.write_report(out, task, rows, weights, command))
         return 0
 
     return call(evaluate_, argv, "lolo eval")
@@ -438,7 +441,7 @@ def reproduce_command(argv: list[str]) -> int:
             settings, settings-confirmed, outer-steps, transfer.
           smoke: the smallest form, to see that everything runs; in a folder `smoke` inside, so that no rows are lost.
         """
-        settings.pick({**studies.STUDIES, "study": None}, "study", study)
+        settings.pick({**definitions.STUDIES, "study": None}, "study", study)
         environment.set_up()
         stop, folder = interrupt.Stop(), out or Path("runs") / study
         folder = folder / "smoke" if smoke else folder
@@ -465,7 +468,7 @@ def bench_command(argv: list[str]) -> int:
           out: JSON file for the numbers; a picture of the growth goes beside it.
         """
         environment.set_up()
-        bench.run(parts or tuple(bench.PARTS), out)
+        speed.run(parts or tuple(speed.PARTS), out)
         return 0
 
     return call(bench_, argv, "lolo bench")
@@ -522,7 +525,7 @@ def report_command(argv: list[str]) -> int:
           folders: of `lolo train`, `lolo eval` or `lolo reproduce`.
           out: the page; default: report.html in the first folder.
         """
-        print(report.write(folders, out))
+        print(page.write(folders, out))
         return 0
 
     return call(report_, argv, "lolo report")

@@ -6,7 +6,8 @@ import time
 import pytest
 from test_training import SMALL, small
 
-from lolo import bench, cli
+from lolo import cli
+from lolo.bench import speed
 from lolo.files.settings import RecipeError
 from lolo.runtime import parallel
 from lolo.training import run_folder
@@ -20,52 +21,52 @@ def test_calls_take_turns_and_medians_are_theirs():
         time.sleep(seconds)
         return 0
 
-    times = bench.interleaved({"a": lambda: call("a", 0.002), "b": lambda: call("b", 0.02)}, 0.0, least=3)
+    times = speed.interleaved({"a": lambda: call("a", 0.002), "b": lambda: call("b", 0.02)}, 0.0, least=3)
     assert order == ["a", "b"] * 4 and times["a"] < times["b"]
 
 
 def test_the_lanes_of_both_forms_compute_the_same():
     """What the benchmark compares is one function: the losses of 16 trajectories agree."""
-    task, steps = bench.synthetic((12, 8, 4)).train, 3
+    task, steps = speed.synthetic((12, 8, 4)).train, 3
     losses = [
         program(*args)
         for program, args in (
-            bench.lanes(task, bench.learned.small_fc().optimizer, steps, True),
-            bench.lanes(task, bench.textbook.small_fc, steps, False),
+            speed.lanes(task, speed.learned.small_fc().optimizer, steps, True),
+            speed.lanes(task, speed.textbook.small_fc, steps, False),
         )
     ]
-    assert losses[0].shape == (2 * bench.PAIRS, steps)
+    assert losses[0].shape == (2 * speed.PAIRS, steps)
     assert abs(losses[0] - losses[1]).max() < 1e-5
-    assert len(parallel.mesh(bench.PAIRS).devices) >= 1
+    assert len(parallel.mesh(speed.PAIRS).devices) >= 1
 
 
 def test_numbers_are_written_with_their_machine_and_unknown_parts_refused(tmp_path, monkeypatch):
-    lines = [bench.Line(f"growth with pairs: {n}", 10.0 * n, "ms") for n in (2, 4)]
-    monkeypatch.setattr(bench, "PARTS", {"growth": lambda: [*lines, bench.Line("other", float("nan"), "x")]})
-    bench.run(["growth"], tmp_path / "b.json", say=lambda text: None)
+    lines = [speed.Line(f"growth with pairs: {n}", 10.0 * n, "ms") for n in (2, 4)]
+    monkeypatch.setattr(speed, "PARTS", {"growth": lambda: [*lines, speed.Line("other", float("nan"), "x")]})
+    speed.run(["growth"], tmp_path / "b.json", say=lambda text: None)
     written = json.loads((tmp_path / "b.json").read_text())
     assert [line["value"] for line in written["lines"]] == [20.0, 40.0, "nan"] and written["machine"]["cores"] >= 1
-    assert bench.growth_curves(lines) == {"pairs": [(2.0, 20.0), (4.0, 40.0)]}
+    assert speed.growth_curves(lines) == {"pairs": [(2.0, 20.0), (4.0, 40.0)]}
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(RecipeError, match="growth"):
-        bench.run(["growht"], None)
+        speed.run(["growht"], None)
 
 
 def test_blocks_that_are_timed_divide_the_pairs_and_leave_no_device_idle(monkeypatch):
     recipe = small("lolo", **{"estimator.pairs": 12, "outer.steps": 9})
-    monkeypatch.setattr(bench, "in_turns", lambda calls, rounds: {name: float(name) for name in calls})
-    monkeypatch.setattr(bench, "outer_step", lambda recipe, splits, devices: bench.OuterStep(lambda: 0, None, 0))
-    assert list(bench.block_times(recipe, devices=1)) == [1, 2, 4]
-    assert list(bench.block_times(small("lolo", **{"estimator.pairs": 3}), devices=1)) == [1]
+    monkeypatch.setattr(speed, "in_turns", lambda calls, rounds: {name: float(name) for name in calls})
+    monkeypatch.setattr(speed, "outer_step", lambda recipe, splits, devices: speed.OuterStep(lambda: 0, None, 0))
+    assert list(speed.block_times(recipe, devices=1)) == [1, 2, 4]
+    assert list(speed.block_times(small("lolo", **{"estimator.pairs": 3}), devices=1)) == [1]
 
 
 def test_the_fastest_block_is_stored_in_the_recipe(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "in_turns", lambda calls, rounds: {name: {"1": 0.2, "2": 0.1}[name] for name in calls})
+    monkeypatch.setattr(speed, "in_turns", lambda calls, rounds: {name: {"1": 0.2, "2": 0.1}[name] for name in calls})
     options = [f"--{name}={value}" for name, value in SMALL.items() if name != "tasks"]
     words = ["train", "lolo", "--task", "quadratic", *options, "--devices", "1", "--measure-blocks"]
     assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
     assert run_folder.read_recipe(tmp_path / "run").estimator.slots_per_block == 2
     assert "1: 200.0 ms, 2: 100.0 ms. Storing 2" in capsys.readouterr().err
-    monkeypatch.setattr(bench, "block_times", lambda *args: pytest.fail("timed before the folder was looked at"))
+    monkeypatch.setattr(speed, "block_times", lambda *args: pytest.fail("timed before the folder was looked at"))
     assert cli.main([*words, "--out", str(tmp_path / "run")]) == 2
     assert "already holds a run" in capsys.readouterr().err

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import cli, comparisons, studies
+from lolo import cli
 from lolo.evaluation import long_runs
 from lolo.files import disk, tensors
 from lolo.files.settings import fields
 from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.runtime import environment, interrupt
+from lolo.studies import definitions
+from lolo.studies.rows import load_rows
 from lolo.training import recipes
 
 
@@ -123,7 +125,7 @@ def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsy
         return run(capsys, "eval", *names, "--task", "quadratic", "--steps", steps, "--seeds", seeds, "--out", str(out))
 
     def rows():
-        return {(row.optimizer, row.seed): row for row in comparisons.load_rows(out / "rows-quadratic.jsonl")}
+        return {(row.optimizer, row.seed): row for row in load_rows(out / "rows-quadratic.jsonl")}
 
     monkeypatch.setattr(long_runs, "compare", counting)
     stopped = interrupt.Stop()
@@ -178,7 +180,7 @@ def test_meta_seeds_come_to_an_evaluation_one_by_one(tmp_path, monkeypatch, caps
         names = [weights(seed) for seed in seeds]
         settings = ["--task", "quadratic", "--steps", "100", "--seeds", "1", "--out", str(tmp_path / "out")]
         assert run(capsys, "eval", *names, *settings)[0] == 0
-        rows = comparisons.load_rows(tmp_path / "out" / "rows-quadratic.jsonl")
+        rows = load_rows(tmp_path / "out" / "rows-quadratic.jsonl")
         assert {row.optimizer for row in rows} == {"lolo"}
         return {row.meta_seed: row.train_loss for row in rows}
 
@@ -226,7 +228,7 @@ def test_help_names_every_part_of_the_study(capsys):
     with pytest.raises(SystemExit):
         cli.main(["reproduce", "--help"])
     words = re.split(r"[\s,.:]+", re.sub(r"[^\x20-\x7e]", " ", capsys.readouterr().out))
-    assert set(studies.STUDY) | set(studies.STUDIES) <= set(words)
+    assert set(definitions.STUDY) | set(definitions.STUDIES) <= set(words)
 
 
 def test_help_lists_every_command_and_every_field(capsys):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from test_training import small
 
-from lolo import comparisons, contestants, plots
 from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
 from lolo.files.disk import FileError
 from lolo.optimizers import architecture, pretrained
+from lolo.studies import candidates, comparison_report, comparisons, evaluation_folder, plots, tables
+from lolo.studies.rows import file_name, load_rows, save_rows
 from lolo.tasks.small import quadratic
 from lolo.training import recipes
 
@@ -29,8 +30,8 @@ def write(path, recipe, learner=None):
 
 
 def labels(*names):
-    named = contestants.named_weights(names)
-    entries = [contestants.contestant(name, named, QUADRATIC, 100) for name in names]
+    named = candidates.named_weights(names)
+    entries = [candidates.candidate(name, named, QUADRATIC, 100) for name in names]
     assert len(named) == sum("w0" in entry.setting for entry in entries)
     return [(entry.label, entry.meta_seed) for entry in entries]
 
@@ -43,9 +44,9 @@ def test_meta_seeds_of_one_recipe_are_rows_of_one_method(tmp_path):
 
 def test_a_baseline_spelled_twice_is_evaluated_once():
     names = ["adamw:1e-3", "lolo-small", "adamw:0.001", "sgdm:1e-3", "adamw:grid", "lolo-small", "adamw:grid"]
-    assert contestants.distinct(names) == ["adamw:1e-3", "lolo-small", "sgdm:1e-3", "adamw:grid"]
+    assert candidates.distinct(names) == ["adamw:1e-3", "lolo-small", "sgdm:1e-3", "adamw:grid"]
     with pytest.raises(ValueError, match="adamw:fast: give a learning rate"):
-        contestants.distinct(["adamw:fast"])
+        candidates.distinct(["adamw:fast"])
 
 
 @pytest.mark.parametrize("change", [{"outer.steps": 9}, {"tasks": ("books-mlp",)}, {"estimator.sigma": 0.02}])
@@ -95,7 +96,7 @@ def test_weights_in_use_with_other_settings_are_rows_of_their_own(tmp_path):
 
 def first_updates(path, steps):
     """The updates of the first `steps` steps on a constant gradient, as `compare` would make them."""
-    entry = contestants.contestant(path, contestants.named_weights([path]), QUADRATIC, steps)
+    entry = candidates.candidate(path, candidates.named_weights([path]), QUADRATIC, steps)
     optimizer, params = entry.make(entry.setting), {"x": jnp.full(8, 0.5)}
     state, updates = optimizer.init(params), []
     for _ in range(steps):
@@ -139,13 +140,13 @@ def test_settings_in_use_do_what_they_say(tmp_path):
 def test_unknown_settings_in_use_are_refused(tmp_path, words, message):
     path = write(tmp_path / "a.safetensors", small("lolo"))
     with pytest.raises(ValueError, match=message):
-        contestants.named_weights([f"{path}:{words}"])
+        candidates.named_weights([f"{path}:{words}"])
 
 
 def test_a_learner_without_a_clock_refuses_a_limit(tmp_path):
     path = write(tmp_path / "a.safetensors", small("lolo", **{"learner.name": "sgd"}))
     with pytest.raises(ValueError, match="'sgd' has no clock_limit"):
-        contestants.named_weights([f"{path}:clock_limit=3"])
+        candidates.named_weights([f"{path}:clock_limit=3"])
 
 
 @pytest.mark.parametrize("name", ["adamw:fast", "adamw:0", "adamw:inf", "sgdm:-1", "lion:1e-3"])
@@ -187,10 +188,10 @@ def test_rows_kept_from_before_are_not_made_again_unless_something_changed(tmp_p
 
 def test_rows_that_do_not_fit_are_made_again(tmp_path):
     path = write(tmp_path / "a.safetensors", small("lolo"))
-    named = contestants.named_weights([path])[path]
+    named = candidates.named_weights([path])[path]
     file, rows = tmp_path / "part.jsonl", [row("lolo", 0, seed, 1.0) for seed in (0, 1)]
-    comparisons.save_rows(file, rows)
-    assert comparisons._kept(file, "q", 200, 2, named) == rows
+    save_rows(file, rows)
+    assert evaluation_folder.kept_rows(file, "q", 200, 2, named) == rows
     others = [
         ("p", 200, 2, named),
         ("q", 100, 2, named),
@@ -201,16 +202,18 @@ def test_rows_that_do_not_fit_are_made_again(tmp_path):
         ("q", 200, 2, named._replace(label="bc-only")),
     ]
     for other in others:
-        assert comparisons._kept(file, *other) is None
+        assert evaluation_folder.kept_rows(file, *other) is None
     file.write_bytes(file.read_bytes()[:-20])  # the last row is half there: it would be left out
-    assert comparisons._kept(file, "q", 200, 2, named) is None
+    assert evaluation_folder.kept_rows(file, "q", 200, 2, named) is None
     file.write_bytes(b"")
     with pytest.raises(FileError, match=r"no whole row.*Remove it, and its rows are made again"):
-        comparisons._kept(file, "q", 200, 2, named)
+        evaluation_folder.kept_rows(file, "q", 200, 2, named)
 
 
 def part_of(name):
-    (file,) = comparisons._part_files(Path("parts"), "quadratic", [name], contestants.named_weights([name])).values()
+    (file,) = evaluation_folder.part_files(
+        Path("parts"), "quadratic", [name], candidates.named_weights([name])
+    ).values()
     return file.name
 
 
@@ -258,7 +261,7 @@ def row(optimizer, meta_seed, seed, loss, diverged=False):
 
 
 def test_a_table_names_units_pairs_and_what_diverged():
-    lines = comparisons.table(
+    lines = tables.table(
         [row("adamw", None, seed, 1.0 + seed) for seed in (0, 1)]
         + [row("lolo", 0, seed, 0.5 + seed) for seed in (0, 1)]
         + [row("wild", 1, seed, float("inf"), diverged=True) for seed in (0, 1)]
@@ -271,22 +274,22 @@ def test_a_table_names_units_pairs_and_what_diverged():
 
 def test_several_meta_seeds_without_one_in_common_are_no_pairs():
     sides = [row("lolo", m, 0, 1.0) for m in (0, 1)] + [row("naive", m, 0, 2.0) for m in (2, 3)]
-    assert "| no pairs | no pairs |" in comparisons.table(sides)
+    assert "| no pairs | no pairs |" in tables.table(sides)
 
 
 def test_a_report_of_runs_that_all_diverged_is_written(tmp_path):
     lost = dataclasses.replace(
         row("wild", None, 0, float("inf"), diverged=True), train_curve=[np.nan], held_curve=[np.nan]
     )
-    comparisons.write_report(tmp_path, "quadratic", [lost], {}, "lolo eval")
+    comparison_report.write_report(tmp_path, "quadratic", [lost], {}, "lolo eval")
     assert "1 of 1 runs diverged" in (tmp_path / "report-quadratic.md").read_text()
 
 
 def test_rows_are_kept_whatever_happens_to_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "curves", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        comparisons.write_report(tmp_path, "quadratic", [row("adamw", None, 0, 1.0)], {}, "lolo eval")
-    assert comparisons.load_rows(tmp_path / "rows-quadratic.jsonl") == [row("adamw", None, 0, 1.0)]
+        comparison_report.write_report(tmp_path, "quadratic", [row("adamw", None, 0, 1.0)], {}, "lolo eval")
+    assert load_rows(tmp_path / "rows-quadratic.jsonl") == [row("adamw", None, 0, 1.0)]
 
 
 def test_start_steps_are_summed_over_meta_seeds_and_drawn_once_for_each_weights(tmp_path, monkeypatch):
@@ -306,7 +309,7 @@ def test_start_steps_are_summed_over_meta_seeds_and_drawn_once_for_each_weights(
         "bc-only, meta-seed 0": weights(3.0),
         "newest, meta-seed 0": weights(3.0, read="newest"),  # other recipes may give the same bytes
     }
-    comparisons.write_report(tmp_path, "quadratic", rows, methods, "lolo eval")
+    comparison_report.write_report(tmp_path, "quadratic", rows, methods, "lolo eval")
     assert drawn == {
         "naive": {"0": 16, "250": 4},
         "bc-only": {"0": 8, "250": 2},
@@ -314,16 +317,16 @@ def test_start_steps_are_summed_over_meta_seeds_and_drawn_once_for_each_weights(
     }
     assert "(start-steps-quadratic.png)" in (tmp_path / "report-quadratic.md").read_text()
     many = {f"lolo {i}, meta-seed 0": weights(float(i))._replace(recipe={}) for i in range(len(plots.COLOURS) + 1)}
-    comparisons.write_report(tmp_path / "many", "quadratic", rows, many, "lolo eval")
+    comparison_report.write_report(tmp_path / "many", "quadratic", rows, many, "lolo eval")
     assert "start-steps" not in (tmp_path / "many" / "report-quadratic.md").read_text()
 
 
 def test_files_of_a_users_task_are_named_after_file_and_function():
-    assert comparisons.file_name("fashion-mlp") == "fashion-mlp"
-    assert comparisons.file_name("fashion-mlp:widths=64-32") == "fashion-mlp-widths=64-32"
-    assert comparisons.file_name("some/where/mine.py:easy") == "mine-easy"
-    assert comparisons.file_name("mine.py:easy:size=3,data=a/b") == "mine-easy-size=3,data=a-b"
-    assert comparisons.file_name(f"mine.py:easy@{'0' * 64}") == "mine-easy"
+    assert file_name("fashion-mlp") == "fashion-mlp"
+    assert file_name("fashion-mlp:widths=64-32") == "fashion-mlp-widths=64-32"
+    assert file_name("some/where/mine.py:easy") == "mine-easy"
+    assert file_name("mine.py:easy:size=3,data=a/b") == "mine-easy-size=3,data=a-b"
+    assert file_name(f"mine.py:easy@{'0' * 64}") == "mine-easy"
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------
@@ -332,7 +335,7 @@ def test_files_of_a_users_task_are_named_after_file_and_function():
 def test_optimizers_too_many_for_curves_are_also_shown_by_their_last_losses(tmp_path):
     rows = [row(f"adamw {i}", None, seed, 1.0 + i + seed) for i in range(len(plots.COLOURS) + 1) for seed in (0, 1)]
     for name, shown in (("few", rows[:-2]), ("many", rows)):
-        comparisons.write_report(tmp_path / name, "quadratic", shown, {}, "lolo eval")
+        comparison_report.write_report(tmp_path / name, "quadratic", shown, {}, "lolo eval")
         pictured = (tmp_path / name / "finals-quadratic.png").is_file()
         assert pictured == ("(finals-quadratic.png)" in (tmp_path / name / "report-quadratic.md").read_text())
         assert pictured == (name == "many")

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from lolo.evaluation import baselines, long_runs, statistics
-from lolo.evaluation.long_runs import Contestant
+from lolo.evaluation.long_runs import Candidate
 from lolo.evaluation.statistics import Row
 from lolo.tasks.small import quadratic
 
@@ -153,4 +153,4 @@ def test_scores_are_means_over_the_examples_asked_for(size, limit):
 @pytest.mark.parametrize("steps", [0, 1, 150, -100])
 def test_steps_that_are_no_whole_windows_are_refused(steps):
     with pytest.raises(ValueError, match=f"steps={steps} must be a multiple of 100; try [12]00"):
-        long_runs.compare("q", QUADRATIC, [Contestant("sgd", None, baselines.sgdm, {"lr": 0.1})], [0], steps)
+        long_runs.compare("q", QUADRATIC, [Candidate("sgd", None, baselines.sgdm, {"lr": 0.1})], [0], steps)

@@ -14,12 +14,16 @@ import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import charts, cli, comparisons, pages, report
+from lolo import cli
 from lolo.evaluation import long_runs, statistics
 from lolo.files import disk, jsonl, settings
 from lolo.files.disk import FileError
 from lolo.optimizers import weights_file
+from lolo.report import charts, markup
+from lolo.report.page import MAX_OPTIMIZERS, build, shown, train_command
 from lolo.runtime import environment
+from lolo.studies import comparison_report, tables
+from lolo.studies.rows import save_rows
 from lolo.training import doctor, loop, recipes, run_log
 from lolo.training.run_folder import RunError
 
@@ -81,7 +85,7 @@ def make_rows(task="books-mlp", labels=("lolo", "adamw 0.001"), steps=400):
 def make_study(path, task="books-mlp", labels=("lolo", "adamw 0.001")):
     """A study's folder: rows, what is known about them, one meta-training."""
     make_run(path / "runs" / "books-mlp-lolo-seed0", task)
-    comparisons.save_rows(path / "rows-books.jsonl", make_rows(task, labels))
+    save_rows(path / "rows-books.jsonl", make_rows(task, labels))
     about = {"command": f"lolo eval {task}", "note": task, "unroll": 200, "commit": task, "versions": {task: task}}
     about["weights"] = {task: {"card": {"start_steps_per_250": {"0": 5, "250": 3}}}}
     disk.write_json(path / "about-books.json", about)
@@ -149,12 +153,12 @@ def assert_complete_in_itself(text):
 
 def test_a_meta_training(tmp_path):
     recipe = make_run(tmp_path / "run")
-    page = assert_complete_in_itself(report.build([tmp_path / "run"]))
+    page = assert_complete_in_itself(build([tmp_path / "run"]))
     said = page.said()
     for finding in doctor.examine(tmp_path / "run"):
         assert " ".join(finding.what.split()) in said
     for name, value in settings.fields(recipe).items():
-        assert name in said and report.shown(value) in said
+        assert name in said and shown(value) in said
     assert "6 of 6 outer steps done" in said and "lolo train books-mlp" in said and "c0ffee" in said
     assert weights_file.read_weights(tmp_path / "run" / "last.safetensors").sha256 in said
     assert "0.2500 0.1250 best" in said and "0.5000 nan" in said
@@ -169,67 +173,67 @@ def test_a_run_of_which_only_recipe_and_validations_were_kept(tmp_path):
     for name in ("log.jsonl", "run.json", "last.safetensors"):
         (tmp_path / "run" / name).unlink()
     disk.write_bytes(tmp_path / "run" / "validation.jsonl", "".join(jsonl.json_line(r) + "\n" for r in rows).encode())
-    said = assert_complete_in_itself(report.build([tmp_path / "run"])).said()
+    said = assert_complete_in_itself(build([tmp_path / "run"])).said()
     assert "the log of outer steps is not in this folder" in said and "0.2500 0.1250 best" in said
     assert "Health" not in said and "commit not written down" in said
 
 
 def test_a_study_and_an_evaluation_say_what_the_table_says(tmp_path):
     make_study(tmp_path / "study")
-    page = assert_complete_in_itself(report.build([tmp_path / "study"]))
+    page = assert_complete_in_itself(build([tmp_path / "study"]))
     said = page.said()
-    for line in comparisons.cells(make_rows(), "lolo"):
+    for line in tables.cells(make_rows(), "lolo"):
         assert " ".join(" ".join(line).split()) in said
     assert "books-mlp, 400 inner steps" in said and "Meta-trainings" in said and "6 of 6 outer steps done" in said
     assert "the unroll in meta-training, 200 steps" in said and "lolo eval books-mlp" in said
     shutil.rmtree(tmp_path / "study" / "runs")
     (tmp_path / "study" / "about-books.json").unlink()
-    said = assert_complete_in_itself(report.build([tmp_path / "study"])).said()
+    said = assert_complete_in_itself(build([tmp_path / "study"])).said()
     assert "books-mlp, 400 inner steps" in said and "Meta-trainings" not in said and "not written down" in said
 
 
 def test_a_study_with_parts_shows_the_comparisons_of_each(tmp_path):
     make_study(tmp_path)
     for part in ("long", "figure2"):
-        comparisons.save_rows(tmp_path / part / "rows-books.jsonl", make_rows())
+        save_rows(tmp_path / part / "rows-books.jsonl", make_rows())
         disk.write_json(tmp_path / part / "about-books.json", {"command": f"made {part}"})
-    said = assert_complete_in_itself(report.build([tmp_path])).said()
+    said = assert_complete_in_itself(build([tmp_path])).said()
     assert said.index("Part figure2") < said.index("made figure2") < said.index("Part long") < said.index("made long")
 
 
 def test_the_kept_quickstart(tmp_path):
-    page = assert_complete_in_itself(report.build([QUICK]))
+    page = assert_complete_in_itself(build([QUICK]))
     assert "lolo reproduce quick" in page.said() and "best adamw 0.003" in page.said()
     assert any(value.startswith("Start steps") for _, name, value in page.attributes if name == "aria-label")
 
 
 def test_what_an_evaluation_writes_is_read(tmp_path):
-    comparisons.write_report(tmp_path, "books", make_rows(), {}, "lolo eval adamw:1e-3")
-    said = assert_complete_in_itself(report.build([tmp_path])).said()
+    comparison_report.write_report(tmp_path, "books", make_rows(), {}, "lolo eval adamw:1e-3")
+    said = assert_complete_in_itself(build([tmp_path])).said()
     assert "command given lolo eval adamw:1e-3" in said and f"lolo {environment.versions()['lolo']}" in said
 
 
 def test_several_folders_are_on_one_page_each_once(tmp_path):
     make_run(tmp_path / "a")
     make_study(tmp_path / "b")
-    page = assert_complete_in_itself(report.build([tmp_path / "a", tmp_path / "b", tmp_path / "." / "a"]))
+    page = assert_complete_in_itself(build([tmp_path / "a", tmp_path / "b", tmp_path / "." / "a"]))
     assert page.count("section") == 2 and page.count("nav") == 1
 
 
 def test_text_from_a_folder_is_shown_and_never_obeyed(tmp_path):
     make_run(tmp_path / "<b>run & co", EVIL)
     make_study(tmp_path / "study", EVIL, ("lolo", EVIL))
-    text = report.build([tmp_path / "<b>run & co", tmp_path / "study"])
+    text = build([tmp_path / "<b>run & co", tmp_path / "study"])
     text.encode()
     page = assert_complete_in_itself(text)
     assert "<script>alert(1)</script>" in page.said() and "<b>run & co" in page.said()
     assert "b" not in page.tags and "\u202e" not in text and "\0" not in text
-    assert "a" * 5000 not in pages.page("a" * 5000)
+    assert "a" * 5000 not in markup.page("a" * 5000)
 
 
 def test_only_html_is_left_unescaped():
-    assert pages.tag("p", "a<b", pages.tag("b", "c"), title='"') == '<p title="&quot;">a&lt;b<b>c</b></p>'
-    assert pages.tag("p", str(pages.Html("<b>"))) == "<p>&lt;b&gt;</p>"
+    assert markup.tag("p", "a<b", markup.tag("b", "c"), title='"') == '<p title="&quot;">a&lt;b<b>c</b></p>'
+    assert markup.tag("p", str(markup.Html("<b>"))) == "<p>&lt;b&gt;</p>"
 
 
 def test_the_command_that_is_shown_makes_the_same_recipe(tmp_path, monkeypatch):
@@ -245,7 +249,7 @@ def test_the_command_that_is_shown_makes_the_same_recipe(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(environment, "set_up", lambda devices=None: None)
-    words = shlex.split(report.train_command(recipe))
+    words = shlex.split(train_command(recipe))
     assert words[:3] == ["lolo", "train", "bc-only"]
     assert cli.main(words[1:]) == 2
     assert asked == [recipe]
@@ -277,7 +281,7 @@ def test_a_long_curve_is_thinned_to_means_with_their_range():
 
 
 def test_no_two_of_32_series_look_alike():
-    assert len({(charts.colour(i), charts.dash(i)) for i in range(report.MAX_OPTIMIZERS)}) == report.MAX_OPTIMIZERS
+    assert len({(charts.colour(i), charts.dash(i)) for i in range(MAX_OPTIMIZERS)}) == MAX_OPTIMIZERS
 
 
 def change(path, edit):
@@ -334,22 +338,20 @@ def test_a_damaged_folder_is_one_line_that_names_the_file(tmp_path, capsys, name
 
 def test_optimizers_without_a_common_seed_are_shown_without_a_difference(tmp_path):
     rows = make_rows()
-    comparisons.save_rows(
-        tmp_path / "rows-a.jsonl", [row for row in rows if (row.optimizer == "lolo") == (row.seed == 0)]
-    )
-    assert "no\u00a0pairs" in report.build([tmp_path])
+    save_rows(tmp_path / "rows-a.jsonl", [row for row in rows if (row.optimizer == "lolo") == (row.seed == 0)])
+    assert "no\u00a0pairs" in build([tmp_path])
 
 
 def test_more_optimizers_than_can_be_told_apart_are_an_error(tmp_path):
-    comparisons.save_rows(tmp_path / "rows-a.jsonl", make_rows(labels=tuple(map(str, range(33)))))
+    save_rows(tmp_path / "rows-a.jsonl", make_rows(labels=tuple(map(str, range(33)))))
     with pytest.raises(FileError, match="33 optimizers"):
-        report.build([tmp_path])
+        build([tmp_path])
 
 
 @pytest.mark.parametrize("examples", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_damaged_json_raises_nothing_but_the_documented_errors(tmp_path, monkeypatch, examples):
     """Values of every file replaced at random: the page is whole, or the error is one of ours."""
-    monkeypatch.setattr(charts, "inline", lambda draw, label: pages.Html(""))  # the slow part
+    monkeypatch.setattr(charts, "inline", lambda draw, label: markup.Html(""))  # the slow part
     generator = random.Random(examples)
     values = [None, True, -1, 0, 1.5, 10**25, 1e308, "", "nan", "inf", [], {}, [[]], {"a": 1}, ["a"], "\ud800<"]
     make_study(tmp_path)
@@ -371,7 +373,7 @@ def test_damaged_json_raises_nothing_but_the_documented_errors(tmp_path, monkeyp
 
         change(tmp_path / name, spoil)
         try:
-            Page(report.build([tmp_path]))
+            Page(build([tmp_path]))
         except (FileError, RunError) as error:
             refused += 1
             assert "books" in str(error)

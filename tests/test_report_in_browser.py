@@ -5,7 +5,7 @@ import os
 import pytest
 from test_report import QUICK, make_run, make_study
 
-from lolo import report
+from lolo.report.page import write
 
 pytestmark = pytest.mark.browser
 
@@ -44,7 +44,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     make_run(folder / "run")
     make_study(folder / "study")
-    return report.write([folder / "run", folder / "study", QUICK], folder / "report.html")
+    return write([folder / "run", folder / "study", QUICK], folder / "report.html")
 
 
 def opened(chromium, path, width, scheme):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lolo import textbook
+from lolo.bench import textbook
 from lolo.optimizers import architecture, base, small_fc
 from lolo.optimizers import small_fc_spec as spec
 

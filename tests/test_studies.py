@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from test_training import SMALL, small
 
-from lolo import comparisons, contestants, plots, studies
 from lolo.data.errors import DataError
 from lolo.evaluation import statistics
 from lolo.files.settings import RecipeError
 from lolo.runtime import interrupt
+from lolo.studies import candidates, comparison_report, comparisons, definitions, plots, studies
+from lolo.studies.rows import load_rows
 from lolo.training import build, loop, recipes, run_folder, run_log
 from lolo.training.run_folder import RunError
 
-TINY = studies.Study(
+TINY = definitions.Study(
     about="the smallest study",
     tasks=("quadratic",),
     methods=("lolo",),
@@ -27,7 +28,7 @@ TINY = studies.Study(
 
 
 def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(studies.STUDIES, "tiny", TINY)
+    monkeypatch.setitem(definitions.STUDIES, "tiny", TINY)
     stop = interrupt.Stop()
 
     def stop_in(word):
@@ -45,7 +46,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, mo
     trained = []
     tables = studies.reproduce("tiny", tmp_path, told=lambda what, *rest: trained.append(what))
     assert set(trained) == {"evaluating on quadratic"}  # nothing is meta-trained twice
-    found = comparisons.load_rows(tmp_path / "rows-quadratic.jsonl")
+    found = load_rows(tmp_path / "rows-quadratic.jsonl")
     assert len(found) == 2 * 2 + 2 and "(n=2 meta-seeds)" in tables["quadratic"]
     report = (tmp_path / "report-quadratic.md").read_text()
     assert tables["quadratic"] in report and "The smallest study. Meta-training took 0.0" in report
@@ -60,7 +61,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, mo
 
 
 def test_a_study_refuses_runs_of_another_recipe(tmp_path, monkeypatch):
-    monkeypatch.setitem(studies.STUDIES, "tiny", TINY)
+    monkeypatch.setitem(definitions.STUDIES, "tiny", TINY)
     other = dataclasses.replace(studies.recipe_of(TINY, "lolo", "quadratic", 0), seed=7)
     run_folder.create_run(tmp_path / "runs" / "quadratic-lolo-T3-seed0", other, {})
     with pytest.raises(RunError, match=r"another recipe \(seed differ\)"):
@@ -68,9 +69,9 @@ def test_a_study_refuses_runs_of_another_recipe(tmp_path, monkeypatch):
 
 
 def test_a_study_does_not_overwrite_an_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setitem(studies.STUDIES, "tiny", TINY)
+    monkeypatch.setitem(definitions.STUDIES, "tiny", TINY)
     rows, _ = comparisons.evaluate(["adam:0.1"], "quadratic", 100, 1)
-    comparisons.write_report(tmp_path, "quadratic", rows, {}, "lolo eval adam:0.1")
+    comparison_report.write_report(tmp_path, "quadratic", rows, {}, "lolo eval adam:0.1")
     with pytest.raises(RunError, match=r"holds an evaluation on quadratic.*another --out"):
         studies.reproduce("tiny", tmp_path)
     assert not (tmp_path / "runs").exists()
@@ -80,7 +81,7 @@ def test_parts_of_a_study_share_their_meta_trainings(tmp_path, monkeypatch):
     second = dataclasses.replace(TINY, methods=("lolo", "lolo replay.read=pop"), uses=(("lolo", "schedule=cosine"),))
     second = dataclasses.replace(second, changes=(*TINY.changes, ("learner.name", "small_fc")), baselines=())
     first = dataclasses.replace(second, methods=("lolo",), uses=(), eval_tasks=("quadratic:dimensions=3",))
-    monkeypatch.setattr(studies, "STUDY", {"a": first, "b": second})
+    monkeypatch.setattr(definitions, "STUDY", {"a": first, "b": second})
     monkeypatch.setattr(studies, "META_LOSS_WINDOW", 1)
     heard = []
 
@@ -139,27 +140,27 @@ def test_data_that_are_missing_are_said_before_the_first_meta_training(tmp_path,
 
 
 def test_a_method_has_the_last_word_over_its_study_and_fixed_fields_over_both():
-    study = studies.Study(about="", tasks=("quadratic",), changes=(("outer.steps", 8), ("unroll.length", 200)))
+    study = definitions.Study(about="", tasks=("quadratic",), changes=(("outer.steps", 8), ("unroll.length", 200)))
     found = studies.recipe_of(study, "naive outer.steps=5", "quadratic", 3)
     assert (found.outer.steps, found.unroll.length, found.tasks, found.seed) == (5, 200, ("quadratic",), 3)
     assert recipes.method_of(found) == "naive"
     assert studies.recipe_of(study, "naive seed=5", "quadratic", 3).seed == 3
-    smoked = dataclasses.replace(study, fixed=studies.SMOKE)
+    smoked = dataclasses.replace(study, fixed=definitions.SMOKE)
     assert (
         studies.recipe_of(smoked, "naive outer.steps=5", "quadratic", 3).outer.steps
-        == dict(studies.SMOKE)["outer.steps"]
+        == dict(definitions.SMOKE)["outer.steps"]
     )
 
 
-@pytest.mark.parametrize("part", studies.STUDY)
+@pytest.mark.parametrize("part", definitions.STUDY)
 def test_every_recipe_of_the_study_can_be_built(part):
-    study = studies.STUDY[part]
+    study = definitions.STUDY[part]
     for task in study.tasks:
         for method in study.methods:
             build.build(studies.recipe_of(study, method, task, 0))
     assert all(method in study.methods for method, _ in study.uses)
     for name in study.baselines:
-        contestants.learning_rate(name)
-        assert contestants.is_baseline(name)
+        candidates.learning_rate(name)
+        assert candidates.is_baseline(name)
     for _, use in study.uses:
-        contestants.parse_use(use, "weights")
+        candidates.parse_deployment(use, "weights")

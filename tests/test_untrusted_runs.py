@@ -14,13 +14,13 @@ from test_interop import draw
 from test_training import small
 from test_untrusted_files import mutated
 
-from lolo import comparisons
 from lolo.evaluation import statistics
 from lolo.files import tensors
 from lolo.files.disk import FileError
 from lolo.files.settings import RecipeError
 from lolo.method import meta
 from lolo.optimizers import interop, pretrained, weights_file
+from lolo.studies import rows
 from lolo.tasks.small import quadratic
 from lolo.training import build, checkpoints, doctor, loop, run_folder
 from lolo.training.run_folder import RunError
@@ -73,7 +73,7 @@ def run(tmp_path_factory):
     loop.train(small(**{"outer.steps": STEP, "validation.every": 1, "validation.steps": 100}), folder)
     curve = [1.0, float("nan")]
     row = statistics.Row("quadratic", "lolo", 0, 1, 200, 1.0, 0.9, 1.1, {"loss": 1.1}, False, curve, curve)
-    comparisons.save_rows(folder / "rows.jsonl", [row, dataclasses.replace(row, seed=2, meta_seed=None)])
+    rows.save_rows(folder / "rows.jsonl", [row, dataclasses.replace(row, seed=2, meta_seed=None)])
     interop.export_learned_optimization(draw(2), folder / "theta.state")
     interop.export_pylo(draw(2), folder / "model.safetensors")
     return folder
@@ -108,7 +108,7 @@ READERS = [
     Reader("recipe.json", lambda folder, _: run_folder.read_recipe(folder), mutated),
     Reader("log.jsonl", lambda folder, _: doctor.report(doctor.examine(folder)), lines_mutated),
     Reader("log.jsonl", lambda folder, _: doctor.report(doctor.examine(folder)), mutated),
-    Reader("rows.jsonl", lambda folder, _: comparisons.load_rows(folder / "rows.jsonl"), lines_mutated),
+    Reader("rows.jsonl", lambda folder, _: rows.load_rows(folder / "rows.jsonl"), lines_mutated),
     Reader(f"{CHECKPOINT}/manifest.json", lambda folder, _: checkpoints.read_checkpoint(folder, STEP), json_mutated),
     Reader(f"{CHECKPOINT}/state.safetensors", lambda folder, _: checkpoints.read_checkpoint(folder, STEP), mutated),
     Reader(f"{CHECKPOINT}/state.safetensors", read_state, mutated),

@@ -7,7 +7,8 @@ legend.
 import argparse
 from pathlib import Path
 
-from lolo import comparisons, plots
+from lolo.studies import plots
+from lolo.studies.rows import load_rows
 
 
 def main() -> None:
@@ -17,7 +18,7 @@ def main() -> None:
     parser.add_argument("optimizers", nargs="+", metavar="OPTIMIZER")
     parser.add_argument("--unroll", type=int, default=1000, help="inner steps of meta-training, marked in the picture")
     arguments = parser.parse_args()
-    rows = comparisons.load_rows(arguments.rows)
+    rows = load_rows(arguments.rows)
     known = list(dict.fromkeys(row.optimizer for row in rows))
     missing = [name for name in arguments.optimizers if name not in known]
     if missing:

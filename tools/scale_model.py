@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from lolo import bench
+from lolo.bench import speed
 from lolo.files import settings
 from lolo.method import meta
 from lolo.method.inner import StepRecord
@@ -62,7 +62,7 @@ def counts(recipe: Recipe) -> Counts:
     for name in recipe.tasks:
         task = by_name.resolve(name).train
         params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))[0]))
-        one = 6.0 * task.batch * params + bench.FLOPS_PER_PARAMETER * params
+        one = 6.0 * task.batch * params + speed.FLOPS_PER_PARAMETER * params
         flops += one * recipe.unroll.truncations_per_update * pairs * 2 * steps
     # For each pair: three numbers (task loss, bc, gradient norm) of each step of either sign, and its start step.
     words = pairs * (2 * steps * len(StepRecord._fields) + 1)

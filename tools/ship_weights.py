@@ -11,9 +11,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lolo import comparisons, contestants
 from lolo.evaluation import statistics
 from lolo.optimizers import pretrained, weights_file
+from lolo.studies import candidates
+from lolo.studies.rows import load_rows
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--limits", required=True, help="what the weights are not for, in a sentence")
     arguments = parser.parse_args()
     weights = pretrained.load(arguments.source)
-    use = contestants.parse_use(arguments.use, arguments.name)
+    use = candidates.parse_deployment(arguments.use, arguments.name)
     if use.schedule != "constant":
         parser.error(f"--use {arguments.use}: a schedule ends at a step that only a user knows; leave it out.")
     if use.changes and dataclasses.asdict(weights.learner) != weights.recipe["learner"] | {"step_decay": None}:
@@ -56,7 +57,7 @@ def main() -> None:
 
 def measured(file: Path) -> tuple[str, dict[str, Any]]:
     """What rows are of, in words, and the losses of each optimizer."""
-    rows = comparisons.load_rows(file)
+    rows = load_rows(file)
     results = {}
     for label in dict.fromkeys(row.optimizer for row in rows):
         train, held = (statistics.summary(rows, label, field) for field in ("train_loss", "held_loss"))

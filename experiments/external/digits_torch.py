@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from lolo.torch import LoLO
+from lolo.torch.optimizer import LoLO
 
 EVERY = 500  # steps between two held-out losses
 

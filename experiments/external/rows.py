@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from lolo import plots
 from lolo.files import disk, jsonl
 from lolo.runtime import environment
+from lolo.studies import plots
 
 WINDOW = 100  # steps of every mean of train losses
 LIMIT = 1.2  # the last mean may be this many times the smallest running one

@@ -23,11 +23,12 @@ from pathlib import Path
 
 import jax
 
-from lolo import comparisons, contestants, plots
 from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
 from lolo.files import disk
 from lolo.runtime import environment
+from lolo.studies import candidates, plots
+from lolo.studies.rows import save_rows, slug
 from lolo.tasks import by_name
 
 SEED = 0
@@ -69,7 +70,7 @@ def run_one(name: str, optimizer: str, smoke: bool) -> dict:
     splits = by_name.resolve(job.task)
     if smoke:  # the whole split takes longer than five steps
         splits = splits._replace(test=dataclasses.replace(splits.test, size=splits.test.score_batch))
-    entries = [contestants.contestant(optimizer, contestants.named_weights([optimizer]), splits, steps)]
+    entries = [candidates.candidate(optimizer, candidates.named_weights([optimizer]), splits, steps)]
     began, ticks = time.perf_counter(), list[float]()
 
     def advanced(count: int) -> None:
@@ -105,7 +106,7 @@ def part_file(out: Path, name: str, optimizer: str) -> Path:
     of = optimizer
     if path.suffix == ".safetensors":
         of = f"{path.parent.name}-{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
-    return out / "parts" / f"{name}-{comparisons.slug(of)}.json"
+    return out / "parts" / f"{name}-{slug(of)}.json"
 
 
 def write_reports(out: Path, names: list[str], optimizers: list[str], command: str) -> None:
@@ -124,7 +125,7 @@ def write_reports(out: Path, names: list[str], optimizers: list[str], command: s
     for name in names:
         found = [json.loads(part_file(out, name, optimizer).read_text()) for optimizer in optimizers]
         rows = [Row(**part["row"]) for part in found]
-        comparisons.save_rows(out / f"rows-{name}.jsonl", rows)
+        save_rows(out / f"rows-{name}.jsonl", rows)
         if all(part["window"] == WINDOW for part in found):
             plots.save_figure(plots.curves(rows, None, name), out / f"curves-{name}.png")
         for part, row in zip(found, rows, strict=True):
@@ -154,7 +155,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="5 steps of each job")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    names, optimizers = asked.only or list(JOBS), contestants.distinct([*asked.optimizers, ADAMW])
+    names, optimizers = asked.only or list(JOBS), candidates.distinct([*asked.optimizers, ADAMW])
     if asked.child:
         print(json.dumps(run_one(names[0], asked.child, asked.smoke)))
         return

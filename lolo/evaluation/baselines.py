@@ -57,7 +57,7 @@ GRIDS = {"grid": (1e-4,), "wide-grid": (1e-4, 0.1)}
 """Weight decays of the grids by name; learning rates are those of GRID, for SGD of SGD_GRID."""
 
 
-def grid(kind: str, name: str, steps: int) -> list[long_runs.Contestant]:
+def grid(kind: str, name: str, steps: int) -> list[long_runs.Candidate]:
     """The candidates of a baseline's grid. Adam and SGD have no weight decay."""
     decays = GRIDS[name] if kind.startswith("adamw") else (1e-4,)
     return [baseline(kind, lr, steps, decay) for decay in decays for lr in (SGD_GRID if kind == "sgdm" else GRID)]
@@ -69,11 +69,11 @@ def grid_size(name: str) -> int:
     return len(grid(kind, setting, 1)) * len(PICK_SEEDS) if kind in BASELINES and setting in GRIDS else 0
 
 
-def baseline(name: str, lr: float, steps: int, weight_decay: float = 1e-4) -> long_runs.Contestant:
+def baseline(name: str, lr: float, steps: int, weight_decay: float = 1e-4) -> long_runs.Candidate:
     """A hand-made optimizer: "adamw", 1e-3 -> AdamW with learning rate 1e-3 and weight decay 1e-4."""
     setting = {"lr": lr, "weight_decay": weight_decay, "steps": float(steps)}
     label = f"{name} {lr:g}" if weight_decay == 1e-4 else f"{name} {lr:g} wd {weight_decay:g}"
-    return long_runs.Contestant(label, None, BASELINES[name], setting)
+    return long_runs.Candidate(label, None, BASELINES[name], setting)
 
 
 def best_of_grid(
@@ -82,7 +82,7 @@ def best_of_grid(
     steps: int,
     of: str = "grid",
     advanced: Callable[[int], None] = lambda steps: None,
-) -> long_runs.Contestant:
+) -> long_runs.Candidate:
     """The baseline with the lowest final train loss on separate seeds; its label says that it was picked.
 
     `of`: a name in GRIDS.

@@ -183,7 +183,7 @@ def _by_seed(
     return jax.tree.map(lambda *x: np.concatenate(x)[places], *parts)
 
 
-class Contestant(NamedTuple):
+class Candidate(NamedTuple):
     """One optimizer in a comparison: a φ, or a hand-made optimizer with its settings."""
 
     label: str  # rows with the same label are meta-seeds of one method
@@ -195,7 +195,7 @@ class Contestant(NamedTuple):
 def compare(
     name: str,
     splits: Splits,
-    contestants: Sequence[Contestant],
+    contestants: Sequence[Candidate],
     seeds: Sequence[int],
     steps: int,
     held: str = "test",
@@ -204,7 +204,7 @@ def compare(
 ) -> list[Row]:
     """Every contestant on every seed, from the same inits and batches. `held`: which split is scored."""
     rows: list[Row] = []
-    by_make: dict[Make, list[Contestant]] = {}
+    by_make: dict[Make, list[Candidate]] = {}
     for contestant in contestants:
         by_make.setdefault(contestant.make, []).append(contestant)
     for make, group in by_make.items():
@@ -224,7 +224,7 @@ def compare(
     return rows
 
 
-def _row(name: str, task: Task, contestant: Contestant, seed: int, steps: int, curves: Curves, k: int) -> Row:
+def _row(name: str, task: Task, contestant: Candidate, seed: int, steps: int, curves: Curves, k: int) -> Row:
     def number(x: Any) -> float:
         return round(float(x), 6)
 

@@ -11,13 +11,13 @@ import torch
 from drawn import draw_meta_params
 
 import lolo.torch
+from lolo.bench.textbook_torch import Textbook
 from lolo.data import embedded
 from lolo.files import tensors
 from lolo.optimizers import small_fc
 from lolo.optimizers import small_fc_spec as spec
 from lolo.optimizers.weights_file import WeightsFile
-from lolo.textbook_torch import Textbook
-from lolo.torch import LoLO
+from lolo.torch.optimizer import LoLO
 
 pytestmark = pytest.mark.torch
 

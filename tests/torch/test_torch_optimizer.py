@@ -14,7 +14,7 @@ import torch
 from drawn import draw_meta_params, following_momentum
 
 from lolo.optimizers import weights_file
-from lolo.torch import LoLO
+from lolo.torch.optimizer import LoLO
 
 pytestmark = pytest.mark.torch
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import optax
 
 from lolo.evaluation import baselines, long_runs
-from lolo.evaluation.long_runs import Contestant
+from lolo.evaluation.long_runs import Candidate
 from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.method.task import Splits
@@ -29,7 +29,7 @@ SCHEDULES = ("constant", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
-class Use:
+class DeploymentSettings:
     """How weights are used: what stands after their name, `WEIGHTS:clock_limit=10000,schedule=cosine`."""
 
     weight_decay: float | None = None  # None: as they came
@@ -40,12 +40,16 @@ class Use:
 
     @property
     def changes(self) -> dict[str, Any]:
-        return {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(Use(), name)}
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value != getattr(DeploymentSettings(), name)
+        }
 
 
-def parse_use(words: str, name: str) -> Use:
+def parse_deployment(words: str, name: str) -> DeploymentSettings:
     """Raises ValueError, which names the weights, the word and what could stand there."""
-    known, found = [field.name for field in dataclasses.fields(Use)], dict[str, Any]()
+    known, found = [field.name for field in dataclasses.fields(DeploymentSettings)], dict[str, Any]()
     for word in words.split(",") if words else ():
         field, _, value = word.partition("=")
         if field not in known:
@@ -64,16 +68,16 @@ def parse_use(words: str, name: str) -> Use:
         if not number >= 0 or not finite or (positive and not number):
             raise ValueError(f"{name}: {field}={value!r} must be {'0 or ' * (not positive)}a positive number.")
         found[field] = number
-    return Use(**found)
+    return DeploymentSettings(**found)
 
 
-class Named(NamedTuple):
+class NamedWeights(NamedTuple):
     """Weights in use, and what their rows are called."""
 
     label: str
     meta_seed: int | None
     weights: pretrained.Weights
-    use: Use
+    use: DeploymentSettings
 
 
 def is_baseline(name: str) -> bool:
@@ -89,12 +93,12 @@ def is_baseline(name: str) -> bool:
 
 def named_weights(
     names: Sequence[str | Path], methods: Mapping[str, str] = types.MappingProxyType({})
-) -> dict[str, Named]:
+) -> dict[str, NamedWeights]:
     """Weights by the names that are no baselines'. Raises ValueError, FileError.
 
     `methods`: what rows of these weights files are called, where their recipe's imitation and replay do not tell.
     """
-    found: dict[str, Named] = {}
+    found: dict[str, NamedWeights] = {}
     kinds: dict[str, Any] = {}
     for name in map(str, names):
         if is_baseline(name):
@@ -102,20 +106,20 @@ def named_weights(
         path, separator, words = name.rpartition(":")
         if not separator or Path(name).exists():
             path, words = name, ""
-        use, loaded = parse_use(words, path), pretrained.load(path)
+        use, loaded = parse_deployment(words, path), pretrained.load(path)
         try:
             learner = pretrained.used(loaded.learner, use.weight_decay, use.clock_limit, use.step_decay)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         taken = {(other.label, other.meta_seed) for other in found.values()}
         label, seed = _label(loaded, use, path, methods.get(path), kinds, taken)
-        found[name] = Named(label, seed, loaded._replace(learner=learner), use)
+        found[name] = NamedWeights(label, seed, loaded._replace(learner=learner), use)
     return found
 
 
 def _label(
     weights: pretrained.Weights,
-    use: Use,
+    use: DeploymentSettings,
     name: str,
     method: str | None,
     kinds: dict[str, Any],
@@ -156,18 +160,18 @@ def _make_of(learner: LearnerSettings, step_scale: float, cosine_steps: int | No
     return lambda meta_params: optax.chain(optimizer(meta_params), scale)
 
 
-def contestant(
+def candidate(
     name: str,
-    named: dict[str, Named],
+    named: dict[str, NamedWeights],
     splits: Splits,
     steps: int,
     advanced: Callable[[int], None] = lambda count: None,
-) -> Contestant:
+) -> Candidate:
     """What `compare` takes, by name: one of `named_weights`, `adamw:1e-3`, `adam:…`, `sgdm:…`, `adamw:grid`."""
     if name in named:
         label, seed, weights, use = named[name]
         make = _make_of(weights.learner, use.step_scale, steps if use.schedule == "cosine" else None)
-        return Contestant(label, seed, make, weights.meta_params)
+        return Candidate(label, seed, make, weights.meta_params)
     kind, lr = name.partition(":")[0], learning_rate(name)
     if isinstance(lr, str):
         return baselines.best_of_grid(splits, kind, steps, lr, advanced=advanced)

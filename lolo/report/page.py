@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lolo import charts, comparisons, pages, studies
-from lolo.charts import Series
 from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
 from lolo.files import disk, jsonl, settings
@@ -22,7 +20,11 @@ from lolo.files.disk import FileError
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
 from lolo.optimizers.weights_file import WeightsFile
-from lolo.pages import Html, details, join, table, tag
+from lolo.report import charts, markup
+from lolo.report.charts import Series
+from lolo.report.markup import Html, details, join, table, tag
+from lolo.studies import definitions, tables
+from lolo.studies.rows import load_rows
 from lolo.training import doctor, recipes, run_folder
 from lolo.training.build import check
 from lolo.training.recipes import Recipe
@@ -65,7 +67,7 @@ def build(folders: Sequence[Path]) -> str:
         for i, (folder, part) in enumerate(zip(unique, parts, strict=True))
     ]
     several = [tag("nav", tag("ul", *contents), aria_label="Contents")] if len(unique) > 1 else []
-    return pages.page(f"LoLO report: {', '.join(names)}", *several, *sections)
+    return markup.page(f"LoLO report: {', '.join(names)}", *several, *sections)
 
 
 def part_of(folder: Path) -> list[Html]:
@@ -81,16 +83,13 @@ def part_of(folder: Path) -> list[Html]:
 
 def rows_of(folder: Path) -> list[Path]:
     """The rows of an evaluation or a study, then those of its parts."""
-    places = (folder, *(folder / part for part in studies.STUDY))
+    places = (folder, *(folder / part for part in definitions.STUDY))
     return [path for place in places for path in sorted(place.glob("rows-*.jsonl"))]
 
 
 def run_folders(study: Path) -> list[Path]:
     """The meta-trainings of a study."""
     return sorted(path.parent for path in (study / "runs").glob("*/recipe.json"))
-
-
-# --- a meta-training ----------------------------------------------------------------------------------------------
 
 
 class RunFolder(NamedTuple):
@@ -283,9 +282,6 @@ def provenance_rows(about: dict[str, Any]) -> list[tuple[str, str]]:
     return [(what, "not written down" if value is None else str(value)) for what, value in rows]
 
 
-# --- evaluations and studies --------------------------------------------------------------------------------------
-
-
 def study_part(folder: Path) -> list[Html]:
     """An evaluation or a study: each task's comparison, then each meta-training, to be opened."""
     parts: list[Html] = []
@@ -302,7 +298,7 @@ def study_part(folder: Path) -> list[Html]:
 
 def comparison(folder: Path, path: Path) -> list[Html]:
     """One task: table with intervals, curves, start steps, every run, how to reproduce it."""
-    rows = comparisons.load_rows(path)
+    rows = load_rows(path)
     labels = list(dict.fromkeys(row.optimizer for row in rows))
     if len(labels) > MAX_OPTIMIZERS:
         raise FileError(f"{path}: {len(labels)} optimizers; at most {MAX_OPTIMIZERS} are drawn.")
@@ -333,7 +329,7 @@ EXPLANATION = (
 def summary_table(rows: Sequence[Row]) -> Html:
     """The study's table."""
     with np.errstate(all="ignore"):  # losses of diverged runs may be infinite
-        header, *lines = comparisons.cells(rows, comparisons.reference_of(rows))
+        header, *lines = tables.cells(rows, tables.reference_of(rows))
     # "0.3261 ± 0.0112" and "(n=5 seeds)" stay on one line each.
     unbroken = [[line[0], *(re.sub(r" (?!\()", "\u00a0", cell) for cell in line[1:])] for line in lines]
     return table("Means, and differences paired by seed; negative: better than that optimizer", header, unbroken)

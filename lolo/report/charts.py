@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from lolo import pages
-from lolo.pages import Html, join, tag
+from lolo.report import markup
+from lolo.report.markup import Html, join, tag
 
 LARGEST = 1e30
 FEW_POINTS = 30  # that are drawn as dots too
@@ -116,17 +116,14 @@ def _limits(curves: Sequence[NDArray[Any]]) -> tuple[float, float]:
     return low - margin, high + 2 * margin
 
 
-# --- SVG ----------------------------------------------------------------------------------------------------------
-
-
 def colour(i: int) -> str:
     """A stand-in that `inline` makes the page's colour of series i."""
-    return f"#0000{1 + i % pages.COLOURS:02x}"
+    return f"#0000{1 + i % markup.COLOURS:02x}"
 
 
 def dash(i: int) -> str:
     """SVG's dash array of series i; with the colours, no two of 32 are alike."""
-    return DASHES[(i + i // pages.COLOURS) % len(DASHES)]
+    return DASHES[(i + i // markup.COLOURS) % len(DASHES)]
 
 
 def _dashes(i: int) -> tuple[float, ...]:
@@ -148,7 +145,7 @@ def legend(labels: Sequence[str]) -> Html:
         return Html("")
     entries = []
     for i, label in enumerate(labels):
-        stroke = {"stroke": f"var(--series-{1 + i % pages.COLOURS})", "stroke_width": "2", "stroke_dasharray": dash(i)}
+        stroke = {"stroke": f"var(--series-{1 + i % markup.COLOURS})", "stroke_width": "2", "stroke_dasharray": dash(i)}
         line = tag("line", x1="0", y1="4", x2="28", y2="4", **stroke)
         swatch = tag("svg", line, width="28", height="8", viewBox="0 0 28 8", aria_hidden="true")
         entries.append(tag("li", swatch, label))
@@ -189,15 +186,15 @@ def _embed(root: ElementTree.Element, label: str) -> str:
         if element.get("id", "").encode() not in used:
             element.attrib.pop("id", None)
         for name, value in element.attrib.items():
-            element.set(name, f"{pages.NAME}{value}" if name == "id" else _page_style(value))
+            element.set(name, f"{markup.NAME}{value}" if name == "id" else _page_style(value))
     view = root.get("viewBox", "")
     root.attrib.clear()
-    root.attrib |= {"viewBox": view, "role": "img", "aria-label": pages.plain(label)}
+    root.attrib |= {"viewBox": view, "role": "img", "aria-label": markup.plain(label)}
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def _page_style(value: str) -> str:
-    value = re.sub(r"^#|(?<=url\()#", f"#{pages.NAME}", value)
+    value = re.sub(r"^#|(?<=url\()#", f"#{markup.NAME}", value)
     value = re.sub(r"#0000(0[1-9])\b", lambda found: f"var(--series-{int(found[1], 16)})", value)
     value = re.sub(r"#000000\b", "currentColor", value)
     return re.sub(r"font(-family)?: ((?:[\d.]+px )?)'[^;]*", r"font\1: \2system-ui, sans-serif", value)

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from lolo import plots, textbook
+from lolo.bench import textbook
 from lolo.files import disk, jsonl, settings
 from lolo.method import meta
 from lolo.method.task import Splits, Task
@@ -35,6 +35,7 @@ from lolo.optimizers import small_fc
 from lolo.runtime import parallel
 from lolo.runtime.environment import provenance
 from lolo.runtime.process_group import ALONE
+from lolo.studies import plots
 from lolo.tasks import models
 from lolo.tasks.classification import classification
 from lolo.training import recipes
@@ -358,7 +359,7 @@ def torch_steps(device: str, size: str, seconds: float) -> Iterator[Line]:
     """One step of each optimizer on the parameters of an MLP."""
     import torch
 
-    from lolo.textbook_torch import Textbook  # on the CPU only
+    from lolo.bench.textbook_torch import Textbook  # on the CPU only
     from lolo.torch import LoLO
 
     widths = TORCH_SIZES[size]

@@ -1,0 +1,1 @@
+"""Comparisons and studies: optimizers by name, their rows, tables, pictures and reports."""
