@@ -6,8 +6,8 @@ import time
 import pytest
 from test_training import SMALL, small
 
-from lolo import cli
 from lolo.bench import speed
+from lolo.cli import main as cli
 from lolo.files.settings import RecipeError
 from lolo.runtime import parallel
 from lolo.training import run_folder

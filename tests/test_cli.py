@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import cli
+from lolo.cli import main as cli
 from lolo.evaluation import long_runs
 from lolo.files import disk, tensors
 from lolo.files.settings import fields

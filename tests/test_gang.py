@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from lolo import cli
+from lolo.cli import main as cli
 from lolo.files import settings, tensors
 from lolo.files.disk import FileError
 from lolo.optimizers import pretrained
@@ -225,7 +225,7 @@ def test_two_processes_with_one_id_are_refused(lolo, tmp_path):
 
 MEMBER = """
 import sys
-from lolo import cli, launch, training
+from lolo import launch, training
 if sys.argv.pop(1) == "old":
     mine = training.versions() | {"jax": "0.9.9"}
     training.versions = lambda: mine

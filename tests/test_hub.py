@@ -9,7 +9,7 @@ import pytest
 from test_files import LEARNER, meta_params
 
 import lolo
-from lolo import cli
+from lolo.cli import main as cli
 from lolo.files import tensors
 from lolo.optimizers import hub, weights_file
 
@@ -137,7 +137,7 @@ def test_what_the_hub_holds_is_checked_like_any_file(tmp_path, asked):
 
 @pytest.mark.slow
 def test_the_real_library_says_when_it_is_offline(tmp_path):
-    code = f"from lolo import files; files.read_weights({REPO!r})"
+    code = f"from lolo.optimizers import weights_file; weights_file.read_weights({REPO!r})"
     asked = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},

@@ -16,19 +16,22 @@ from lolo.training import recipes
 
 PROGRAM = """
 import hashlib, json, sys
-from lolo import parallel
+from lolo.runtime import parallel
 
 devices, asked, seed = int(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
 parallel.use_cores(devices)
 
 import jax, numpy as np
-from lolo import meta, recipes, tasks
+from lolo.files import settings
+from lolo.method import meta
+from lolo.tasks import by_name
+from lolo.training import build, recipes, slots
 
 recipe = recipes.LOLO
 for name, value in json.loads(sys.argv[4]).items():
-    recipe = recipes.with_field(recipe, name, tuple(value) if isinstance(value, list) else value)
-setup = recipes.build(recipe)
-task_group = tuple(tasks.resolve(name).train for name in recipe.tasks)
+    recipe = settings.with_field(recipe, name, tuple(value) if isinstance(value, list) else value)
+setup = build.build(recipe)
+task_group = tuple(by_name.resolve(name).train for name in recipe.tasks)
 digest = lambda tree: hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))).hexdigest()
 
 results = {}
@@ -36,16 +39,16 @@ for count in asked:
     over = parallel.mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, count)
     assert over.devices.size == count, over
     state = jax.jit(lambda key: meta.meta_init(setup, task_group, key))(jax.random.key(seed))
-    step = parallel.compile_step(setup, state, over)
-    state, placed = parallel.place(state, over, parallel.state_specs(state)), parallel.place(task_group, over)
+    step = slots.compile_step(setup, state, over)
+    state, placed = parallel.place(state, over, slots.state_specs(state)), parallel.place(task_group, over)
     before = digest(state.meta_params)
     for _ in range(int(sys.argv[5])):
         state, metrics = step(placed, state)
     assert step._cache_size() == 1
     assert digest(state.meta_params) != before
-    slots = jax.device_get(state.slots)
-    assert max(slots[0].replay.size) > 0
-    results[count] = [digest(state.meta_params), digest(jax.device_get((state.outer, slots))), digest(metrics)]
+    found = jax.device_get(state.slots)
+    assert max(found[0].replay.size) > 0
+    results[count] = [digest(state.meta_params), digest(jax.device_get((state.outer, found))), digest(metrics)]
 meshes = {blocks: parallel.mesh(blocks).devices.size for blocks in (1, 3, 4, 5, 6, 8)}
 parallel.use_cores(1 + devices)
 late = len(jax.devices())
@@ -54,22 +57,25 @@ print(json.dumps({"results": results, "meshes": meshes, "late": late}))
 
 COMPILED = """
 import json, sys
-from lolo import parallel
+from lolo.runtime import parallel
 
 parallel.use_cores(2)
 
 import jax
-from lolo import meta, recipes, tasks
+from lolo.files import settings
+from lolo.method import meta
+from lolo.tasks import by_name
+from lolo.training import build, recipes, slots
 
 texts = []
 for changes in json.loads(sys.argv[1]):
     recipe = recipes.LOLO
     for name, value in changes.items():
-        recipe = recipes.with_field(recipe, name, tuple(value) if isinstance(value, list) else value)
-    setup, group = recipes.build(recipe), tuple(tasks.resolve(name).train for name in recipe.tasks)
+        recipe = settings.with_field(recipe, name, tuple(value) if isinstance(value, list) else value)
+    setup, group = build.build(recipe), tuple(by_name.resolve(name).train for name in recipe.tasks)
     over = parallel.global_mesh(recipe.estimator.pairs, 2)
-    state = parallel.init_state(lambda: meta.meta_init(setup, group, jax.random.key(0)), over)
-    step = parallel.compile_step(setup, state, over)
+    state = slots.init_state(lambda: meta.meta_init(setup, group, jax.random.key(0)), over)
+    step = slots.compile_step(setup, state, over)
     texts.append(step.lower(parallel.place(group, over), state).compile().as_text())
 print(json.dumps(texts))
 """

@@ -10,7 +10,7 @@ import pytest
 from helpers import small
 from test_prepared_tasks import write_prepared
 
-from lolo import cli
+from lolo.cli import main as cli
 from lolo.files import settings
 from lolo.method import meta
 from lolo.tasks import models

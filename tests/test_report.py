@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_files import LEARNER, meta_params
 
-from lolo import cli
+from lolo.cli import main as cli
 from lolo.evaluation import long_runs, statistics
 from lolo.files import disk, jsonl, settings
 from lolo.files.disk import FileError

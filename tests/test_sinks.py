@@ -10,7 +10,7 @@ import pytest
 from helpers import StopAfter
 from test_training import small
 
-from lolo import cli
+from lolo.cli import main as cli
 from lolo.training import loggers, loop, run_log
 from lolo.training.run_folder import RunError
 

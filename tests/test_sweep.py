@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from lolo import cli
+from lolo.cli import main as cli
 from lolo.files import settings
 from lolo.optimizers import weights_file
 from lolo.runtime import interrupt

@@ -43,21 +43,25 @@ def forget_the_peak() -> None:
 
 def measure(name: str) -> dict:
     """Planned and measured bytes of one task."""
-    from lolo import parallel
+    from lolo.runtime import parallel
 
     parallel.use_cores(1)
     import jax
 
-    from lolo import meta, plan, recipes, tasks
+    from lolo.files import settings
+    from lolo.method import meta
+    from lolo.tasks import by_name as tasks
+    from lolo.training import build, plan, recipes, slots
+    from lolo.trees import count_bytes
 
     recipe = recipes.LOLO
     for field, value in {"tasks": (name,), "estimator.pairs": 1, "unroll.truncation": 5, "unroll.length": 10}.items():
-        recipe = recipes.with_field(recipe, field, value)
-    setup, outline = recipes.build(recipe), tasks.outline(name)
+        recipe = settings.with_field(recipe, field, value)
+    setup, outline = build.build(recipe), tasks.outline(name)
     over = parallel.mesh(1)
     group = (outline.train,)
     step, shapes = plan.compiled_step(setup, group, over)
-    stated = plan.memory_of(step, plan.count_bytes(outline.train.data), beside=plan.count_bytes(outline[1:]))
+    stated = plan.memory_of(step, count_bytes(outline.train.data), beside=count_bytes(outline[1:]))
     key = jax.random.key(0)
     begin = jax.jit(partial(meta.meta_init, setup)).lower(plan.shapes(group), key).compile()
 
@@ -66,7 +70,7 @@ def measure(name: str) -> dict:
     splits = tasks.resolve(name)
     # The outline's functions are what was compiled for; the data are all that differs.
     placed = parallel.place((dataclasses.replace(outline.train, data=splits.train.data),), over)
-    state = parallel.place(begin(placed, key), over, parallel.state_specs(shapes))
+    state = parallel.place(begin(placed, key), over, slots.state_specs(shapes))
     jax.block_until_ready(state)
     forget_the_peak()
     for _ in range(2):

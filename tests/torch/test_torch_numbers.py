@@ -10,14 +10,13 @@ import pytest
 import torch
 from drawn import draw_meta_params
 
-import lolo.torch
 from lolo.bench.textbook_torch import Textbook
 from lolo.data import embedded
 from lolo.files import tensors
 from lolo.optimizers import small_fc
 from lolo.optimizers import small_fc_spec as spec
 from lolo.optimizers.weights_file import WeightsFile
-from lolo.torch.optimizer import LoLO
+from lolo.torch import LoLO, blocks
 
 pytestmark = pytest.mark.torch
 
@@ -182,7 +181,7 @@ def final_params(shapes, weights, steps, **options):
 @pytest.mark.parametrize("shapes", [SHAPES, LARGE_SHAPES], ids=["small", "cut in blocks"])
 def test_the_textbook_form_agrees(shapes):
     # λ1 = 1 makes the step as large as its direction: what λ1 = 1e-3 hides would show.
-    assert max(np.prod(s) for s in LARGE_SHAPES.values()) > 4 * lolo.torch.CPU_BLOCK
+    assert max(np.prod(s) for s in LARGE_SHAPES.values()) > 4 * blocks.CPU_BLOCK
     meta_params = draw_meta_params(learn_decays=True)
     ours, theirs = as_parameters(draw(shapes, 1)), as_parameters(draw(shapes, 1))
     optimizer = LoLO(ours.values(), weights=weights_file(meta_params, step_mult=1.0, exp_mult=0.1), weight_decay=0.1)

@@ -627,7 +627,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted.")
         return 130
-
-
-if __name__ == "__main__":
-    launch.run(main)
