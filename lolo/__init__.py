@@ -14,6 +14,7 @@ _NAMES = {
     "DivergedError": "training.loop",
     "Estimator": "method.estimators",
     "FileError": "files.disk",
+    "How": "training.how",
     "LOLO": "training.recipes",
     "LearnedOptimizer": "optimizers.base",
     "NAIVE": "training.recipes",
@@ -39,6 +40,7 @@ _NAMES = {
     "save": "optimizers.pretrained",
     "small_fc": "optimizers.small_fc",
     "train": "training.loop",
+    "with_field": "files.settings",
 }
 
 __all__ = sorted(_NAMES)

@@ -58,11 +58,11 @@ def test_meta_training_keeps_a_states_scale_through_the_buffer():
     task = by_name.resolve(recipe.tasks[0]).train
     history = run(build.build(recipe), (task,), 12)
     slots = history.states[-1].slots[0]
-    assert int(slots.replay.size.min()) > 0
-    drawn = {float(x) for state in history.states[1:] for x in np.ravel(state.slots[0].inner.stats.scale)}
+    assert int(slots.local.replay.size.min()) > 0
+    drawn = {float(x) for state in history.states[1:] for x in np.ravel(state.slots[0].local.inner.stats.scale)}
     assert len(drawn) >= 3 and all(1e-3 <= x <= 1e3 for x in drawn)
-    sizes, rings = np.asarray(slots.replay.size), np.asarray(slots.replay.states.stats.scale)
-    heads = np.asarray(slots.replay.head)
+    sizes, rings = np.asarray(slots.local.replay.size), np.asarray(slots.local.replay.states.stats.scale)
+    heads = np.asarray(slots.local.replay.head)
     held = {float(ring[(h + i) % len(ring)]) for ring, h, n in zip(rings, heads, sizes, strict=True) for i in range(n)}
     assert held <= drawn
 

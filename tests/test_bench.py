@@ -9,6 +9,7 @@ from test_training import SMALL, small
 from lolo.bench import speed
 from lolo.cli import main as cli
 from lolo.files.settings import RecipeError
+from lolo.optimizers import small_fc
 from lolo.runtime import parallel
 from lolo.training import run_folder
 
@@ -31,7 +32,7 @@ def test_the_lanes_of_both_forms_compute_the_same():
     losses = [
         program(*args)
         for program, args in (
-            speed.lanes(task, speed.learned.small_fc().optimizer, steps, True),
+            speed.lanes(task, small_fc.small_fc().optimizer, steps, True),
             speed.lanes(task, speed.textbook.small_fc, steps, False),
         )
     ]

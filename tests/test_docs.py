@@ -1,9 +1,5 @@
-"""Every block of Python in the documentation runs, page by page, in a folder that holds the files it speaks of.
+"""Every block of Python in the documentation runs, page by page, in a folder that holds the files it speaks of."""
 
-And the table of modules is true.
-"""
-
-import ast
 import pathlib
 import re
 
@@ -55,26 +51,3 @@ def test_pages_link_to_what_is_there():
 def test_every_page_is_in_the_contents():
     listed = (ROOT / "docs" / "index.md").read_text().split("toctree}")[1].split()
     assert {page.stem for page in PAGES} - {"index"} <= set(listed)
-
-
-def imported(file):
-    """Modules and folders of lolo that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "lolo":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lolo."):
-            yield node.module.split(".")[1]
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lolo."))
-
-
-def test_every_module_has_a_floor_and_imports_from_lower_ones_only():
-    table = re.findall(r"^\| (\d+) \| ([^|]*) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    floor_of = {name: int(floor) for floor, names in table for name in re.findall(r"`(\w+)/?`", names)}
-    package = ROOT / "lolo"
-    assert set(floor_of) == {file.stem for file in package.glob("*.py")} - {"__init__"} | {"data"}
-    for file in [*package.glob("*.py"), *package.glob("data/*.py")]:
-        mine = "data" if file.parent.name == "data" else file.stem
-        for other in imported(file) if mine != "__init__" else ():
-            same_folder = mine == other == "data"
-            assert same_folder or floor_of[other] < floor_of[mine], f"{file.relative_to(ROOT)} imports {other}"

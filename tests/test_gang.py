@@ -22,6 +22,7 @@ from lolo.optimizers import pretrained
 from lolo.runtime import launch, parallel, process_group
 from lolo.runtime.process_group import DifferError, ProcessGroupError
 from lolo.training import checkpoints, loop, recipes, run_folder, run_log
+from lolo.training.how import How
 from lolo.training.run_folder import RunError
 
 SIZES = "--task quadratic --learner.name sgd --imitation.lr 0.01 --unroll.length 20 --unroll.truncation 5"
@@ -438,7 +439,7 @@ def test_every_process_states_how_many_devices_it_may_use(monkeypatch):
     monkeypatch.setattr(process_group.ProcessGroup, "require_equal", refuse)
     recipe = settings.with_field(recipes.LOLO, "tasks", ("quadratic",))
     with pytest.raises(DifferError, match="3"):
-        loop.train(recipe, devices=3, gang=process_group.ProcessGroup(2, 0))
+        loop.train(recipe, None, How(devices=3, group=process_group.ProcessGroup(2, 0)))
 
 
 def test_a_run_that_not_every_process_sees_is_not_gone_on_with(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from lolo.optimizers import weights_file
 from lolo.runtime import interrupt
 from lolo.tasks import models
 from lolo.training import loop, recipes
+from lolo.training.how import How
 
 pytestmark = pytest.mark.gpu
 
@@ -66,7 +67,7 @@ def test_meta_training_repeats_itself_and_resumes_to_the_byte(tmp_path, slots):
         if progress.step >= 3:
             stop.requested = "the test"
 
-    assert not loop.train(recipe, tmp_path / "three", stop=stop, told=told).finished
+    assert not loop.train(recipe, tmp_path / "three", How(stop=stop, on_progress=told)).finished
     assert loop.resume(tmp_path / "three").finished
     phi = [
         weights_file.read_weights(tmp_path / name / "last.safetensors").meta_params for name in ("one", "two", "three")

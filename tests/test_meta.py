@@ -142,11 +142,11 @@ def test_alpha_zero_follows_adam(alpha_loss):
                 update, memory = adam.update(gradient, memory, theta)
                 theta = optax.apply_updates(theta, update)
         for sign in (0, 1):
-            found = jax.tree.map(lambda x: x[p, sign], history.states[-1].slots[0].inner.params)  # noqa: B023
+            found = jax.tree.map(lambda x: x[p, sign], history.states[-1].slots[0].local.inner.params)  # noqa: B023
             assert_close(found, theta, rtol=2e-6, atol=2e-7)
     for measured in history.metrics:
-        assert float(measured.delta_task_rms[0]) == 0.0  # both signs follow the expert: exactly, not nearly
-        assert float(measured.delta_bc_rms[0]) > 0.0
+        assert float(measured.tasks.delta_task_rms[0]) == 0.0  # both signs follow the expert: exactly, not nearly
+        assert float(measured.tasks.delta_bc_rms[0]) > 0.0
         assert all_finite(measured)
     assert all_finite(history.states[-1])
     norms = [float(m.gradient_norm) for m in history.metrics]
@@ -160,8 +160,10 @@ def test_adam_read_from_the_learners_accumulators_is_adam():
     changes = {"learner.name": "small_fc", "learner.hidden": 4, "estimator.pairs": 2, "imitation.expert": "adam"}
     own = run(setup_of(LOLO, changes), QUADRATIC, 6)
     shared = run(setup_of(LOLO, changes | {"imitation.expert": "adam-of-learner"}), QUADRATIC, 6)
-    assert jax.tree.leaves(shared.states[-1].slots[0].inner.expert) == []
-    assert_close(shared.states[-1].slots[0].inner.params, own.states[-1].slots[0].inner.params, rtol=1e-4, atol=1e-6)
+    assert jax.tree.leaves(shared.states[-1].slots[0].local.inner.expert) == []
+    assert_close(
+        shared.states[-1].slots[0].local.inner.params, own.states[-1].slots[0].local.inner.params, rtol=1e-4, atol=1e-6
+    )
     assert_close(shared.states[-1].meta_params, own.states[-1].meta_params, rtol=1e-3, atol=1e-4)
     for ours, theirs in zip(shared.metrics, own.metrics, strict=True):
         np.testing.assert_allclose(ours.bc_loss, theirs.bc_loss, rtol=1e-4)
@@ -249,8 +251,8 @@ def test_gradients_of_several_tasks_are_averaged_and_a_bad_one_voids_no_other(se
     for ours, expected in zip(both.states[1:], alone.states[1:], strict=True):
         assert_close(ours.outer, jax.tree.map(lambda g: g / 2, expected.outer), rtol=1e-5)
         assert float(abs(ours.outer["log_learning_rate"])) > 0 and int(ours.bad_steps) == 0
-    assert both.metrics[-1].task_loss.shape == (2,) and both.metrics[-1].start_step.shape == (2, 3)
-    assert both.metrics[-1].dropped.tolist() == [[0, 0, 0], [int(second == "bad")] * 3]
+    assert both.metrics[-1].tasks.task_loss.shape == (2,) and both.metrics[-1].tasks.start_step.shape == (2, 3)
+    assert both.metrics[-1].tasks.dropped.tolist() == [[0, 0, 0], [int(second == "bad")] * 3]
     first, another = both.states[-1].slots
     assert not same(first.estimator, another.estimator)  # tasks draw their own noise
 
@@ -274,16 +276,16 @@ def test_without_noise_both_signs_of_a_pair_are_equal_bit_for_bit(long_run):
         return state, state, state  # PES's sum, which starts at zero
 
     quiet = run(setup._replace(estimator=setup.estimator._replace(sample=silent)), QUADRATIC, 20)
-    assert any(int(m.start_step.max()) > 0 for m in quiet.metrics)  # states were reused
+    assert any(int(m.tasks.start_step.max()) > 0 for m in quiet.metrics)  # states were reused
     for t in range(1, 20):  # in the first outer step α = 0 and all follow the expert
-        inner_state = quiet.states[t + 1].slots[0].inner
+        inner_state = quiet.states[t + 1].slots[0].local.inner
         signs = [jax.tree.map(lambda x: x[:, sign], inner_state) for sign in (0, 1)]  # noqa: B023
         assert same(*signs)
-        assert float(quiet.metrics[t].delta_task_rms[0]) == float(quiet.metrics[t].delta_bc_rms[0]) == 0.0
-        with_noise = long_run.states[t + 1].slots[0].inner.params["x"]
+        assert float(quiet.metrics[t].tasks.delta_task_rms[0]) == float(quiet.metrics[t].tasks.delta_bc_rms[0]) == 0.0
+        with_noise = long_run.states[t + 1].slots[0].local.inner.params["x"]
         assert np.all(np.any(np.asarray(with_noise[:, 0] != with_noise[:, 1]), axis=1))
     # Slots are problems of their own.
-    params = np.asarray(quiet.states[-1].slots[0].inner.params["x"])
+    params = np.asarray(quiet.states[-1].slots[0].local.inner.params["x"])
     assert len(np.unique(params[:, 0, 0])) == len(params)
 
 
@@ -293,7 +295,7 @@ def test_both_signs_see_the_same_batches_and_slots_see_different_ones():
         lambda params, stats, batch: (jnp.sum(params["x"] ** 2) * jnp.mean(batch**2), {"batch": batch}),
     )
     for state in run(setup_of(LOLO), (task,), 6).states[2:]:  # in the first outer step α = 0
-        batches, params = np.asarray(state.slots[0].inner.stats["batch"]), state.slots[0].inner.params["x"]
+        batches, params = np.asarray(state.slots[0].local.inner.stats["batch"]), state.slots[0].local.inner.params["x"]
         np.testing.assert_array_equal(batches[:, 0], batches[:, 1])
         assert not np.array_equal(params[:, 0], params[:, 1])
         assert len(np.unique(batches[:, 0, 0])) > 1
@@ -340,12 +342,12 @@ def start_many(setup, fresh, starting, pushes=1, slots_count=600):
 
     @jax.jit
     def program(slots, starting, fresh):
-        held = jax.tree.map(lambda x: jnp.ones((slots_count, *x.shape[2:]), x.dtype), slots.inner)
-        buffers = slots.replay
+        held = jax.tree.map(lambda x: jnp.ones((slots_count, *x.shape[2:]), x.dtype), slots.local.inner)
+        buffers = slots.local.replay
         for step in range(5, 5 + pushes):
             buffers = jax.vmap(replay.push)(buffers, held._replace(step=jnp.full(slots_count, step, jnp.int32)))
-        at_step_77 = slots.inner._replace(step=jnp.full((slots_count, 2), 77, jnp.int32))
-        before = meta.Held(at_step_77, buffers, jnp.full(slots_count, -1, jnp.int32))
+        at_step_77 = slots.local.inner._replace(step=jnp.full((slots_count, 2), 77, jnp.int32))
+        before = meta.LocalSlots(at_step_77, buffers, jnp.full(slots_count, -1, jnp.int32))
         phi, keys = setup.learned.init(jax.random.key(1)), jax.random.split(jax.random.key(2), slots_count)
         length = jnp.full(slots_count, 4, jnp.int32)
         return before, meta.start_unrolls(setup, QUADRATIC[0], phi, before, starting, fresh, keys, length)
@@ -403,22 +405,22 @@ def test_every_read_rule_starts_unrolls_from_its_state(read):
 def test_replayed_unrolls_continue_the_step_count(long_run):
     replayed = 0
     for t, (measured, state) in enumerate(zip(long_run.metrics, long_run.states[1:], strict=True)):
-        slots, start = state.slots[0], np.asarray(measured.start_step[0])
+        slots, start = state.slots[0], np.asarray(measured.tasks.start_step[0])
         reached = start + 3 * np.asarray(slots.position)
-        np.testing.assert_array_equal(slots.inner.step, np.stack([reached, reached], axis=1))
-        np.testing.assert_array_equal(measured.reached[0], reached)
+        np.testing.assert_array_equal(slots.local.inner.step, np.stack([reached, reached], axis=1))
+        np.testing.assert_array_equal(measured.tasks.reached[0], reached)
         # The expert's own count is part of the state and goes on with it.
-        np.testing.assert_array_equal(slots.inner.expert[0].count, slots.inner.step)
-        np.testing.assert_array_equal((measured.starts[0] >= 0).sum(0), int(t % 4 == 0))
+        np.testing.assert_array_equal(slots.local.inner.expert[0].count, slots.local.inner.step)
+        np.testing.assert_array_equal((measured.tasks.starts[0] >= 0).sum(0), int(t % 4 == 0))
         replayed += int(np.sum(start > 0)) * (t % 4 == 0)
     assert replayed > 30
-    assert max(int(m.start_step.max()) for m in long_run.metrics) > 12  # further than one unroll reaches
+    assert max(int(m.tasks.start_step.max()) for m in long_run.metrics) > 12  # further than one unroll reaches
 
 
 def test_an_unroll_starts_from_the_oldest_state_of_its_own_slot(long_run):
     seen = 0
     for t in range(4, 120, 4):
-        before, start = long_run.states[t].slots[0].replay, np.asarray(long_run.metrics[t].start_step[0])
+        before, start = long_run.states[t].slots[0].local.replay, np.asarray(long_run.metrics[t].tasks.start_step[0])
         oldest = [int(replay.at(of_slot(before, p), 0).step) for p in range(3)]
         for p in range(3):
             assert start[p] in (0, oldest[p])
@@ -431,14 +433,14 @@ def test_one_state_is_written_per_unroll_and_slot(long_run):
     for t in range(0, 120, 4):
         pushes = np.zeros(3, int)
         for before, after in zip(long_run.states[t : t + 4], long_run.states[t + 1 : t + 5], strict=True):
-            before, after = before.slots[0].replay, after.slots[0].replay
+            before, after = before.slots[0].local.replay, after.slots[0].local.replay
             pushed = np.asarray((after.head - before.head) % capacity + after.size - before.size)
             changed = np.any(np.asarray(before.states.params["x"] != after.states.params["x"]), axis=2)  # [P, M]
             # A push at the unroll's first step may write the oldest state where it was.
             assert np.all(changed.sum(axis=1) <= pushed)
             pushes += pushed
         assert pushes.tolist() == [1, 1, 1]
-    assert np.all(np.asarray(long_run.states[-1].slots[0].replay.size) == capacity)
+    assert np.all(np.asarray(long_run.states[-1].slots[0].local.replay.size) == capacity)
 
 
 def uniform_over(samples, bins):
@@ -454,8 +456,8 @@ def test_the_step_of_the_push_is_uniform_over_the_unroll():
     def outer_steps(state):
         def body(state, _):
             state, measured = meta.meta_step(setup, QUADRATIC, state)
-            newest, _ = replay.newest(jax.tree.map(lambda x: x[0], state.slots[0].replay), jax.random.key(0))
-            return state, (newest.step - measured.start_step[0, 0], measured.start_step[0, 0])
+            newest, _ = replay.newest(jax.tree.map(lambda x: x[0], state.slots[0].local.replay), jax.random.key(0))
+            return state, (newest.step - measured.tasks.start_step[0, 0], measured.tasks.start_step[0, 0])
 
         return jax.lax.scan(body, state, length=1200)[1]
 
@@ -485,7 +487,7 @@ def test_the_stored_state_is_either_sign(long_run):
 
 def unroll_lengths(history, pairs):
     """For each slot the lengths in truncations of its finished unrolls, from when unrolls started (J = 1)."""
-    started = np.array([(m.starts[0] >= 0).sum(0) for m in history.metrics])
+    started = np.array([(m.tasks.starts[0] >= 0).sum(0) for m in history.metrics])
     return [np.diff(np.flatnonzero(started[:, p])).tolist() for p in range(pairs)]
 
 
@@ -494,15 +496,17 @@ def test_stagger_shortens_the_first_unrolls_and_no_other():
     setup = setup_of(LOLO, changes)
     assert setup.first_lengths == (1, 2, 3, 4)
     history = run(setup, QUADRATIC, 6)
-    started = np.array([(m.starts[0] >= 0).sum(0) for m in history.metrics])  # [outer steps, P], two truncations each
+    started = np.array(
+        [(m.tasks.starts[0] >= 0).sum(0) for m in history.metrics]
+    )  # [outer steps, P], two truncations each
     starts = ([0, 1, 5, 9], [0, 2, 6, 10], [0, 3, 7, 11], [0, 4, 8])  # in truncations: the first length, then 4 each
     for p, truncations in enumerate(starts):
         assert started[:, p].tolist() == np.bincount(np.array(truncations) // 2, minlength=6).tolist()
     # A shortened unroll writes its one state too: the push is drawn among the truncations that it has.
     for p, truncations in enumerate(starts):
         ends = (truncations[1] + 1) // 2
-        assert int(history.states[ends].slots[0].replay.size[p]) >= 1
-    assert history.states[2].slots[0].replay.size[3] == 1
+        assert int(history.states[ends].slots[0].local.replay.size[p]) >= 1
+    assert history.states[2].slots[0].local.replay.size[3] == 1
 
 
 def test_slots_are_in_phase_by_default(long_run):
@@ -514,29 +518,31 @@ def test_unrolls_have_the_lengths_that_were_drawn():
     found = unroll_lengths(history, 3)
     assert {length for lengths in found for length in lengths} == {1, 2, 3, 4}
     for p, lengths in enumerate(found):
-        starts = np.flatnonzero([int((m.starts[0, :, p] >= 0).sum()) for m in history.metrics])
+        starts = np.flatnonzero([int((m.tasks.starts[0, :, p] >= 0).sum()) for m in history.metrics])
         assert [int(history.states[t + 1].slots[0].length[p]) for t in starts[:-1]] == lengths
     for state in history.states[1:]:
         slots = state.slots[0]
-        assert np.all((slots.position >= 1) & (slots.position <= slots.length) & (slots.push_truncation < slots.length))
+        assert np.all(
+            (slots.position >= 1) & (slots.position <= slots.length) & (slots.local.push_truncation < slots.length)
+        )
 
 
 def test_an_update_of_n_over_l_truncations_is_a_whole_unroll():
     history = run(setup_of(LOLO, {"unroll.truncations_per_update": 4}), QUADRATIC, 5)
     for measured, state in zip(history.metrics, history.states[1:], strict=True):
-        assert (measured.starts >= 0).sum(1).tolist() == [[1, 1, 1]]
+        assert (measured.tasks.starts >= 0).sum(1).tolist() == [[1, 1, 1]]
         assert state.slots[0].position.tolist() == state.slots[0].length.tolist() == [4, 4, 4]
-        np.testing.assert_array_equal(measured.reached, measured.start_step + 12)
-    assert np.all(np.asarray(history.states[-1].slots[0].replay.size) == 4)  # one state each, five unrolls
+        np.testing.assert_array_equal(measured.tasks.reached, measured.tasks.start_step + 12)
+    assert np.all(np.asarray(history.states[-1].slots[0].local.replay.size) == 4)  # one state each, five unrolls
 
 
 def test_every_unroll_that_begins_in_an_update_tells_its_start_step():
     measured = run(setup_of(LOLO, {"unroll.truncations_per_update": 8}), QUADRATIC, 3).metrics
     for m in measured:  # two unrolls each, of four truncations
-        begun = np.asarray(m.starts[0])
+        begun = np.asarray(m.tasks.starts[0])
         assert np.all((begun >= 0) == np.array([1, 0, 0, 0, 1, 0, 0, 0])[:, None])
-        np.testing.assert_array_equal(begun[4], m.start_step[0])
-    assert any((np.asarray(m.starts[0, 0]) != np.asarray(m.starts[0, 4])).any() for m in measured)
+        np.testing.assert_array_equal(begun[4], m.tasks.start_step[0])
+    assert any((np.asarray(m.tasks.starts[0, 0]) != np.asarray(m.tasks.starts[0, 4])).any() for m in measured)
 
 
 # --- bad numbers ----------------------------------------------------------------------------------------------------
@@ -557,20 +563,20 @@ def rare_nan_task(share=16):
 def test_a_pair_with_a_bad_number_is_dropped_and_starts_fresh():
     setup = setup_of(LOLO, {"replay.threshold": 0.0, "estimator.pairs": 6})
     history = run(setup, (rare_nan_task(),), 40)
-    dropped = np.array([m.dropped[0] for m in history.metrics])  # [steps, P]
-    started = np.array([(m.starts[0] >= 0).sum(0) for m in history.metrics])
-    start_steps = np.array([m.start_step[0] for m in history.metrics])
+    dropped = np.array([m.tasks.dropped[0] for m in history.metrics])  # [steps, P]
+    started = np.array([(m.tasks.starts[0] >= 0).sum(0) for m in history.metrics])
+    start_steps = np.array([m.tasks.start_step[0] for m in history.metrics])
     assert 10 < dropped.sum() < 0.5 * dropped.size
     np.testing.assert_array_equal(started[1:][dropped[:-1] == 1], 1)
     np.testing.assert_array_equal(start_steps[1:][dropped[:-1] == 1], 0)
     assert start_steps.max() > 0  # others do start from their buffers
     for measured, state in zip(history.metrics, history.states[1:], strict=True):
         slots = state.slots[0]
-        ok = np.isfinite(slots.inner.params["x"]).all(axis=(1, 2))
-        np.testing.assert_array_equal(slots.fresh, measured.dropped[0] == 1)
+        ok = np.isfinite(slots.local.inner.params["x"]).all(axis=(1, 2))
+        np.testing.assert_array_equal(slots.fresh, measured.tasks.dropped[0] == 1)
         assert np.all(ok | np.asarray(slots.fresh))
-        assert all_finite(slots.replay) and all_finite(state.meta_params) and all_finite(measured)
-        np.testing.assert_array_equal(np.asarray(measured.first_bad[0]) == 1, measured.dropped[0] == 1)
+        assert all_finite(slots.local.replay) and all_finite(state.meta_params) and all_finite(measured)
+        np.testing.assert_array_equal(np.asarray(measured.tasks.first_bad[0]) == 1, measured.tasks.dropped[0] == 1)
     assert int(history.states[-1].bad_steps) == 0
 
 
@@ -583,9 +589,9 @@ def test_a_dropped_pair_has_no_weight_in_the_gradient():
     seen = meta.Truncation(records, directions, whole, whole, whole)
     gradients, measured = meta.collect(setup, rare_nan_task(), jnp.float32(1.0), seen)
     np.testing.assert_allclose(gradients.fused["w"], [(1 + 2 + 3) / 3 / (2 * 0.05**2)], rtol=1e-6)
-    assert measured["dropped"].tolist() == [0, 1] and measured["first_bad"].tolist() == [0, 1]
-    assert int(measured["good_pairs"]) == 1
-    np.testing.assert_allclose(measured["task_loss"], 1.0)
+    assert measured.dropped.tolist() == [0, 1] and measured.first_bad.tolist() == [0, 1]
+    assert int((measured.dropped == 0).sum()) == 1
+    np.testing.assert_allclose(measured.task_loss, 1.0)
 
 
 def test_a_bad_truncation_voids_the_pair_s_other_truncations_of_the_update():
@@ -597,7 +603,7 @@ def test_a_bad_truncation_voids_the_pair_s_other_truncations_of_the_update():
     gradients, measured = meta.collect(
         setup, rare_nan_task(), jnp.float32(1.0), meta.Truncation(records, directions, whole, whole, whole)
     )
-    assert measured["dropped"].tolist() == [0, 1] and int(measured["good_pairs"]) == 1
+    assert measured.dropped.tolist() == [0, 1] and int((measured.dropped == 0).sum()) == 1
     np.testing.assert_allclose(gradients.fused["w"], [1 / (2 * 0.05**2)], rtol=1e-6)
     clean = records._replace(task=jnp.where(jnp.isinf(task), 1e6, task))
     both, _ = meta.collect(
@@ -616,8 +622,8 @@ def test_an_outer_step_without_a_good_pair_changes_nothing_and_is_counted():
         assert int(state.bad_steps) == bad_steps and int(state.outer_step) == t
         unchanged = same((state.meta_params, state.outer), (before.meta_params, before.outer))
         assert unchanged == (bad_steps > 0)
-        assert all_finite((state.meta_params, state.outer, state.slots[0].replay, measured))
-        assert measured.dropped.tolist() == [[int(bad_steps > 0)] * 3]
+        assert all_finite((state.meta_params, state.outer, state.slots[0].local.replay, measured))
+        assert measured.tasks.dropped.tolist() == [[int(bad_steps > 0)] * 3]
 
 
 def huge_updates():
@@ -663,11 +669,11 @@ def test_the_loss_limit_clips_finite_losses_only():
     gradients, measured = meta.collect(setup, limited, jnp.float32(1.0), seen)
     # min(5, 2) - 1, then 2 - 2, then 1.5 - 1; the pair with the infinite loss is dropped, not clipped.
     np.testing.assert_allclose(gradients.fused["w"], [(1.0 + 0.0 + 0.5) / 6 / (2 * 0.05**2)], rtol=1e-6)
-    assert measured["dropped"].tolist() == [0, 1, 0]
+    assert measured.dropped.tolist() == [0, 1, 0]
     unlimited = dataclasses.replace(limited, loss_limit=None)
     gradients, _ = meta.collect(setup, unlimited, jnp.float32(1.0), seen)
     np.testing.assert_allclose(gradients.fused["w"], [(4.0 - 2.0 + 0.5) / 6 / (2 * 0.05**2)], rtol=1e-6)
-    np.testing.assert_allclose(measured["task_loss"], (5 + 5 + 1.5 + 1 + 7 + 1) / 12, rtol=1e-6)  # as it was
+    np.testing.assert_allclose(measured.task_loss, (5 + 5 + 1.5 + 1 + 7 + 1) / 12, rtol=1e-6)  # as it was
 
 
 @pytest.mark.parametrize("log_rate", [8.0, 14.0, 20.0, 25.0])
@@ -675,11 +681,11 @@ def test_inner_training_that_explodes_is_dropped_before_it_voids_the_step(log_ra
     """With these rates losses pass through numbers that are finite and whose squares are not."""
     exploding = {"log_learning_rate": jnp.float32(log_rate), "momentum_logit": jnp.float32(0.0)}
     history = run(setup_of(NAIVE), QUADRATIC, 6, meta_params=exploding)
-    assert sum(int(m.dropped.sum()) for m in history.metrics) > 0
+    assert sum(int(m.tasks.dropped.sum()) for m in history.metrics) > 0
     assert all_finite([state.meta_params for state in history.states]) and all_finite(history.metrics)
     for before, after, measured in zip(history.states, history.states[1:], history.metrics, strict=False):
         moved = not same(before.meta_params, after.meta_params)
-        assert moved == bool(jnp.any(measured.dropped == 0)) == (int(after.bad_steps) == 0)
+        assert moved == bool(jnp.any(measured.tasks.dropped == 0)) == (int(after.bad_steps) == 0)
 
 
 @pytest.mark.parametrize("big", [1e15, 1e30, 3e38])
@@ -690,7 +696,7 @@ def test_a_loss_that_is_finite_but_beyond_use_does_not_outweigh_the_other_pairs(
     seen = meta.Truncation(records, {"w": jnp.array([[[1.0], [10.0]]])}, whole, whole, whole)
     gradients, measured = meta.collect(setup_of(NAIVE, {"estimator.pairs": 2}), QUADRATIC[0], jnp.float32(1.0), seen)
     np.testing.assert_allclose(gradients.fused["w"], [(1 + 2 + 3) / 3 / (2 * 0.05**2)], rtol=1e-6)
-    assert measured["dropped"].tolist() == [0, 1] and all_finite(measured)
+    assert measured.dropped.tolist() == [0, 1] and all_finite(measured)
 
 
 # --- the program ----------------------------------------------------------------------------------------------------
@@ -747,7 +753,7 @@ def test_no_inner_loop_carries_the_buffer(slots_per_block):
 
         return jax.lax.scan(truncation, buffer, length=2)[0]
 
-    one = jax.tree.map(lambda x: x[0, 0], state.slots[0].inner)
+    one = jax.tree.map(lambda x: x[0, 0], state.slots[0].local.inner)
     assert rings_carried(jax.make_jaxpr(push_inside)(replay.init(one, M), one).jaxpr) == [0, 1]
 
 

@@ -8,6 +8,7 @@ from helpers import StopAfter, small
 from lolo.files import disk
 from lolo.files.settings import RecipeError
 from lolo.training import checkpoints, loop, offload, recipes
+from lolo.training.how import How
 from lolo.training.run import prepare
 
 CHANGES = {
@@ -30,7 +31,7 @@ def digest(run):
 def test_buffers_on_the_host_change_no_byte(tmp_path, read):
     recipe = small(recipes.LOLO, CHANGES | {"replay.read": read})
     loop.train(recipe, tmp_path / "device")
-    loop.train(recipe, tmp_path / "host", offload=True)
+    loop.train(recipe, tmp_path / "host", How(offload=True))
     expected = digest(tmp_path / "device")
     sizes = [np.frombuffer(x, np.int32) for name, x in expected.items() if name.endswith(".replay.size")]
     assert sizes and all((size == 2).all() for size in sizes)  # full: the oldest were dropped
@@ -46,14 +47,14 @@ def test_a_run_may_go_on_with_its_buffers_on_the_other_side(tmp_path):
     loop.train(recipe, tmp_path / "whole")
     for first in (True, False):
         stop, out = StopAfter(7), tmp_path / f"offload-{first}"
-        loop.train(recipe, out, offload=first, stop=stop, told=stop.told, say=lambda text: None)
-        assert loop.resume(out, offload=not first, say=lambda text: None).finished
+        loop.train(recipe, out, How(offload=first, stop=stop, on_progress=stop.told, log=lambda text: None))
+        assert loop.resume(out, How(offload=not first, log=lambda text: None)).finished
         assert digest(out) == digest(tmp_path / "whole")
 
 
 def test_the_device_holds_one_state_for_each_slot():
-    run = prepare(small(recipes.LOLO, CHANGES), None, None, None, offload=True)
-    ours, whole = run.state.slots[0].replay.states, run.whole_state().slots[0].replay.states
+    run = prepare(small(recipes.LOLO, CHANGES), How(offload=True))
+    ours, whole = run.state.slots[0].local.replay.states, run.complete_state().slots[0].local.replay.states
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
         assert a.shape == (2, 1, *b.shape[2:]) and b.shape[1] == 2 and isinstance(b, np.ndarray)
 
@@ -67,4 +68,4 @@ def test_rules_that_read_within_a_step_are_refused(change, words):
     with pytest.raises(RecipeError, match=words):
         offload.check(recipe)
     with pytest.raises(RecipeError, match="--offload needs"):
-        loop.train(recipe, None, offload=True)
+        loop.train(recipe, None, How(offload=True))

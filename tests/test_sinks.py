@@ -12,6 +12,7 @@ from test_training import small
 
 from lolo.cli import main as cli
 from lolo.training import loggers, loop, run_log
+from lolo.training.how import How
 from lolo.training.run_folder import RunError
 
 RECIPE = small(**{"validation.every": 4, "validation.steps": 100, "validation.seeds": 1})
@@ -50,11 +51,11 @@ def memory(monkeypatch):
 
 def test_a_sink_gets_the_numbers_of_the_log_each_step_once_also_after_a_kill(tmp_path, memory):
     stop = StopAfter(5)
-    loop.train(RECIPE, tmp_path / "run", log=("tensorboard",), stop=stop, told=stop.told, say=silent)
+    loop.train(RECIPE, tmp_path / "run", How(loggers=("tensorboard",), stop=stop, on_progress=stop.told, log=silent))
     # As a SIGKILL leaves it: rows that are past the newest whole checkpoint, and no sink closed.
     with open(tmp_path / "run" / "log.jsonl", "a") as log:
         log.write(json.dumps(run_log.log_rows(tmp_path / "run")[-1] | {"step": 5, "task_loss": [99.0]}) + "\n")
-    loop.resume(tmp_path / "run", say=silent)  # logs where it logged before
+    loop.resume(tmp_path / "run", How(log=silent))  # logs where it logged before
     first, second = memory
     assert first.pop() == "closed" and second.pop() == "closed"
     assert {step for step, _, _ in first} == set(range(5))
@@ -65,12 +66,12 @@ def test_a_sink_gets_the_numbers_of_the_log_each_step_once_also_after_a_kill(tmp
 
 def test_resume_can_add_a_sink_that_starts_at_the_first_step_and_can_drop_it(tmp_path, memory):
     stop = StopAfter(3)
-    loop.train(RECIPE, tmp_path / "run", stop=stop, told=stop.told, say=silent)
+    loop.train(RECIPE, tmp_path / "run", How(stop=stop, on_progress=stop.told, log=silent))
     assert memory == []
-    loop.resume(tmp_path / "run", log=("tensorboard",), say=silent)
+    loop.resume(tmp_path / "run", How(loggers=("tensorboard",), log=silent))
     assert {entry[0] for entry in memory[0][:-1]} == set(range(8))
-    loop.resume(tmp_path / "run", log=(), say=silent)
-    loop.resume(tmp_path / "run", say=silent)
+    loop.resume(tmp_path / "run", How(loggers=(), log=silent))
+    loop.resume(tmp_path / "run", How(log=silent))
     assert len(memory) == 1
 
 
@@ -83,7 +84,7 @@ def test_a_sink_that_fails_is_left_out_and_told_and_the_run_goes_on(tmp_path, mo
         loggers.LOGGERS, "tensorboard", loggers.Kind("json", lambda run, recipe: loggers.Logger(fail, lambda: None))
     )
     said = []
-    result = loop.train(small(), tmp_path / "run", log=("tensorboard",), say=said.append)
+    result = loop.train(small(), tmp_path / "run", How(loggers=("tensorboard",), log=said.append))
     assert result.finished and len(run_log.log_rows(tmp_path / "run")) == 8
     assert len(said) == 1 and "no space" in said[0] and "lolo resume --log tensorboard" in said[0]
 
@@ -122,7 +123,7 @@ def test_an_unknown_sink_names_the_nearest(tmp_path, monkeypatch, capsys):
 
 def test_a_sink_without_a_run_folder_is_refused():
     with pytest.raises(RunError, match="needs a run folder"):
-        loop.train(small(), None, log=("tensorboard",))
+        loop.train(small(), None, How(loggers=("tensorboard",)))
 
 
 def test_numbers_of_a_row():
@@ -184,9 +185,9 @@ def test_each_library_holds_each_step_once_after_a_resume(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "torch", None)
     stop = StopAfter(5)
     run = tmp_path / "run"
-    loop.train(RECIPE, run, log=(name,), stop=stop, told=stop.told, say=silent)
+    loop.train(RECIPE, run, How(loggers=(name,), stop=stop, on_progress=stop.told, log=silent))
     assert {step for step, _, _ in read(run)} == set(range(5))
-    loop.resume(run, say=silent)
+    loop.resume(run, How(log=silent))
     found = read(run)
     assert len(found) == len(expected(run))
     for step, scalar, value in found:

@@ -19,6 +19,7 @@ from lolo.evaluation import baselines, long_runs
 from lolo.method.task import Splits
 from lolo.tasks.small import quadratic
 from lolo.training import checkpoints, loop, recipes
+from lolo.training.how import How
 from lolo.training.run_folder import RunError
 
 SEED = (0, 3)
@@ -166,10 +167,10 @@ def test_a_streamed_run_resumes_in_the_middle_of_an_epoch_with_the_same_bytes(tm
     group = {"streamed": streamed(quadratic())}  # 3 steps of 4 examples a segment: 30 examples end mid-segment
     whole = loop.train(recipe, tmp_path / "whole", tasks=group)
     stop = StopAfter(3)
-    loop.train(recipe, tmp_path / "run", tasks=group, stop=stop, told=stop.told, say=lambda text: None)
+    loop.train(recipe, tmp_path / "run", How(stop=stop, on_progress=stop.told, log=lambda text: None), tasks=group)
     _, manifest = checkpoints.newest_checkpoint(tmp_path / "run", print)
     assert manifest["streams"] == {"streamed": {"epoch": 1, "position": 6, "size": 30}}
-    resumed = loop.resume(tmp_path / "run", tasks=group, say=lambda text: None)
+    resumed = loop.resume(tmp_path / "run", How(log=lambda text: None), tasks=group)
     assert resumed.finished
     for name, array in whole.weights.meta_params.items():
         assert np.asarray(array).tobytes() == np.asarray(resumed.weights.meta_params[name]).tobytes()

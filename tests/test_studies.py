@@ -41,10 +41,10 @@ def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, mo
     for word in ("lolo on quadratic, T = 3, meta-seed 1", "evaluating"):
         stop.requested = None
         with pytest.raises(interrupt.Interrupted, match="same command"):
-            studies.reproduce("tiny", tmp_path, stop=stop, told=stop_in(word), say=lambda text: None)
+            studies.reproduce("tiny", tmp_path, stop=stop, on_progress=stop_in(word), log=lambda text: None)
         assert not (tmp_path / "report-quadratic.md").exists()
     trained = []
-    tables = studies.reproduce("tiny", tmp_path, told=lambda what, *rest: trained.append(what))
+    tables = studies.reproduce("tiny", tmp_path, on_progress=lambda what, *rest: trained.append(what))
     assert set(trained) == {"evaluating on quadratic"}  # nothing is meta-trained twice
     found = load_rows(tmp_path / "rows-quadratic.jsonl")
     assert len(found) == 2 * 2 + 2 and "(n=2 meta-seeds)" in tables["quadratic"]
@@ -89,9 +89,9 @@ def test_parts_of_a_study_share_their_meta_trainings(tmp_path, monkeypatch):
         if what not in heard:
             heard.append(what)
 
-    tables = studies.reproduce("study", tmp_path, told=told, only=["a"])
+    tables = studies.reproduce("study", tmp_path, on_progress=told, only=["a"])
     assert list(tables) == ["a, quadratic:dimensions=3"] and not (tmp_path / "b").exists()
-    tables |= studies.reproduce("study", tmp_path, told=told)
+    tables |= studies.reproduce("study", tmp_path, on_progress=told)
     pop = [f"lolo replay.read=pop on quadratic, T = 3, meta-seed {seed}" for seed in (0, 1)]
     plain = [f"lolo on quadratic, T = 3, meta-seed {seed}" for seed in (0, 1)]
     assert heard == [*plain, "evaluating on quadratic:dimensions=3", *pop, "evaluating on quadratic"]

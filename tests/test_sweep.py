@@ -17,6 +17,7 @@ from lolo.files import settings
 from lolo.optimizers import weights_file
 from lolo.runtime import interrupt
 from lolo.training import loop, recipes, sweep
+from lolo.training.how import How
 from lolo.training.sweep import SweepError
 
 SMALL = """
@@ -111,7 +112,7 @@ def test_the_table_tells_how_far_each_run_is(tmp_path, capsys):
     loop.train(done.recipe, done.out)
     stop = interrupt.Stop()
     stop.requested = "test"
-    loop.train(begun.recipe, begun.out, stop=stop, say=lambda text: None)
+    loop.train(begun.recipe, begun.out, How(stop=stop, log=lambda text: None))
     sweep.failure_file(failed).write_text("killed by SIGKILL: it said nothing\n")
     assert [sweep.state_of(run) for run in (done, begun, failed, waiting)] == ["done", "begun", "waiting", "waiting"]
     assert sweep.command(begun, "lolo", 1) == ["resume", str(begun.out), "--devices", "1"]

@@ -18,6 +18,7 @@ from lolo.method.task import TaskError
 from lolo.optimizers import pretrained, weights_file
 from lolo.tasks.small import quadratic
 from lolo.training import checkpoints, doctor, loop, recipes, run_folder, run_log
+from lolo.training.how import How
 from lolo.training.loop import DivergedError
 from lolo.training.run import check_init
 from lolo.training.run_folder import RunError
@@ -51,9 +52,9 @@ def test_stop_and_resume_equals_uninterrupted(tmp_path, name):
     for at in (1, 3, 6):
         stop = StopAfter(at)
         out = tmp_path / f"stopped{at}"
-        first = loop.train(recipe, out, stop=stop, told=stop.told, say=lambda text: None)
+        first = loop.train(recipe, out, How(stop=stop, on_progress=stop.told, log=lambda text: None))
         assert not first.finished and first.step == at
-        second = loop.resume(out, say=lambda text: None)
+        second = loop.resume(out, How(log=lambda text: None))
         assert second.finished and phi(second) == phi(whole)
         logs = [run_log.log_rows(folder) for folder in (out, tmp_path / "whole")]
         timeless = [
@@ -96,11 +97,11 @@ def test_resume_without_a_run_or_a_checkpoint_says_so(tmp_path):
     with pytest.raises(RunError, match="holds no run"):
         loop.resume(tmp_path)
     stop = StopAfter(1)
-    loop.train(small(), tmp_path / "run", stop=stop, told=stop.told, say=lambda text: None)
+    loop.train(small(), tmp_path / "run", How(stop=stop, on_progress=stop.told, log=lambda text: None))
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         (folder / "manifest.json").unlink()
     with pytest.raises(RunError, match="no whole checkpoint"):
-        loop.resume(tmp_path / "run", say=lambda text: None)
+        loop.resume(tmp_path / "run", How(log=lambda text: None))
 
 
 def test_two_at_work_on_one_folder_are_kept_apart(tmp_path):
@@ -112,14 +113,14 @@ def test_two_at_work_on_one_folder_are_kept_apart(tmp_path):
         tried.append(progress.step)
 
     stop = StopAfter(2)
-    loop.train(small(), out, stop=stop, told=lambda p: (told(p), stop.told(p)), say=lambda text: None)
+    loop.train(small(), out, How(stop=stop, on_progress=lambda p: (told(p), stop.told(p)), log=lambda text: None))
     log = (out / "log.jsonl").read_text()
     with disk.locked(out) as free, disk.locked(tmp_path) as another:
         assert free and another
         with pytest.raises(RunError, match="another process is at work"):
             loop.resume(out)
     assert (out / "log.jsonl").read_text() == log and tried == [1, 2]
-    assert phi(loop.resume(out, say=lambda text: None)) == phi(loop.train(small()))
+    assert phi(loop.resume(out, How(log=lambda text: None))) == phi(loop.train(small()))
 
 
 def test_weights_carry_recipe_and_quantiles_of_realised_steps(tmp_path):
@@ -154,10 +155,10 @@ def test_last_weights_say_how_their_step_was_validated(tmp_path, monkeypatch):
     assert written.count("last.safetensors") == 3
     measured = [row["validation"] for row in run_log.log_rows(tmp_path / "run") if "validation" in row]
     assert pretrained.load(tmp_path / "run" / "last.safetensors").card["validation"] == measured[-1]
-    loop.resume(tmp_path / "run", say=lambda text: None)
+    loop.resume(tmp_path / "run", How(log=lambda text: None))
     assert pretrained.load(tmp_path / "run" / "last.safetensors").card["validation"] == measured[-1]
     stop = StopAfter(7)
-    loop.train(recipe, tmp_path / "cut", stop=stop, told=stop.told, say=lambda text: None)
+    loop.train(recipe, tmp_path / "cut", How(stop=stop, on_progress=stop.told, log=lambda text: None))
     assert "validation" not in pretrained.load(tmp_path / "cut" / "last.safetensors").card
 
 
@@ -189,7 +190,7 @@ def test_a_run_killed_before_its_first_checkpoint_is_not_in_the_way(tmp_path, ki
     if killed == "before the first checkpoint":
         (run / "recipe.json").write_bytes((tmp_path / "whole" / "recipe.json").read_bytes())
         (run / "checkpoints").mkdir()
-        assert phi(loop.resume(run, say=lambda text: None)) == whole
+        assert phi(loop.resume(run, How(log=lambda text: None))) == whole
         return
     if killed == "in recipe.json":
         (run / ".recipe.json.123.tmp").write_text("{")
@@ -203,7 +204,7 @@ def test_a_run_without_checkpoints_is_not_begun_again_over_what_it_made(tmp_path
         if gone:
             (tmp_path / "run" / gone).rename(tmp_path / gone)
         with pytest.raises(RunError, match="no whole checkpoint"):
-            loop.resume(tmp_path / "run", say=lambda text: None)
+            loop.resume(tmp_path / "run", How(log=lambda text: None))
         if gone:
             (tmp_path / gone).rename(tmp_path / "run" / gone)
 
@@ -214,19 +215,21 @@ def own():
 
 def test_own_tasks_are_named_in_the_weights_and_asked_for_again(tmp_path):
     stop = StopAfter(1)
-    first = loop.train(small(), tmp_path / "run", tasks=own(), stop=stop, told=stop.told, say=lambda text: None)
+    first = loop.train(
+        small(), tmp_path / "run", How(stop=stop, on_progress=stop.told, log=lambda text: None), tasks=own()
+    )
     assert first.weights.recipe["tasks"] == ("mine",)
     with pytest.raises(RunError, match=r"tasks=\('mine',\), not \('yours',\)"):
         loop.resume(tmp_path / "run", tasks={"yours": quadratic(3)})
     with pytest.raises(TaskError, match="unknown task 'mine'"):
-        loop.resume(tmp_path / "run", say=lambda text: None)
-    assert loop.resume(tmp_path / "run", tasks=own(), say=lambda text: None).finished
+        loop.resume(tmp_path / "run", How(log=lambda text: None))
+    assert loop.resume(tmp_path / "run", How(log=lambda text: None), tasks=own()).finished
 
 
 def test_less_than_one_device_is_refused():
     for devices in (0, -1):
         with pytest.raises(ValueError, match=f"devices={devices} must be at least 1"):
-            loop.train(small(), None, devices=devices)
+            loop.train(small(), None, How(devices=devices))
 
 
 def poisoned():
@@ -260,7 +263,7 @@ def test_every_logged_row_names_what_the_evaluation_rules_ask_for(tmp_path):
 
 
 def test_large_checkpoints_are_written_while_the_next_outer_steps_run(tmp_path, monkeypatch):
-    loop.train(small(), tmp_path / "inline", checkpoint_seconds=0.0)
+    loop.train(small(), tmp_path / "inline", How(checkpoint_seconds=0.0))
     told, held_up, write = threading.Event(), [], checkpoints.write_checkpoint
 
     def slow(run, step, arrays, about, **more):
@@ -270,7 +273,7 @@ def test_large_checkpoints_are_written_while_the_next_outer_steps_run(tmp_path, 
 
     monkeypatch.setattr(checkpoints, "LARGE_CHECKPOINT", 0)
     monkeypatch.setattr(checkpoints, "write_checkpoint", slow)
-    loop.train(small(), tmp_path / "run", checkpoint_seconds=0.0, told=lambda p: p.step == 2 and told.set())
+    loop.train(small(), tmp_path / "run", How(checkpoint_seconds=0.0, on_progress=lambda p: p.step == 2 and told.set()))
     assert held_up == [True]
     for step in run_folder.checkpoints(tmp_path / "inline"):
         ours, theirs = (checkpoints.read_checkpoint(tmp_path / name, step)[0] for name in ("run", "inline"))
@@ -288,7 +291,7 @@ def test_a_large_checkpoint_that_can_not_be_written_ends_the_run_with_the_reason
     monkeypatch.setattr(checkpoints, "LARGE_CHECKPOINT", 0)
     monkeypatch.setattr(checkpoints, "write_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
-        loop.train(small(), tmp_path / "run", checkpoint_seconds=0.0)
+        loop.train(small(), tmp_path / "run", How(checkpoint_seconds=0.0))
     assert run_folder.checkpoints(tmp_path / "run")[-1] == 2
     monkeypatch.setattr(checkpoints, "write_checkpoint", write)
     resumed = loop.resume(tmp_path / "run")

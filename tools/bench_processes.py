@@ -22,6 +22,7 @@ import scale_model
 import tyro
 
 from lolo.runtime import environment, launch, parallel, process_group
+from lolo.training.how import How
 from lolo.training.run import prepare
 
 TURN = 10  # outer steps of one gang before the other's turn
@@ -35,8 +36,8 @@ def worker(core: int, place: dict, task: str, pairs: int) -> None:
     if place["processes"] > 1:
         here = process_group.join(**place, join_seconds=120, heartbeat_seconds=60)
     recipe = scale_model.of_task(task, pairs)
-    run = prepare(recipe, None, None, 1, here)
-    any_process = parallel.any_process(run.over)
+    run = prepare(recipe, How(devices=1, group=here))
+    any_process = parallel.any_process(run.mesh)
     for line in sys.stdin:
         times = []
         for _ in range(int(line)):

@@ -22,9 +22,9 @@ from lolo.method import meta
 from lolo.method.inner import StepRecord
 from lolo.method.task import Task
 from lolo.runtime import environment, parallel
-from lolo.runtime.process_group import ALONE
 from lolo.tasks import by_name
 from lolo.training import build, recipes
+from lolo.training.how import How
 from lolo.training.recipes import Recipe
 from lolo.training.run import prepare
 
@@ -174,7 +174,7 @@ def measure(task: str = "fashion-mlp", pairs: int = 8, steps: int = 100, out: st
     short = recipe.unroll.truncation
     runs = {}
     for length in (short, 2 * short):
-        runs[length] = prepare(settings.with_field(recipe, "unroll.truncation", length), None, None, 1, ALONE)
+        runs[length] = prepare(settings.with_field(recipe, "unroll.truncation", length), How(devices=1))
     replicated = jax.jit(partial(replicated_work, runs[short].setup, by_name.resolve(task).train, pairs))
     times: dict[object, list[float]] = {length: [] for length in (*runs, "replicated")}
     for turn in range(steps + 5):  # the first compile and warm up

@@ -34,11 +34,11 @@ from lolo.method.task import Splits, Task
 from lolo.optimizers import small_fc
 from lolo.runtime import parallel
 from lolo.runtime.environment import provenance
-from lolo.runtime.process_group import ALONE
 from lolo.studies import plots
 from lolo.tasks import models
 from lolo.tasks.classification import classification
 from lolo.training import recipes
+from lolo.training.how import How
 from lolo.training.offload import Offloaded
 from lolo.training.run import prepare
 from lolo.trees import PyTree, count_bytes
@@ -182,7 +182,7 @@ def outer_step(
     recipe: recipes.Recipe, splits: dict[str, Splits] | None = None, devices: int | None = None
 ) -> OuterStep:
     """Build and compile what `lolo train` would run. Every call sees the same segment of streamed data."""
-    run = prepare(recipe, None, splits, devices, ALONE)
+    run = prepare(recipe, How(devices=devices), tasks=splits)
     assert not isinstance(run.step, Offloaded)
     with run.feeding():
         data = run.next_tasks()
@@ -216,8 +216,10 @@ def bench_methods(rounds: int = 200) -> list[Line]:
     lines.append(Line("outer step, lolo / naive", medians["lolo"] / medians["naive"], "x"))
     for name, step in steps.items():
         slots = step.state.slots[0]
-        inner = count_bytes(slots.inner) / (2 * PAIRS)
-        lines.append(Line(f"{name}: buffer per slot", count_bytes(slots.replay.states) / PAIRS / inner, "inner states"))
+        inner = count_bytes(slots.local.inner) / (2 * PAIRS)
+        lines.append(
+            Line(f"{name}: buffer per slot", count_bytes(slots.local.replay.states) / PAIRS / inner, "inner states")
+        )
         lines.append(Line(f"{name}: memory of the outer step's program", step.memory / 1e6, "MB"))
     return lines
 

@@ -47,12 +47,18 @@ class Setup(NamedTuple):
     slots_per_block: int  # slots that vmap advances together, both signs; 1: one sign at a time
 
 
-class Slots(NamedTuple):
-    """P slots of one task. The first three fields lie with the device that runs the slot, the others everywhere."""
+class LocalSlots(NamedTuple):
+    """The part of `Slots` that lies with the device that runs the slots: P of them, or its share of P."""
 
     inner: InnerState  # leaves [P, 2, *shape]: +ε and −ε
     replay: replay.Replay  # leaves [P, M, *shape], [P], [P]
     push_truncation: jax.Array  # [P] int32: the truncation of this unroll in which a state is pushed
+
+
+class Slots(NamedTuple):
+    """P slots of one task. What is not `local` is on every device."""
+
+    local: LocalSlots
     estimator: PyTree  # leaves [P, *shape]
     position: jax.Array  # [P] int32: truncations done in this unroll
     length: jax.Array  # [P] int32: truncations this unroll has; negative before a slot's first
@@ -70,23 +76,30 @@ class MetaState(NamedTuple):
     key: jax.Array  # [2] uint32 key data; noise and batches derive from it, the slot's index and the step
 
 
-class Metrics(NamedTuple):
-    """What one outer step measured. G tasks; means are over pairs with finite numbers."""
+class TaskMetrics(NamedTuple):
+    """What one outer step measured on one task. Means are over pairs with finite numbers."""
 
-    task_loss: jax.Array  # [G]
-    bc_loss: jax.Array  # [G]
+    task_loss: jax.Array  # []
+    bc_loss: jax.Array  # []
+    delta_task_rms: jax.Array  # []: before ψ
+    delta_bc_rms: jax.Array  # []
+    mean_square_pair: jax.Array  # []: mean over pairs of ‖g_pair‖², g_pair the meta-gradient of one pair
+    start_step: jax.Array  # [P] int32: K of the unroll that the slot is in
+    starts: jax.Array  # [J, P] int32: start step K where a truncation began an unroll, else -1
+    reached: jax.Array  # [P] int32: inner steps since the random init at the end of the outer step
+    dropped: jax.Array  # [P] int32: 1 for a pair that had a non-finite number
+    first_bad: jax.Array  # [P] int32: 0 none, 1 loss, 2 gradient, 3 bc
+
+
+class Metrics(NamedTuple):
+    """What one outer step measured. G tasks."""
+
+    tasks: TaskMetrics  # leaves [G, ...]
     alpha_mix: jax.Array  # []
     alpha_loss: jax.Array  # []
-    start_step: jax.Array  # [G, P] int32: K of the unroll that the slot is in
-    starts: jax.Array  # [G, J, P] int32: start step K where a truncation began an unroll, else -1
-    reached: jax.Array  # [G, P] int32: inner steps since the random init at the end of the outer step
-    delta_task_rms: jax.Array  # [G]: before ψ
-    delta_bc_rms: jax.Array  # [G]
     gradient_ratio: jax.Array  # []: norm of the gradient of Δ^bc alone over that of Δ^task alone, before ψ
     gradient_norm: jax.Array  # []: of the fused meta-gradient
     signal_to_noise: jax.Array  # []: ‖mean‖² / mean ‖deviation‖² over pairs
-    dropped: jax.Array  # [G, P] int32: 1 for a pair that had a non-finite number
-    first_bad: jax.Array  # [G, P] int32: 0 none, 1 loss, 2 gradient, 3 bc
 
 
 class Shards(NamedTuple):
@@ -117,7 +130,8 @@ def meta_init(setup: Setup, tasks: tuple[Task, ...], seed_key: jax.Array, meta_p
         zeros = jnp.zeros(pairs, jnp.int32)
         # Negative: not started yet. The first unroll has this many truncations, later ones what `draw_length` says.
         first = -jnp.asarray(setup.first_lengths, jnp.int32)
-        return Slots(empty, rings, zeros, noise, position=zeros, length=first, fresh=jnp.ones(pairs, bool))
+        local = LocalSlots(empty, rings, push_truncation=zeros)
+        return Slots(local, noise, position=zeros, length=first, fresh=jnp.ones(pairs, bool))
 
     return MetaState(
         meta_params,
@@ -129,27 +143,19 @@ def meta_init(setup: Setup, tasks: tuple[Task, ...], seed_key: jax.Array, meta_p
     )
 
 
-class Held(NamedTuple):
-    """The part of `Slots` that lies with the device that runs the slots. Leaves [P_own, ...]."""
-
-    inner: InnerState
-    replay: replay.Replay
-    push_truncation: jax.Array
-
-
 def start_unrolls(
     setup: Setup,
     task: Task,
     meta_params: PyTree,
-    held: Held,
+    local: LocalSlots,
     starting: jax.Array,
     fresh: jax.Array,
     keys: jax.Array,
     length: jax.Array,
-) -> Held:
+) -> LocalSlots:
     """Lines 2-8 of Algorithm 1 for the slots that `starting` names; the others stay as they are.
 
-    starting, fresh: [P_own] bool; keys: [P_own]; length: [P_own] int32, truncations of the unroll that starts.
+    starting, fresh: [P] bool; keys: [P]; length: [P] int32, truncations of the unroll that starts.
     """
     learner = setup.learned.optimizer(meta_params)
 
@@ -167,8 +173,8 @@ def start_unrolls(
             jnp.where(starting, jax.random.randint(key_push, (), 0, length), push_truncation),
         )
 
-    inner, head, size, push_truncation = jax.lax.map(start, (held, starting, fresh, keys, length))
-    return Held(inner, held.replay._replace(head=head, size=size), push_truncation)
+    inner, head, size, push_truncation = jax.lax.map(start, (local, starting, fresh, keys, length))
+    return LocalSlots(inner, local.replay._replace(head=head, size=size), push_truncation)
 
 
 def truncated_unroll(
@@ -248,31 +254,29 @@ def run_truncation(
         (candidates, keys_start, keys_steps, keys_coin, starting, length, position, slots.fresh)
     )
     # Most truncations start nothing; the states of those that do are drawn outside the inner loops.
-    held = jax.lax.cond(
+    local = jax.lax.cond(
         jnp.any(own_starting),
-        lambda held: start_unrolls(setup, task, meta_params, held, own_starting, own_fresh, keys_start, own_length),
-        lambda held: held,
-        Held(slots.inner, slots.replay, slots.push_truncation),
+        lambda local: start_unrolls(setup, task, meta_params, local, own_starting, own_fresh, keys_start, own_length),
+        lambda local: local,
+        slots.local,
     )
     offset = jax.random.randint(key_offset, (), 0, setup.truncation)
-    start_step = held.inner.step[:, 0] - own_position * setup.truncation
+    start_step = local.inner.step[:, 0] - own_position * setup.truncation
 
     def one_sign(args: tuple[PyTree, InnerState, jax.Array]) -> tuple[InnerState, InnerState, StepRecord]:
         candidate, inner, key_steps = args
         return truncated_unroll(setup, task, candidate, alpha, inner, key_steps, offset)
 
-    signs = (candidates, held.inner, jnp.stack([keys_steps, keys_steps], axis=1))
+    signs = (candidates, local.inner, jnp.stack([keys_steps, keys_steps], axis=1))
     inner, snapshots, records = over_blocks(one_sign, signs, setup.slots_per_block)
     sign = jax.vmap(jax.random.bernoulli)(keys_coin).astype(jnp.int32)
     snapshots = jax.vmap(lambda both, one: jax.tree.map(lambda x: x[one], both))(snapshots, sign)
-    pushing = (held.push_truncation == own_position) & jnp.all(finite(records), axis=(1, 2))
-    buffers = jax.vmap(replay.push)(held.replay, snapshots, pushing)
+    pushing = (local.push_truncation == own_position) & jnp.all(finite(records), axis=(1, 2))
+    buffers = jax.vmap(replay.push)(local.replay, snapshots, pushing)
 
     records, start_step = shards.gather((records, start_step))
     slots = Slots(
-        inner,
-        buffers,
-        held.push_truncation,
+        LocalSlots(inner, buffers, local.push_truncation),
         estimator,
         position + 1,
         length,
@@ -334,7 +338,8 @@ def meta_step(
     )
     gradient = jax.tree.map(lambda *g: sum(g) / len(tasks), *(g.fused for g in gradients))
     updates, outer = setup.outer.update(gradient, state.outer, state.meta_params)
-    good = jnp.any(jnp.stack([m["good_pairs"] for m in measured]) > 0) & jnp.isfinite(optax.tree.norm(gradient))
+    measured = jax.tree.map(lambda *of_tasks: jnp.stack(of_tasks), *measured)
+    good = jnp.any(measured.dropped == 0) & jnp.isfinite(optax.tree.norm(gradient))
     state = MetaState(
         meta_params=select(good, optax.apply_updates(state.meta_params, updates), state.meta_params),
         outer=select(good, outer, state.outer),
@@ -343,7 +348,7 @@ def meta_step(
         bad_steps=jnp.where(good, 0, state.bad_steps + 1),
         key=state.key,
     )
-    return state, summarize(alpha_mix, alpha_loss, gradient, gradients, measured, all_seen)
+    return state, summarize(alpha_mix, alpha_loss, gradient, gradients, measured)
 
 
 class Gradients(NamedTuple):
@@ -354,7 +359,7 @@ class Gradients(NamedTuple):
     bc: PyTree
 
 
-def collect(setup: Setup, task: Task, alpha: jax.Array, seen: Truncation) -> tuple[Gradients, dict[str, jax.Array]]:
+def collect(setup: Setup, task: Task, alpha: jax.Array, seen: Truncation) -> tuple[Gradients, TaskMetrics]:
     """From the records of J truncations to the meta-gradient (lines 19-21). `seen` has leaves [J, P, ...]."""
     records = seen.records
     whole = jnp.all(finite(records), axis=(0, 2, 3))  # [P]
@@ -369,20 +374,22 @@ def collect(setup: Setup, task: Task, alpha: jax.Array, seen: Truncation) -> tup
     )
     steps = jnp.maximum(jnp.sum(valid), 1)
     both = valid[:, :, None]
-    # mean over pairs of ‖g_pair‖², where g_pair = (mean over its steps of δ) · direction / (2σ²)
+    # g_pair = (mean over its steps of δ) · direction / (2σ²)
     weight = jnp.mean(fused, axis=2) / (2 * setup.estimator.sigma**2)
     norms = sum(jnp.sum(d**2, axis=tuple(range(2, d.ndim))) for d in jax.tree.leaves(seen.directions))
     count = jnp.maximum(jnp.sum(good), 1)
-    measured = {
-        "good_pairs": jnp.sum(whole),
-        "task_loss": jnp.sum(jnp.where(both, records.task, 0.0)) / (2 * steps),
-        "bc_loss": jnp.sum(jnp.where(both, records.bc, 0.0)) / (2 * steps),
-        "delta_task_rms": jnp.sqrt(jnp.sum(deltas.task**2) / steps),
-        "delta_bc_rms": jnp.sqrt(jnp.sum(deltas.bc**2) / steps),
-        "mean_square_pair": jnp.sum(jnp.where(good, weight**2 * norms, 0.0)) / count,
-        "dropped": (~whole).astype(jnp.int32),
-        "first_bad": first_bad(records),
-    }
+    measured = TaskMetrics(
+        task_loss=jnp.sum(jnp.where(both, records.task, 0.0)) / (2 * steps),
+        bc_loss=jnp.sum(jnp.where(both, records.bc, 0.0)) / (2 * steps),
+        delta_task_rms=jnp.sqrt(jnp.sum(deltas.task**2) / steps),
+        delta_bc_rms=jnp.sqrt(jnp.sum(deltas.bc**2) / steps),
+        mean_square_pair=jnp.sum(jnp.where(good, weight**2 * norms, 0.0)) / count,
+        start_step=seen.start_step[-1],
+        starts=jnp.where(seen.started > 0, seen.start_step, -1),
+        reached=seen.reached[-1],
+        dropped=(~whole).astype(jnp.int32),
+        first_bad=first_bad(records),
+    )
     return gradients, measured
 
 
@@ -398,32 +405,20 @@ def summarize(
     alpha_loss: jax.Array,
     gradient: PyTree,
     gradients: tuple[Gradients, ...],
-    measured: tuple[dict[str, jax.Array], ...],
-    seen: list[Truncation],
+    tasks: TaskMetrics,
 ) -> Metrics:
-    """Metrics of the outer step from those of its tasks."""
-
-    def stacked(name: str) -> jax.Array:
-        return jnp.stack([m[name] for m in measured])
+    """Metrics of the outer step. `tasks` has leaves [G, ...]."""
 
     def norm_of_mean(name: str) -> jax.Array:
         return optax.tree.norm(jax.tree.map(lambda *g: sum(g) / len(g), *(getattr(g, name) for g in gradients)))
 
     norm_task, norm = norm_of_mean("task"), optax.tree.norm(gradient)
-    deviation = jnp.maximum(jnp.mean(stacked("mean_square_pair")) - norm**2, 0.0)
+    deviation = jnp.maximum(jnp.mean(tasks.mean_square_pair) - norm**2, 0.0)
     return Metrics(
-        task_loss=stacked("task_loss"),
-        bc_loss=stacked("bc_loss"),
-        alpha_mix=alpha_mix,
-        alpha_loss=alpha_loss,
-        start_step=jnp.stack([s.start_step[-1] for s in seen]),
-        starts=jnp.stack([jnp.where(s.started > 0, s.start_step, -1) for s in seen]),
-        reached=jnp.stack([s.reached[-1] for s in seen]),
-        delta_task_rms=stacked("delta_task_rms"),
-        delta_bc_rms=stacked("delta_bc_rms"),
+        tasks,
+        alpha_mix,
+        alpha_loss,
         gradient_ratio=norm_of_mean("bc") / jnp.where(norm_task > 0, norm_task, 1.0),
         gradient_norm=norm,
         signal_to_noise=norm**2 / jnp.where(deviation > 0, deviation, 1.0),
-        dropped=stacked("dropped"),
-        first_bad=stacked("first_bad"),
     )

@@ -20,6 +20,7 @@ from lolo.studies import comparison_report, comparisons, definitions, plots, tim
 from lolo.studies.rows import command_of, file_name, slug
 from lolo.tasks import by_name
 from lolo.training import loop, recipes, run_folder, run_log
+from lolo.training.how import How
 from lolo.training.recipes import Recipe
 from lolo.training.run_folder import RunError
 
@@ -42,8 +43,8 @@ def meta_train(
     method: str,
     runs: Path,
     stop: interrupt.Stop,
-    told: interrupt.OnProgress,
-    say: Callable[[str], None],
+    on_progress: interrupt.OnProgress,
+    log: Callable[[str], None],
 ) -> Path:
     """Weights of one meta-training: found, resumed or made."""
     task, seed, total = "+".join(recipe.tasks), recipe.seed, recipe.outer.steps
@@ -51,7 +52,7 @@ def meta_train(
     what = described(recipe, method)
 
     def progress(p: loop.Progress) -> None:
-        told(what, p.step, p.total, f"loss {p.task_loss:.3f} α {p.alpha:.2f} K {p.start_step:.0f}")
+        on_progress(what, p.step, p.total, f"loss {p.task_loss:.3f} α {p.alpha:.2f} K {p.start_step:.0f}")
 
     if (run / "recipe.json").is_file():
         changed = settings.diff(run_folder.read_recipe(run), recipe)
@@ -61,9 +62,9 @@ def meta_train(
             return run / "last.safetensors"
     with time_spent.timed(runs.parent, what):
         if (run / "recipe.json").is_file():
-            result = loop.resume(run, stop=stop, told=progress, say=say)
+            result = loop.resume(run, How(stop=stop, on_progress=progress, log=log))
         else:
-            result = loop.train(recipe, run, stop=stop, told=progress, say=say)
+            result = loop.train(recipe, run, How(stop=stop, on_progress=progress, log=log))
     if not result.finished:
         raise interrupt.Interrupted(interrupt.stopped_message(runs.parent))
     return run / "last.safetensors"
@@ -82,8 +83,8 @@ def reproduce(
     only: Sequence[str] = (),
     smoke: bool = False,
     stop: interrupt.Stop | None = None,
-    told: interrupt.OnProgress = interrupt.no_progress,
-    say: Callable[[str], None] = print,
+    on_progress: interrupt.OnProgress = interrupt.no_progress,
+    log: Callable[[str], None] = print,
 ) -> dict[str, str]:
     """Run a study, or what is left of it: one of `STUDIES`, or "study" for all parts of `STUDY`, or `only` some.
 
@@ -96,7 +97,14 @@ def reproduce(
             raise RecipeError(f"--only {only[0]!r}: {name} is one study; parts are of `lolo reproduce study`.")
         check_data(definitions.STUDIES[name])
         return run_study(
-            definitions.STUDIES[name], f"lolo reproduce {name}{smoked}", out, out / "runs", smoke, stop, told, say
+            definitions.STUDIES[name],
+            f"lolo reproduce {name}{smoked}",
+            out,
+            out / "runs",
+            smoke,
+            stop,
+            on_progress,
+            log,
         )
     tables: dict[str, str] = {}
     for part in only:
@@ -105,7 +113,7 @@ def reproduce(
         check_data(definitions.STUDY[part])
     for part in only or definitions.STUDY:
         command = f"lolo reproduce study --only {part}{smoked}"
-        found = run_study(definitions.STUDY[part], command, out / part, out / "runs", smoke, stop, told, say)
+        found = run_study(definitions.STUDY[part], command, out / part, out / "runs", smoke, stop, on_progress, log)
         tables |= {f"{part}, {task}": table for task, table in found.items()}
     return tables
 
@@ -124,8 +132,8 @@ def run_study(
     runs: Path,
     smoke: bool,
     stop: interrupt.Stop | None,
-    told: interrupt.OnProgress,
-    say: Callable[[str], None],
+    on_progress: interrupt.OnProgress,
+    log: Callable[[str], None],
 ) -> dict[str, str]:
     """One study, or what is left of it: meta-trainings in `runs`, everything else in `out`."""
     stop = stop or interrupt.Stop()
@@ -135,7 +143,7 @@ def run_study(
         )
     tables: dict[str, str] = {}
 
-    heard = interrupt.interruptible(stop, told, out)
+    checked = interrupt.interruptible(stop, on_progress, out)
     for where in study.eval_tasks or study.tasks:
         if (command_of(out, where) or "").startswith("lolo eval "):
             raise RunError(f"{out} already holds an evaluation on {where} by `lolo eval`; give another --out.")
@@ -145,7 +153,7 @@ def run_study(
             for seed in range(study.meta_seeds)
             for method in study.methods
         }
-        made = {key: meta_train(recipe, key[0], runs, stop, told, say) for key, recipe in wanted.items()}
+        made = {key: meta_train(recipe, key[0], runs, stop, on_progress, log) for key, recipe in wanted.items()}
         trained = [described(recipe, method) for (method, _), recipe in wanted.items()]
         methods = {str(path): method for (method, _), path in made.items()}
         losses = out / f"meta-loss-{slug(task)}.png"
@@ -155,7 +163,7 @@ def run_study(
         for where in study.eval_tasks or (task,):
             names = [*map(str, made.values()), *used, *study.baselines]
             rows, loaded = comparisons.evaluate(
-                names, where, study.eval_steps, study.eval_seeds, heard, out / "parts", methods
+                names, where, study.eval_steps, study.eval_seeds, checked, out / "parts", methods
             )
             took = [
                 f"Meta-training took {time_spent.hours(runs.parent, trained)}",

@@ -212,6 +212,12 @@ def newest_checkpoint(
     return None if step is None else read_checkpoint(run, step, rows)
 
 
+def name_of(path: tuple[Any, ...]) -> str:
+    """The name of a leaf of a MetaState in a checkpoint."""
+    # Checkpoints of format 1 know nothing of `Slots.local`.
+    return jax.tree_util.keystr(path).replace(".local", "")
+
+
 def state_arrays(state: meta.MetaState) -> tuple[tensors.Arrays, tensors.Arrays]:
     """A MetaState as named arrays, for a checkpoint: what lies on every device, and this process's rows of the rest."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
@@ -219,14 +225,14 @@ def state_arrays(state: meta.MetaState) -> tuple[tensors.Arrays, tensors.Arrays]
     everywhere: tensors.Arrays = {}
     own: tensors.Arrays = {}
     for (path, leaf), spec in zip(leaves, specs, strict=True):
-        (own if parallel.AXIS in spec else everywhere)[jax.tree_util.keystr(path)] = parallel.own_part(leaf)
+        (own if parallel.AXIS in spec else everywhere)[name_of(path)] = parallel.own_part(leaf)
     return everywhere, own
 
 
 def state_from_arrays(arrays: tensors.Arrays, like: meta.MetaState, source: str) -> meta.MetaState:
     """The MetaState of `state_arrays`; `like` gives names, shapes and dtypes. Raises FileError."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    named = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+    named = [(name_of(path), leaf) for path, leaf in leaves]
     if set(arrays) != {name for name, _ in named}:
         odd = sorted(set(arrays) ^ {name for name, _ in named})
         raise FileError(f"{source}: tensors do not match the recipe; first difference: {odd[0]!r}.")

@@ -1,7 +1,7 @@
 """Where a log can be looked at beside its JSON lines: TensorBoard and Weights & Biases, both without a network.
 
-`log.jsonl` is the truth. A sink is rebuilt from it whenever a run starts or goes on, so that no step is there twice and
-none is missing, whatever happened to the process before.
+`log.jsonl` is the truth. A logger is rebuilt from it whenever a run starts or resumes, so that no step is there
+twice and none is missing, whatever happened to the process before.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lolo.files import settings
+
 
 class LoggerError(ValueError):
-    """A sink that can't be opened; says what to do."""
+    """A logger that can't be opened; says what to do."""
 
 
 class Logger(NamedTuple):
@@ -25,7 +27,7 @@ class Logger(NamedTuple):
     close: Callable[[], None]
 
 
-Open = Callable[[Path, dict[str, Any]], Logger]  # (run folder, recipe by dotted names) -> an empty sink
+Open = Callable[[Path, dict[str, Any]], Logger]  # (run folder, recipe by dotted names) -> an empty logger
 
 
 def tensorboard(run: Path, recipe: dict[str, Any]) -> Logger:
@@ -53,13 +55,13 @@ def wandb(run: Path, recipe: dict[str, Any]) -> Logger:
     for old in (run / "wandb").glob("offline-run-*"):
         shutil.rmtree(old)
     mode: Any = os.environ.get("WANDB_MODE", "offline")
-    settings = wandb.Settings(silent=True, console="off")
-    session = wandb.init(project="lolo", name=run.name, dir=run, config=recipe, mode=mode, settings=settings)
+    quiet = wandb.Settings(silent=True, console="off")
+    session = wandb.init(project="lolo", name=run.name, dir=run, config=recipe, mode=mode, settings=quiet)
     return Logger(lambda scalars, step: session.log(scalars, step=step), session.finish)
 
 
 class Kind(NamedTuple):
-    """A kind of sink. The extra that it needs has its name."""
+    """A kind of logger. The extra that it needs has its name."""
 
     package: str  # what the extra installs, to import
     open: Open
@@ -68,12 +70,15 @@ class Kind(NamedTuple):
 LOGGERS = {"tensorboard": Kind("tensorboardX", tensorboard), "wandb": Kind("wandb", wandb)}
 
 
-def opener(name: str) -> Open:
-    """How to open a kind of SINKS. Raises SinkError if its extra is not installed."""
-    package, open_ = LOGGERS[name]
-    if importlib.util.find_spec(package) is None:
-        raise LoggerError(f"--log {name} needs {package}; install the extra: pip install 'lolo[{name}]'.")
-    return open_
+def openers(names: Sequence[str]) -> dict[str, Open]:
+    """How to open loggers, by name. Raises RecipeError for an unknown one, LoggerError for a missing extra."""
+    found = {}
+    for name in names:
+        kind: Kind = settings.pick(LOGGERS, "log", name)
+        if importlib.util.find_spec(kind.package) is None:
+            raise LoggerError(f"--log {name} needs {kind.package}; install the extra: pip install 'lolo[{name}]'.")
+        found[name] = kind.open
+    return found
 
 
 def scalars(row: dict[str, Any], tasks: Sequence[str]) -> dict[str, float]:

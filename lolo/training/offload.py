@@ -53,16 +53,21 @@ def empty(state: meta.MetaState, capacity: int) -> tuple[HostRing, ...]:
     """Empty buffers of `capacity` places for a state whose own have one."""
 
     def ring(slots: meta.Slots) -> HostRing:
-        states = jax.tree.map(lambda x: np.zeros((len(x), capacity, *x.shape[2:]), x.dtype), slots.replay.states)
+        states = jax.tree.map(lambda x: np.zeros((len(x), capacity, *x.shape[2:]), x.dtype), slots.local.replay.states)
         return HostRing(states, *np.zeros((2, len(slots.position)), np.int32))
 
     return tuple(ring(slots) for slots in state.slots)
 
 
+def with_replay(slots: meta.Slots, buffers: replay.Replay) -> meta.Slots:
+    """The slots with these buffers."""
+    return slots._replace(local=slots.local._replace(replay=buffers))
+
+
 def with_buffers(state: meta.MetaState, rings: tuple[HostRing, ...]) -> meta.MetaState:
     """The state with whole buffers, as NumPy arrays: what a checkpoint holds."""
     pairs = zip(state.slots, rings, strict=True)
-    return state._replace(slots=tuple(slots._replace(replay=replay.Replay(*ring)) for slots, ring in pairs))
+    return state._replace(slots=tuple(with_replay(slots, replay.Replay(*ring)) for slots, ring in pairs))
 
 
 def _next_states(ring: HostRing, rule: str, which: NDArray[np.intp]) -> PyTree:
@@ -114,12 +119,12 @@ class Offloaded:
 
     def place(self, whole: meta.MetaState) -> meta.MetaState:
         """From a state with whole buffers, such as a checkpoint's, to one that `self` takes."""
-        self.buffers = tuple(HostRing(*jax.tree.map(np.array, tuple(slots.replay))) for slots in whole.slots)
+        self.buffers = tuple(HostRing(*jax.tree.map(np.array, tuple(slots.local.replay))) for slots in whole.slots)
         slots = []
         for own, ring in zip(whole.slots, self.buffers, strict=True):
             states = _next_states(ring, self.rule, np.arange(len(ring.size)))
             held: Any = np.minimum(ring.size, 1)
-            slots.append(own._replace(replay=replay.Replay(states, 0 * held, held)))
+            slots.append(with_replay(own, replay.Replay(states, 0 * held, held)))
         return parallel.place(whole._replace(slots=tuple(slots)), self.over, self.specs)
 
     def whole(self, state: meta.MetaState) -> meta.MetaState:
@@ -131,11 +136,13 @@ class Offloaded:
         state, metrics = self.step(tasks, state)
         slots = []
         for group, (own, ring) in enumerate(zip(state.slots, self.buffers, strict=True)):
-            drawn, position, dropped = jax.device_get((own.push_truncation, own.position, metrics.dropped[group]))
-            states = own.replay.states
+            drawn, position, dropped = jax.device_get(
+                (own.local.push_truncation, own.position, metrics.tasks.dropped[group])
+            )
+            states = own.local.replay.states
             for slot in np.flatnonzero((drawn == position - 1) & (dropped == 0)):
                 _push(ring, slot, jax.device_get(_take(states, slot)))
                 following = _next_states(ring, self.rule, np.array([slot]))
                 states = _put(states, slot, jax.tree.map(lambda x: x[0, 0], following))
-            slots.append(own._replace(replay=own.replay._replace(states=states)))
+            slots.append(with_replay(own, own.local.replay._replace(states=states)))
         return parallel.place(state._replace(slots=tuple(slots)), self.over, self.specs), metrics

@@ -156,12 +156,12 @@ def work_of(recipe: Recipe, setup: meta.Setup, splits: Sequence[Splits]) -> tupl
     return flops, seconds
 
 
-def outlook(recipe: Recipe, splits: Sequence[Splits]) -> str:
+def outlook(recipe: Recipe, setup: meta.Setup, splits: Sequence[Splits]) -> str:
     """One line before a run: sizes and arithmetic, without compiling anything."""
-    setup, group = build.build(recipe), tuple(s.train for s in splits)
+    setup, group = setup._replace(capacity=recipe.replay.capacity), tuple(s.train for s in splits)
     state = jax.eval_shape(lambda: meta.meta_init(setup, group, jax.random.key(0)))
     flops, _ = work_of(recipe, setup, splits)
-    buffers = _size(count_bytes([slots.replay for slots in state.slots]))
+    buffers = _size(count_bytes([slots.local.replay for slots in state.slots]))
     return (
         f"state {_size(count_bytes(state))}, replay buffers {buffers} of it; data "
         f"{_size(count_bytes([task.data for task in group]))}; {_flops(flops * recipe.outer.steps)} in all. "
@@ -183,8 +183,8 @@ def of_training(recipe: Recipe, devices: int | None = 1, offload: bool = False) 
     slots, count = state.slots, over.devices.size
     train = count_bytes([task.data for task in tasks])
     beside = count_bytes([(s.validation.data, s.test.data) for s in splits])
-    whole, inner_bytes = count_bytes(state), count_bytes([s.inner for s in slots])
-    buffers = count_bytes([s.replay for s in slots])
+    whole, inner_bytes = count_bytes(state), count_bytes([s.local.inner for s in slots])
+    buffers = count_bytes([s.local.replay for s in slots])
     parts = {
         "inner states": inner_bytes // count,
         "replay buffers": buffers // count,

@@ -54,25 +54,35 @@ def require_free(run: Path, recipe: Recipe) -> None:
     changed = diff(read_recipe(run), recipe) if holding else {}
     if changed or (holding and checkpoints(run)):
         differs = (
-            "; ".join(f"{name}: {a!r} there, {b!r} asked" for name, (a, b) in changed.items()) or "the same recipe"
+            "; ".join(f"{name}: {a!r} there, {b!r} requested" for name, (a, b) in changed.items()) or "the same recipe"
         )
-        raise RunError(f"{run} already holds a run ({differs}). Go on with `lolo resume {run}`, or give another --out.")
-    # A run killed while it claimed the folder leaves run.json, or half of a file, and nothing else.
+        raise RunError(
+            f"{run} already holds a run ({differs}). Resume it with `lolo resume {run}`, or give another --out."
+        )
+    # A run killed while it made the folder leaves run.json, or half of a file, and nothing else.
     ours = re.compile(r"run\.json|\.(run|recipe)\.json\.\d+\.tmp")
     foreign = run.is_dir() and any(not ours.fullmatch(path.name) for path in run.iterdir())
     if not holding and run.exists() and (not run.is_dir() or foreign):
         raise RunError(f"{run} exists and is not an empty folder; give another --out.")
 
 
-def create_run(run: Path, recipe: Recipe, about: dict[str, Any]) -> None:
-    """Claim a folder for a run, as `require_free` allows. Raises RunError."""
-    require_free(run, recipe)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        disk.write_json(run / "run.json", about)
-        disk.write_json(run / "recipe.json", recipes.to_dict(recipe))
-    except OSError as error:
-        raise RunError(f"{run} can't be written ({error.strerror}); give another --out.") from error
+def create(run: Path, recipe: Recipe, about: dict[str, Any], group: ProcessGroup) -> None:
+    """Process 0 makes a folder for a run, as `require_free` allows.
+
+    Raises RunError where it can't, and unless every process sees the folder then.
+    """
+
+    def write(_: list[Any]) -> None:
+        require_free(run, recipe)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            disk.write_json(run / "run.json", about)
+            disk.write_json(run / "recipe.json", recipes.to_dict(recipe))
+        except OSError as error:
+            raise RunError(f"{run} can't be written ({error.strerror}); give another --out.") from error
+
+    group.settle(None, write)
+    require_shared(group, run)
 
 
 def read_about(run: Path) -> dict[str, Any]:
@@ -84,25 +94,25 @@ def read_about(run: Path) -> dict[str, Any]:
 
 
 def logged_to(run: Path) -> list[str]:
-    """The sinks that a run was started with. Raises FileError."""
+    """The loggers that a run was started with. Raises FileError."""
     names = read_about(run).get("log", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise FileError(f"{run}/run.json: log is {names!r}; expected a list of names.")
     return names
 
 
-def require_alike(gang: ProcessGroup, recipe: Recipe, more: dict[str, Any]) -> None:
+def require_alike(group: ProcessGroup, recipe: Recipe, more: dict[str, Any]) -> None:
     """Raise DifferError unless all processes have the same recipe, versions and kind of device. Starts JAX."""
-    if gang.processes == 1:
+    if group.processes == 1:
         return
     cure = "Start every process with the same versions, command and files."
     facts = {f"{name}'s version": version for name, version in environment.versions().items()}
-    gang.require_equal(facts | {"the machine": platform.machine()} | fields(recipe) | more, cure)
+    group.require_equal(facts | {"the machine": platform.machine()} | fields(recipe) | more, cure)
     device = jax.local_devices()[0]  # only now: it connects the processes' XLA, which must be of one version
-    gang.require_equal({"the device": f"{device.platform}: {device.device_kind}"}, cure)
+    group.require_equal({"the device": f"{device.platform}: {device.device_kind}"}, cure)
 
 
-def can_resume(run: Path, recipe: Recipe, gang: ProcessGroup) -> bool:
+def can_resume(run: Path, recipe: Recipe, group: ProcessGroup) -> bool:
     """Whether a folder holds a run of this recipe that has a checkpoint, as process 0 sees it.
 
     Raises RunError: it holds a run of another recipe, or not every process sees it.
@@ -113,14 +123,14 @@ def can_resume(run: Path, recipe: Recipe, gang: ProcessGroup) -> bool:
             return False
         changed = diff(read_recipe(run), pinned(recipe))
         if changed:
-            differs = "; ".join(f"{name}: {a!r} there, {b!r} asked" for name, (a, b) in changed.items())
+            differs = "; ".join(f"{name}: {a!r} there, {b!r} requested" for name, (a, b) in changed.items())
             raise RunError(f"{run} already holds another run ({differs}); give another --out.")
         return bool(checkpoints(run))
 
-    going_on = gang.settle(None, look)
-    if going_on:
-        require_shared(gang, run)
-    return going_on
+    resumable = group.settle(None, look)
+    if resumable:
+        require_shared(group, run)
+    return resumable
 
 
 def pinned(recipe: Recipe) -> Recipe:
@@ -128,27 +138,21 @@ def pinned(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, tasks=tuple(pin(name) for name in recipe.tasks))
 
 
-def create_shared(gang: ProcessGroup, out: Path, recipe: Recipe, about: dict[str, Any]) -> None:
-    """`create_run` on process 0. Raises RunError where it does, and unless every process sees the folder then."""
-    gang.settle(None, lambda _: create_run(out, recipe, about))
-    require_shared(gang, out)
-
-
 @contextmanager
-def exclusive(folder: Path | None, gang: ProcessGroup) -> Iterator[None]:
+def exclusive(folder: Path | None, group: ProcessGroup) -> Iterator[None]:
     """Raise RunError, on every process, where other processes write into this run's folder."""
     with ExitStack() as held:
-        free = folder is None or not gang.leads or held.enter_context(disk.locked(folder))
+        free = folder is None or not group.leads or held.enter_context(disk.locked(folder))
 
         def decide(seen: list[bool]) -> None:
             if not all(seen):
                 raise RunError(f"another process is at work on {folder}; wait for it, stop it, or give another folder.")
 
-        gang.settle(free, decide)
+        group.settle(free, decide)
         yield
 
 
-def require_shared(gang: ProcessGroup, out: Path) -> None:
+def require_shared(group: ProcessGroup, out: Path) -> None:
     """Raise RunError unless every process sees the run in this folder."""
 
     def decide(seen: list[Any]) -> None:
@@ -157,7 +161,7 @@ def require_shared(gang: ProcessGroup, out: Path) -> None:
                 f"process {seen.index(False)} does not see {out}: --out must be a folder that all hosts share."
             )
 
-    gang.settle((out / "recipe.json").is_file(), decide)
+    group.settle((out / "recipe.json").is_file(), decide)
 
 
 def untouched(run: Path) -> bool:

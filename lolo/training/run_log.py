@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lolo.files import jsonl
+from lolo.method import meta
+
+OF_TASKS = ("task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms")
+"""Fields of `meta.TaskMetrics` that a row holds, one number per task."""
+OF_STEP = ("alpha_mix", "alpha_loss", "gradient_ratio", "gradient_norm", "signal_to_noise")
+"""Fields of `meta.Metrics` that a row holds, one number each."""
+BAD = ("nothing", "the loss", "the gradient", "the imitation distance")  # what `meta.first_bad` counts
 
 _VALIDATION_ROW = jsonl.fields(
     step=jsonl.whole_number,
@@ -15,8 +24,8 @@ _VALIDATION_ROW = jsonl.fields(
 )
 _STEP_ROW = jsonl.fields(
     step=jsonl.whole_number,
-    **dict.fromkeys(("task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms"), jsonl.listed(jsonl.number, least=1)),
-    **dict.fromkeys(("alpha_mix", "alpha_loss", "gradient_ratio", "gradient_norm", "signal_to_noise"), jsonl.number),
+    **dict.fromkeys(OF_TASKS, jsonl.listed(jsonl.number, least=1)),
+    **dict.fromkeys(OF_STEP, jsonl.number),
     dropped=jsonl.whole_number,
     **dict.fromkeys(("starts", "reached"), jsonl.listed(jsonl.whole_number)),
     inner_steps_per_second=jsonl.number,
@@ -26,8 +35,35 @@ _FIRST_BAD = jsonl.listed(
 )
 
 
+def step_row(metrics: meta.Metrics, tasks: Sequence[str], step: int, speed: float) -> dict[str, Any]:
+    """The row of outer step `step`, whose metrics are NumPy arrays; `speed`: inner steps per second."""
+    of_tasks = metrics.tasks
+    row: dict[str, Any] = {
+        "step": step,
+        **{name: getattr(of_tasks, name).tolist() for name in OF_TASKS},
+        **{name: float(getattr(metrics, name)) for name in OF_STEP},
+        "dropped": int(of_tasks.dropped.sum()),
+        "starts": of_tasks.starts[of_tasks.starts >= 0].tolist(),
+        "reached": of_tasks.reached.ravel().tolist(),
+        "inner_steps_per_second": round(speed, 1),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    if row["dropped"]:
+        row["first_bad"] = [
+            {
+                "task": name,
+                "slot": int(p),
+                "start_step": int(of_tasks.start_step[g, p]),
+                "first": BAD[of_tasks.first_bad[g, p]],
+            }
+            for g, name in enumerate(tasks)
+            for p in np.flatnonzero(of_tasks.dropped[g])
+        ]
+    return row
+
+
 def log_row(row: Any) -> dict[str, Any]:
-    """A row of `log_step` or of a validation, checked. Raises ValueError."""
+    """A row of `step_row` or of a validation, checked. Raises ValueError."""
     if isinstance(row, dict) and "validation" in row:
         return _VALIDATION_ROW(row)
     row = _STEP_ROW(row)
@@ -35,7 +71,7 @@ def log_row(row: Any) -> dict[str, Any]:
 
 
 def log_rows(run: Path) -> list[dict[str, Any]]:
-    """Rows of the log, [] before the first. Raises FileError for a row that is not `log_step`'s or a validation's."""
+    """Rows of the log, [] before the first. Raises FileError for a row that is not `step_row`'s or a validation's."""
     return list(jsonl.read_json_lines(run / "log.jsonl", log_row)) if (run / "log.jsonl").is_file() else []
 
 

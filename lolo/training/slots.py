@@ -16,20 +16,13 @@ from lolo.trees import PyTree
 
 
 def state_specs(state: meta.MetaState) -> meta.MetaState:
-    """Where each leaf of a MetaState lies: a slot's states with the device that runs it, all else everywhere."""
-    everywhere, spread = PartitionSpec(), PartitionSpec(parallel.AXIS)
-    own = {"inner", "replay", "push_truncation"}
+    """Where each leaf of a MetaState lies: `Slots.local` with the device that runs the slots, the rest everywhere."""
+    specs = jax.tree.map(lambda _: PartitionSpec(), state)
 
-    def slots(part: meta.Slots) -> meta.Slots:
-        return meta.Slots(
-            *(
-                jax.tree.map(lambda _, name=name: spread if name in own else everywhere, getattr(part, name))
-                for name in meta.Slots._fields
-            )
-        )
+    def spread(slots: meta.Slots) -> meta.Slots:
+        return slots._replace(local=jax.tree.map(lambda _: PartitionSpec(parallel.AXIS), slots.local))
 
-    rest = jax.tree.map(lambda _: everywhere, state._replace(slots=()))
-    return rest._replace(slots=tuple(slots(part) for part in state.slots))
+    return specs._replace(slots=tuple(map(spread, specs.slots)))
 
 
 def shards(count: int, pairs: int) -> meta.Shards:

@@ -1,0 +1,127 @@
+"""`lolo eval`, `reproduce` and `bench`: optimizers side by side, studies, speed."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import tyro
+
+from lolo.bench import speed
+from lolo.cli.arguments import call
+from lolo.cli.progress import log, progress_display
+from lolo.files import settings
+from lolo.optimizers import architecture
+from lolo.runtime import environment, interrupt
+from lolo.studies import comparison_report, comparisons, definitions, evaluation_folder, studies
+from lolo.studies.tables import table
+from lolo.tasks import by_name
+from lolo.training import plan
+
+
+def eval_command(argv: list[str]) -> int:
+    """lolo eval OPTIMIZER..."""
+
+    def evaluate_(
+        optimizers: tyro.conf.Positional[tuple[str, ...]],
+        task: str = "fashion-mlp",
+        steps: int = 10_000,
+        seeds: int = 5,
+        out: Path | None = None,
+        dry_run: bool = False,
+    ) -> int:
+        """Train a task with each optimizer, from the same inits and batches, and compare.
+
+        With --out a stopped evaluation goes on with the same command, and the same command with more optimizers
+        adds these.
+
+        Args:
+          optimizers: weights (a name of `lolo weights`, or files; in use with other settings:
+            FILE:clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000 or FILE:schedule=cosine), adamw:1e-3,
+            adamw-cosine:1e-3, adamw-rsqrt:1e-3 (over √(1 + t/3000)), adam:1e-3, sgdm:0.1, or adamw:grid (its best
+            learning rate, picked on other seeds; adamw:wide-grid tries weight decay 0.1 too).
+          task: a name of `lolo tasks`, or path.py:function.
+          steps: inner steps of each run.
+          seeds: runs per optimizer.
+          out: folder for rows, table, curves and report; default: only the table is printed.
+          dry_run: only say what it would need: memory, arithmetic, time; needs no data.
+        """
+        if not optimizers:
+            raise ValueError("name at least one optimizer, for instance: lolo eval adamw:1e-3 --task fashion-mlp")
+        if seeds < 1:
+            raise ValueError(f"--seeds {seeds} must be at least 1.")
+        by_name.pin(task)
+        environment.set_up()
+        if dry_run:
+            print(plan.report(plan.of_evaluation(task, architecture.LearnerSettings(), len(optimizers), seeds, steps)))
+            return 0
+        splits = by_name.resolve(task)  # first: where data are missing, nothing is written
+        if out is None:
+            with progress_display() as display:
+                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, display, splits=splits)
+            print(table(rows))
+        else:
+            stop = interrupt.Stop()
+            with (
+                evaluation_folder.evaluation_folder(out, task, optimizers, steps, seeds) as parts,
+                progress_display() as display,
+                interrupt.stop_on_signals(stop),
+            ):
+                on_progress = interrupt.interruptible(stop, display, out)
+                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, on_progress, parts, splits=splits)
+                command = shlex.join(["lolo", "eval", *argv])
+                print(comparison_report.write_report(out, task, rows, weights, command))
+        return 0
+
+    return call(evaluate_, argv, "lolo eval")
+
+
+def reproduce_command(argv: list[str]) -> int:
+    """lolo reproduce STUDY"""
+
+    def reproduce(
+        study: tyro.conf.Positional[str],
+        out: Path | None = None,
+        only: tuple[str, ...] = (),
+        smoke: bool = False,
+    ) -> int:
+        """Meta-train, evaluate and report a study; goes on where it was stopped.
+
+        Args:
+          study: quick (minutes), books or mini (hours), or study: all parts of the study in docs/results.md (a day).
+          out: folder of the study; default: runs/STUDY.
+          only: these parts of study alone: figure2, figure2-books, naive-tuned, naive-tuned-books, long, long-books,
+            settings, settings-confirmed, outer-steps, transfer.
+          smoke: the smallest form, to see that everything runs; in a folder `smoke` inside, so that no rows are lost.
+        """
+        settings.pick({**definitions.STUDIES, "study": None}, "study", study)
+        environment.set_up()
+        stop, folder = interrupt.Stop(), out or Path("runs") / study
+        folder = folder / "smoke" if smoke else folder
+        with progress_display() as display, interrupt.stop_on_signals(stop):
+            tables = studies.reproduce(study, folder, only=only, smoke=smoke, stop=stop, on_progress=display, log=log)
+        for task, text in tables.items():
+            print(f"\n{task}:\n\n{text}")
+        print(f"\nReport, rows and pictures: {folder}")
+        return 0
+
+    return call(reproduce, argv, "lolo reproduce")
+
+
+def bench_command(argv: list[str]) -> int:
+    """lolo bench"""
+
+    def bench_(parts: tyro.conf.Positional[tuple[str, ...]] = (), out: Path | None = None) -> int:
+        """Measure speed on this machine: ratios within one run, medians.
+
+        Args:
+          parts: update (our form against the textbook's), methods (LoLO against NAIVE), use (a step in optax), torch (a
+            step in PyTorch, if installed), start (first step, cores), blocks (slots_per_block), growth (pairs,
+            truncation, tasks, parameters); all if none is named.
+          out: JSON file for the numbers; a picture of the growth goes beside it.
+        """
+        environment.set_up()
+        speed.run(parts or tuple(speed.PARTS), out)
+        return 0
+
+    return call(bench_, argv, "lolo bench")

@@ -1,0 +1,55 @@
+"""Progress and messages on a terminal, and elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class ProgressDisplay:
+    """Shows progress: bars on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self.bars: dict[str, Any] = {}
+        self.tenths: dict[str, int] = {}
+
+    def __call__(self, what: str, done: int, total: int, word: str) -> None:
+        if self.progress is None:
+            tenth = 10 * done // max(total, 1)
+            if self.tenths.get(what) != tenth:
+                self.tenths[what] = tenth
+                print(f"{what}: {done} of {total} {word}".rstrip(), file=sys.stderr, flush=True)
+            return
+        if what not in self.bars:
+            self.bars[what] = self.progress.add_task(what, total=total, word="")
+        self.progress.update(self.bars[what], completed=done, total=total, word=word)
+
+
+@contextmanager
+def progress_display() -> Iterator[ProgressDisplay]:
+    """A ProgressDisplay for this terminal."""
+    console = rich.console.Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressDisplay(None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[word]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield ProgressDisplay(progress)
+
+
+def log(text: str) -> None:
+    """A message for people."""
+    print(f"lolo: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,47 @@
+"""How a meta-training runs: what does not change its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lolo.runtime.interrupt import Stop
+from lolo.runtime.process_group import ALONE, ProcessGroup
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a meta-training is after an outer step."""
+
+    step: int  # outer steps done
+    total: int
+    task_loss: float
+    alpha: float
+    start_step: float  # mean K over slots
+    seconds: float  # that the outer step took
+
+
+def ignore(_: Any) -> None:
+    """Nothing is shown."""
+
+
+def to_stderr(text: str) -> None:
+    """Messages are printed on standard error."""
+    print(text, file=sys.stderr)
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How `train` and `resume` run. The result does not depend on any of it."""
+
+    devices: int | None = None  # of JAX's local devices, at most; None: all that divide the work evenly
+    group: ProcessGroup = ALONE  # the processes that run it together; all must see the run's folder
+    offload: bool = False  # keep the replay buffers in the host's memory; one process only
+    checkpoint_seconds: float = 20.0  # between two checkpoints, at least
+    loggers: tuple[str, ...] | None = None  # of `loggers.LOGGERS`; None: those that the run had before, or none
+    stop: Stop = dataclasses.field(default_factory=Stop)  # set its `requested` to end after the current outer step
+    on_start: Callable[[Any], None] = ignore  # called with the `Run`, once it is ready for its first outer step
+    on_progress: Callable[[Progress], None] = ignore  # called after every outer step
+    log: Callable[[str], None] = to_stderr  # called with messages for people
