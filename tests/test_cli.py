@@ -94,7 +94,7 @@ def test_an_output_folder_with_a_run_is_refused(tmp_path, capsys):
     status, out, _ = run(capsys, "train", "lolo", *small)
     assert status == 0 and out.strip() == f"{tmp_path}/run/last.safetensors"
     status, _, err = run(capsys, "train", "lolo", *small, "--seed", "3")
-    assert status == 2 and "already holds a run (seed: 0 there, 3 asked)" in err
+    assert status == 2 and "already holds a run (seed: 0 there, 3 requested)" in err
     status, out, _ = run(capsys, "doctor", str(tmp_path / "run"))
     assert status == 0 and "1 of 1 outer steps done" in out
 

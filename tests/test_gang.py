@@ -443,10 +443,10 @@ def test_every_process_states_how_many_devices_it_may_use(monkeypatch):
 
 
 def test_a_run_that_not_every_process_sees_is_not_gone_on_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(process_group.ProcessGroup, "settle", lambda self, mine, decide: decide([mine, False]))
     recipe = settings.with_field(recipes.LOLO, "tasks", ("quadratic",))
+    run_folder.create(tmp_path / "run", recipe, {}, process_group.ALONE)
+    monkeypatch.setattr(process_group.ProcessGroup, "settle", lambda self, mine, decide: decide([mine, False]))
     assert not run_folder.can_resume(tmp_path / "new", recipe, process_group.ProcessGroup(2, 0))
-    run_folder.create_run(tmp_path / "run", recipe, {})
     checkpoints.write_checkpoint(tmp_path / "run", 0, {"phi": np.zeros(1)}, {})
     with pytest.raises(RunError, match="process 1 does not see .*run: --out must be a folder that all hosts"):
         run_folder.can_resume(tmp_path / "run", recipe, process_group.ProcessGroup(2, 0))

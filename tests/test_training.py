@@ -71,7 +71,7 @@ def test_another_seed_gives_other_weights():
 def test_a_folder_with_another_run_is_refused_with_the_difference(tmp_path):
     loop.train(small(), tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    with pytest.raises(RunError, match=r"already holds a run \(seed: 0 there, 5 asked\).*lolo resume"):
+    with pytest.raises(RunError, match=r"already holds a run \(seed: 0 there, 5 requested\).*lolo resume"):
         loop.train(small(seed=5), tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
@@ -100,7 +100,7 @@ def test_resume_without_a_run_or_a_checkpoint_says_so(tmp_path):
     loop.train(small(), tmp_path / "run", How(stop=stop, on_progress=stop.told, log=lambda text: None))
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         (folder / "manifest.json").unlink()
-    with pytest.raises(RunError, match="no whole checkpoint"):
+    with pytest.raises(RunError, match="no complete checkpoint"):
         loop.resume(tmp_path / "run", How(log=lambda text: None))
 
 
@@ -203,7 +203,7 @@ def test_a_run_without_checkpoints_is_not_begun_again_over_what_it_made(tmp_path
     for gone in (None, "log.jsonl", "last.safetensors"):
         if gone:
             (tmp_path / "run" / gone).rename(tmp_path / gone)
-        with pytest.raises(RunError, match="no whole checkpoint"):
+        with pytest.raises(RunError, match="no complete checkpoint"):
             loop.resume(tmp_path / "run", How(log=lambda text: None))
         if gone:
             (tmp_path / gone).rename(tmp_path / "run" / gone)

@@ -62,7 +62,7 @@ def train(
     """
     how = how or How()
     if how.loggers and out is None:
-        raise RunError(f"loggers={how.loggers} need a run folder; give `out`.")
+        raise RunError(f"loggers={how.loggers} needs a run folder; give `out`.")
     openers = loggers.openers(how.loggers or ())
     recipe = run_folder.pinned(recipe) if tasks is None else dataclasses.replace(recipe, tasks=tuple(tasks))
     source = None if init is None else weights_file.read_weights(init)
