@@ -56,8 +56,8 @@ def test_alpha_runs_from_0_to_1():
 
 def test_naive_carries_no_expert():
     naive, bc_only = (run(setup_of(recipe), QUADRATIC, 1).states[-1].slots[0] for recipe in (NAIVE, BC_ONLY))
-    assert jax.tree.leaves(naive.inner.expert) == jax.tree.leaves(naive.replay.states.expert) == []
-    assert jax.tree.leaves(bc_only.inner.expert) != []
+    assert jax.tree.leaves(naive.local.inner.expert) == jax.tree.leaves(naive.local.replay.states.expert) == []
+    assert jax.tree.leaves(bc_only.local.inner.expert) != []
 
 
 def straight_line_pes(setup, task, outer_steps, seed):
@@ -166,7 +166,7 @@ def test_adam_read_from_the_learners_accumulators_is_adam():
     )
     assert_close(shared.states[-1].meta_params, own.states[-1].meta_params, rtol=1e-3, atol=1e-4)
     for ours, theirs in zip(shared.metrics, own.metrics, strict=True):
-        np.testing.assert_allclose(ours.bc_loss, theirs.bc_loss, rtol=1e-4)
+        np.testing.assert_allclose(ours.tasks.bc_loss, theirs.tasks.bc_loss, rtol=1e-4)
 
 
 # --- the gradient ---------------------------------------------------------------------------------------------------
@@ -474,10 +474,10 @@ def test_the_stored_state_is_either_sign(long_run):
     for before, after in zip(long_run.states[:-1], long_run.states[1:], strict=True):
         before, after = before.slots[0], after.slots[0]
         for p in range(3):
-            newest, _ = replay.newest(of_slot(after.replay, p), jax.random.key(0))
+            newest, _ = replay.newest(of_slot(after.local.replay, p), jax.random.key(0))
             ours = np.asarray(newest.params["x"])
             for sign in (0, 1):
-                if np.array_equal(ours, before.inner.params["x"][p, sign]) and int(after.position[p]) > 1:
+                if np.array_equal(ours, before.local.inner.params["x"][p, sign]) and int(after.position[p]) > 1:
                     signs.append(sign)
     assert {0, 1} == set(signs)
 
@@ -760,8 +760,8 @@ def test_no_inner_loop_carries_the_buffer(slots_per_block):
 def test_blocks_change_the_program_and_not_the_result(long_run):
     blocks = run(setup_of(LOLO, LONG | {"estimator.slots_per_block": 3}, outer=recording()), QUADRATIC, 6)
     ours, one_by_one = blocks.states[-1].slots[0], long_run.states[6].slots[0]
-    assert_close(ours.inner, one_by_one.inner, rtol=1e-5, atol=1e-6)
-    assert_close(ours.replay, one_by_one.replay, rtol=1e-5, atol=1e-6)
+    assert_close(ours.local.inner, one_by_one.local.inner, rtol=1e-5, atol=1e-6)
+    assert_close(ours.local.replay, one_by_one.local.replay, rtol=1e-5, atol=1e-6)
 
 
 def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
 
 from lolo.trees import PyTree
 
@@ -28,7 +29,7 @@ class Estimator(NamedTuple):
     pairs: int
 
 
-def gaussian(key: jax.Array, like: PyTree, sigma: float) -> PyTree:
+def gaussian(key: Key[Array, ""], like: PyTree, sigma: float) -> PyTree:
     """Noise N(0, σ²) in the shapes of `like`."""
     leaves, structure = jax.tree.flatten(like)
     flat = sigma * jax.random.normal(key, (sum(leaf.size for leaf in leaves),))
@@ -39,7 +40,7 @@ def gaussian(key: jax.Array, like: PyTree, sigma: float) -> PyTree:
     return jax.tree.unflatten(structure, pieces)
 
 
-def no_noise_yet(key: jax.Array, meta_params: PyTree) -> EstimatorState:
+def no_noise_yet(key: Key[Array, ""], meta_params: PyTree) -> EstimatorState:
     """Zeros like φ: the sum of no noises."""
     return jax.tree.map(jnp.zeros_like, meta_params)
 
@@ -47,7 +48,7 @@ def no_noise_yet(key: jax.Array, meta_params: PyTree) -> EstimatorState:
 def es(sigma: float = 0.01, pairs: int = 8) -> Estimator:
     """Truncated evolution strategies: fresh noise each truncation, credited to that noise only (biased)."""
 
-    def sample(key: jax.Array, state: EstimatorState) -> tuple[PyTree, PyTree, EstimatorState]:
+    def sample(key: Key[Array, ""], state: EstimatorState) -> tuple[PyTree, PyTree, EstimatorState]:
         noise = gaussian(key, state, sigma)
         return noise, noise, state
 
@@ -57,7 +58,7 @@ def es(sigma: float = 0.01, pairs: int = 8) -> Estimator:
 def pes(sigma: float = 0.01, pairs: int = 8) -> Estimator:
     """Persistent evolution strategies: fresh noise each truncation, credited to the sum since the unroll began."""
 
-    def sample(key: jax.Array, state: EstimatorState) -> tuple[PyTree, PyTree, EstimatorState]:
+    def sample(key: Key[Array, ""], state: EstimatorState) -> tuple[PyTree, PyTree, EstimatorState]:
         noise = gaussian(key, state, sigma)
         direction = jax.tree.map(jnp.add, state, noise)
         return noise, direction, direction
@@ -68,10 +69,10 @@ def pes(sigma: float = 0.01, pairs: int = 8) -> Estimator:
 def nres(sigma: float = 0.01, pairs: int = 8) -> Estimator:
     """Noise-reuse evolution strategies: one noise for the whole unroll."""
 
-    def init(key: jax.Array, meta_params: PyTree) -> EstimatorState:
+    def init(key: Key[Array, ""], meta_params: PyTree) -> EstimatorState:
         return gaussian(key, meta_params, sigma)
 
-    def sample(key: jax.Array, state: EstimatorState) -> tuple[PyTree, PyTree, EstimatorState]:
+    def sample(key: Key[Array, ""], state: EstimatorState) -> tuple[PyTree, PyTree, EstimatorState]:
         return state, state, state
 
     return Estimator(init, sample, sigma, pairs)
@@ -80,14 +81,16 @@ def nres(sigma: float = 0.01, pairs: int = 8) -> Estimator:
 ESTIMATORS: dict[str, Callable[[float, int], Estimator]] = {"es": es, "pes": pes, "nres": nres}
 
 
-def antithetic_gradient(deltas: jax.Array, directions: PyTree, sigma: float, valid: jax.Array | None = None) -> PyTree:
+def antithetic_gradient(
+    deltas: Float[Array, "J P L"], directions: PyTree, sigma: float, valid: Bool[Array, "J P L"] | None = None
+) -> PyTree:
     """Antithetic gradient (Eq. 9). J truncations, P pairs, L steps.
 
     Args:
-      deltas: [J, P, L], loss of +ε minus loss of −ε at each inner step.
+      deltas: loss of +ε minus loss of −ε at each inner step.
       directions: leaves [J, P, *shape].
       sigma: standard deviation of the noise.
-      valid: [J, P, L] bool; steps that are not valid count neither in the sum nor in the mean. All, if None.
+      valid: steps that are not valid count neither in the sum nor in the mean. All, if None.
 
     Returns: leaves [*shape]: the mean over valid steps of Δ · direction / (2σ²); 0 if no step is valid.
 

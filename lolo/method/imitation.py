@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from lolo.trees import PyTree
 
@@ -20,21 +21,21 @@ Schedule = Callable[[jax.Array, int], jax.Array]
 class Losses(NamedTuple):
     """One number per inner step for each of the two losses, or their antithetic differences Δ."""
 
-    task: jax.Array
-    bc: jax.Array
+    task: Float[Array, "..."]
+    bc: Float[Array, "..."]
 
 
-def linear(step: jax.Array, total: int) -> jax.Array:
+def linear(step: Int[Array, ""], total: int) -> Float[Array, ""]:
     """α_t = t / (T − 1): from the expert to the task loss. A run of one step has α = 0, not 0/0."""
     return jnp.asarray(step, jnp.float32) / max(total - 1, 1)
 
 
-def zero(step: jax.Array, total: int) -> jax.Array:
+def zero(step: Int[Array, ""], total: int) -> Float[Array, ""]:
     """α ≡ 0: follow the expert, learn from imitation only."""
     return jnp.zeros((), jnp.float32)
 
 
-def one(step: jax.Array, total: int) -> jax.Array:
+def one(step: Int[Array, ""], total: int) -> Float[Array, ""]:
     """α ≡ 1: follow the learned optimizer, learn from the task loss only."""
     return jnp.ones((), jnp.float32)
 
@@ -42,7 +43,7 @@ def one(step: jax.Array, total: int) -> jax.Array:
 ALPHA_SCHEDULES: dict[str, Schedule] = {"linear": linear, "zero": zero, "one": one}
 
 
-def mix_updates(alpha: jax.Array, learned: PyTree, expert: PyTree) -> PyTree:
+def mix_updates(alpha: Float[Array, ""], learned: PyTree, expert: PyTree) -> PyTree:
     """(1 − α) u_H + α u_O, leaf by leaf (Eq. 1).
 
     Both updates start from the same parameters, so mixing updates is mixing parameters. A term whose weight is
@@ -56,16 +57,18 @@ def mix_updates(alpha: jax.Array, learned: PyTree, expert: PyTree) -> PyTree:
     return jax.tree.map(mix, learned, expert)
 
 
-def squared_distance(learned: PyTree, expert: PyTree) -> jax.Array:
-    """‖u_O − u_H‖² summed over all parameters (Eq. 2). Returns: []."""
+def squared_distance(learned: PyTree, expert: PyTree) -> Float[Array, ""]:
+    """‖u_O − u_H‖² summed over all parameters (Eq. 2)."""
     differences = [(a - b).ravel() for a, b in zip(jax.tree.leaves(learned), jax.tree.leaves(expert), strict=True)]
     return sum((jnp.vdot(d, d) for d in differences), jnp.zeros((), jnp.float32))
 
 
-def normalize_second_moment(x: jax.Array, valid: jax.Array, *, joint: bool = False) -> jax.Array:
+def normalize_second_moment(
+    x: Float[Array, "J P L"], valid: Bool[Array, "J P L"], *, joint: bool = False
+) -> Float[Array, "J P L"]:
     """ψ(x) = x / sqrt(mean x²) over the valid steps of the update (Eq. 5).
 
-    x: [J, P, L]; J truncations, P slots, L inner steps. valid: the same shape, bool.
+    J truncations, P slots, L inner steps.
     The mean is taken per slot, or over all slots if `joint`. An x that is 0 everywhere stays 0.
 
     The paper adds an ε0 below the root. Δ can be 1e-5 and smaller, so we scale by max |x| first, and ε0 guards
@@ -80,17 +83,17 @@ def normalize_second_moment(x: jax.Array, valid: jax.Array, *, joint: bool = Fal
     return scaled * jax.lax.rsqrt(jnp.where(second_moment > 0, second_moment, 1.0))
 
 
-def per_slot(x: jax.Array, valid: jax.Array) -> jax.Array:
+def per_slot(x: Float[Array, "J P L"], valid: Bool[Array, "J P L"]) -> Float[Array, "J P L"]:
     """ψ with the second moment of each slot by itself."""
     return normalize_second_moment(x, valid)
 
 
-def joint(x: jax.Array, valid: jax.Array) -> jax.Array:
+def joint(x: Float[Array, "J P L"], valid: Bool[Array, "J P L"]) -> Float[Array, "J P L"]:
     """ψ with one second moment over all slots."""
     return normalize_second_moment(x, valid, joint=True)
 
 
-def raw(x: jax.Array, valid: jax.Array) -> jax.Array:
+def raw(x: Float[Array, "J P L"], valid: Bool[Array, "J P L"]) -> Float[Array, "J P L"]:
     """No ψ: Eq. 3."""
     return jnp.where(valid, x, 0.0)
 
@@ -99,10 +102,10 @@ NORMALIZERS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {"slot": p
 
 
 def fuse(
-    alpha: jax.Array,
+    alpha: Float[Array, ""],
     deltas: Losses,
-    valid: jax.Array,
+    valid: Bool[Array, "J P L"],
     normalize: Callable[[jax.Array, jax.Array], jax.Array],
-) -> jax.Array:
+) -> Float[Array, "J P L"]:
     """δ = (1 − α) ψ(Δ^bc) + α ψ(Δ^task) (Eq. 4; Eq. 3 with `raw`). Arrays [J, P, L]; invalid steps give 0."""
     return (1 - alpha) * normalize(deltas.bc, valid) + alpha * normalize(deltas.task, valid)

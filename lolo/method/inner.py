@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int, Key
 
 from lolo.method import imitation
 from lolo.method.experts import Expert
@@ -21,34 +22,34 @@ class InnerState(NamedTuple):
     stats: PyTree  # model statistics, such as BatchNorm's
     learner: PyTree  # state of the learned optimizer
     expert: PyTree  # state of the expert; () without one
-    step: jax.Array  # [] int32, inner steps since the random init
+    step: Int[Array, ""]  # int32, inner steps since the random init
 
 
 class StepRecord(NamedTuple):
     """Raw numbers of one inner step, before any repair."""
 
-    task: jax.Array  # [] loss of the training batch before the update
-    bc: jax.Array  # [] ‖u_O − u_H‖² (Eq. 2); 0 without an expert
-    gradient: jax.Array  # [] squared norm of the inner gradient
+    task: Float[Array, ""]  # loss of the training batch before the update
+    bc: Float[Array, ""]  # ‖u_O − u_H‖² (Eq. 2); 0 without an expert
+    gradient: Float[Array, ""]  # squared norm of the inner gradient
 
 
-def begin(task: Task, learner: optax.GradientTransformation, expert: Expert | None, key: jax.Array) -> InnerState:
+def begin(task: Task, learner: optax.GradientTransformation, expert: Expert | None, key: Key[Array, ""]) -> InnerState:
     """A fresh random init."""
     params, stats = task.init(key)
     expert_state = () if expert is None else expert.init(params)
     return InnerState(params, stats, learner.init(params), expert_state, jnp.int32(0))
 
 
-def squared_norm(tree: PyTree) -> jax.Array:
+def squared_norm(tree: PyTree) -> Float[Array, ""]:
     """Sum of squares of all leaves, in float32."""
     leaves = [leaf.astype(jnp.float32).ravel() for leaf in jax.tree.leaves(tree)]
     return sum((jnp.vdot(leaf, leaf) for leaf in leaves), jnp.zeros(()))
 
 
 def loss_and_gradient(
-    task: Task, params: PyTree, stats: PyTree, batch: PyTree, key: jax.Array
-) -> tuple[jax.Array, PyTree, PyTree]:
-    """Mean loss [] over a batch, new statistics, and the gradient, in `task.micro_batches` equal parts of the batch.
+    task: Task, params: PyTree, stats: PyTree, batch: PyTree, key: Key[Array, ""]
+) -> tuple[Float[Array, ""], PyTree, PyTree]:
+    """Mean loss over a batch, new statistics, and the gradient, in `task.micro_batches` equal parts of the batch.
 
     More parts need less memory and give the same sums in another order. A model with BatchNorm sees each part as a
     batch of its own, so there the parts are another problem.
@@ -75,14 +76,14 @@ def inner_step(
     task: Task,
     learner: optax.GradientTransformation,
     expert: Expert | None,
-    alpha: jax.Array,
+    alpha: Float[Array, ""],
     state: InnerState,
-    key: jax.Array,
+    key: Key[Array, ""],
 ) -> tuple[InnerState, StepRecord]:
     """Train one step with the mixture of learned optimizer and expert (Eq. 1).
 
     Args:
-      alpha: [], weight of the learned optimizer. Without an expert the learned optimizer steps alone.
+      alpha: weight of the learned optimizer. Without an expert the learned optimizer steps alone.
       key: decides the batch, the same for both signs of a pair.
     """
     key_batch, key_loss = jax.random.split(key)

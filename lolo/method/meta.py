@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from lolo.method import imitation, replay
 from lolo.method.estimators import Estimator, antithetic_gradient
@@ -52,7 +53,7 @@ class LocalSlots(NamedTuple):
 
     inner: InnerState  # leaves [P, 2, *shape]: +ε and −ε
     replay: replay.Replay  # leaves [P, M, *shape], [P], [P]
-    push_truncation: jax.Array  # [P] int32: the truncation of this unroll in which a state is pushed
+    push_truncation: Int[Array, "P"]  # the truncation of this unroll in which a state is pushed
 
 
 class Slots(NamedTuple):
@@ -60,9 +61,9 @@ class Slots(NamedTuple):
 
     local: LocalSlots
     estimator: PyTree  # leaves [P, *shape]
-    position: jax.Array  # [P] int32: truncations done in this unroll
-    length: jax.Array  # [P] int32: truncations this unroll has; negative before a slot's first
-    fresh: jax.Array  # [P] bool: numbers went bad; start from a random init at the next boundary
+    position: Int[Array, "P"]  # truncations done in this unroll
+    length: Int[Array, "P"]  # truncations this unroll has; negative before a slot's first
+    fresh: Bool[Array, "P"]  # numbers went bad; start from a random init at the next boundary
 
 
 class MetaState(NamedTuple):
@@ -71,35 +72,35 @@ class MetaState(NamedTuple):
     meta_params: PyTree  # φ
     outer: optax.OptState
     slots: tuple[Slots, ...]  # one per task
-    outer_step: jax.Array  # [] int32, t
-    bad_steps: jax.Array  # [] int32: outer steps in a row without one good pair
-    key: jax.Array  # [2] uint32 key data; noise and batches derive from it, the slot's index and the step
+    outer_step: Int[Array, ""]  # t
+    bad_steps: Int[Array, ""]  # outer steps in a row without one good pair
+    key: UInt32[Array, "2"]  # key data; noise and batches derive from it, the slot's index and the step
 
 
 class TaskMetrics(NamedTuple):
     """What one outer step measured on one task. Means are over pairs with finite numbers."""
 
-    task_loss: jax.Array  # []
-    bc_loss: jax.Array  # []
-    delta_task_rms: jax.Array  # []: before ψ
-    delta_bc_rms: jax.Array  # []
-    mean_square_pair: jax.Array  # []: mean over pairs of ‖g_pair‖², g_pair the meta-gradient of one pair
-    start_step: jax.Array  # [P] int32: K of the unroll that the slot is in
-    starts: jax.Array  # [J, P] int32: start step K where a truncation began an unroll, else -1
-    reached: jax.Array  # [P] int32: inner steps since the random init at the end of the outer step
-    dropped: jax.Array  # [P] int32: 1 for a pair that had a non-finite number
-    first_bad: jax.Array  # [P] int32: 0 none, 1 loss, 2 gradient, 3 bc
+    task_loss: Float[Array, ""]
+    bc_loss: Float[Array, ""]
+    delta_task_rms: Float[Array, ""]  # before ψ
+    delta_bc_rms: Float[Array, ""]
+    mean_square_pair: Float[Array, ""]  # mean over pairs of ‖g_pair‖², g_pair the meta-gradient of one pair
+    start_step: Int[Array, "P"]  # K of the unroll that the slot is in
+    starts: Int[Array, "J P"]  # start step K where a truncation began an unroll, else -1
+    reached: Int[Array, "P"]  # inner steps since the random init at the end of the outer step
+    dropped: Int[Array, "P"]  # 1 for a pair that had a non-finite number
+    first_bad: Int[Array, "P"]  # 0 none, 1 loss, 2 gradient, 3 bc
 
 
 class Metrics(NamedTuple):
     """What one outer step measured. G tasks."""
 
     tasks: TaskMetrics  # leaves [G, ...]
-    alpha_mix: jax.Array  # []
-    alpha_loss: jax.Array  # []
-    gradient_ratio: jax.Array  # []: norm of the gradient of Δ^bc alone over that of Δ^task alone, before ψ
-    gradient_norm: jax.Array  # []: of the fused meta-gradient
-    signal_to_noise: jax.Array  # []: ‖mean‖² / mean ‖deviation‖² over pairs
+    alpha_mix: Float[Array, ""]
+    alpha_loss: Float[Array, ""]
+    gradient_ratio: Float[Array, ""]  # norm of the gradient of Δ^bc alone over that of Δ^task alone, before ψ
+    gradient_norm: Float[Array, ""]  # of the fused meta-gradient
+    signal_to_noise: Float[Array, ""]  # ‖mean‖² / mean ‖deviation‖² over pairs
 
 
 class Shards(NamedTuple):
@@ -112,7 +113,7 @@ class Shards(NamedTuple):
 ALONE = Shards(own=lambda tree: tree, gather=lambda tree: tree)
 
 
-def meta_init(setup: Setup, tasks: tuple[Task, ...], seed_key: jax.Array, meta_params: PyTree = None) -> MetaState:
+def meta_init(setup: Setup, tasks: tuple[Task, ...], seed_key: Key[Array, ""], meta_params: PyTree = None) -> MetaState:
     """The state before the first outer step. `meta_params` continues from other weights; None draws new ones."""
     key_params, key_run = jax.random.split(seed_key)
     if meta_params is None:
@@ -148,10 +149,10 @@ def start_unrolls(
     task: Task,
     meta_params: PyTree,
     local: LocalSlots,
-    starting: jax.Array,
-    fresh: jax.Array,
-    keys: jax.Array,
-    length: jax.Array,
+    starting: Bool[Array, "P"],
+    fresh: Bool[Array, "P"],
+    keys: Key[Array, "P"],
+    length: Int[Array, "P"],
 ) -> LocalSlots:
     """Lines 2-8 of Algorithm 1 for the slots that `starting` names; the others stay as they are.
 
@@ -181,16 +182,16 @@ def truncated_unroll(
     setup: Setup,
     task: Task,
     meta_params: PyTree,
-    alpha: jax.Array,
+    alpha: Float[Array, ""],
     inner: InnerState,
-    key: jax.Array,
-    offset: jax.Array,
+    key: Key[Array, ""],
+    offset: Int[Array, ""],
 ) -> tuple[InnerState, InnerState, StepRecord]:
     """L inner steps of one sign of a slot (lines 9-18).
 
     Args:
       meta_params: φ + ε or φ − ε.
-      offset: [] int32 in [0, L): the state before this step is the snapshot.
+      offset: in [0, L): the state before this step is the snapshot.
 
     Returns: state after L steps, state after `offset` steps, records [L].
     """
@@ -221,9 +222,9 @@ class Truncation(NamedTuple):
 
     records: StepRecord  # [P, 2, L], on every device
     directions: PyTree  # leaves [P, *shape]
-    start_step: jax.Array  # [P]
-    started: jax.Array  # [P]
-    reached: jax.Array  # [P]
+    start_step: Int[Array, "P"]
+    started: Int[Array, "P"]
+    reached: Int[Array, "P"]
 
 
 def run_truncation(
@@ -231,10 +232,10 @@ def run_truncation(
     shards: Shards,
     task: Task,
     meta_params: PyTree,
-    alpha: jax.Array,
-    outer_step: jax.Array,
+    alpha: Float[Array, ""],
+    outer_step: Int[Array, ""],
     slots: Slots,
-    key: jax.Array,
+    key: Key[Array, ""],
 ) -> tuple[Slots, Truncation]:
     """Start what is due, advance every slot by L steps, push what is drawn (lines 2-19)."""
     pairs = setup.estimator.pairs
@@ -303,14 +304,14 @@ LARGEST = 1e12
 """A loss beyond this counts as not finite: what is computed from it would leave float32."""
 
 
-def finite_parts(records: StepRecord) -> jax.Array:
-    """Whether loss, gradient and bc of a step, in this order, are finite. [..., L] -> [..., L, 3] bool."""
+def finite_parts(records: StepRecord) -> Bool[Array, "*steps 3"]:
+    """Whether loss, gradient and bc of a step, in this order, are finite."""
     tests = jnp.abs(records.task) < LARGEST, jnp.isfinite(records.gradient), records.bc < LARGEST
     return jnp.stack(tests, axis=-1)
 
 
-def finite(records: StepRecord) -> jax.Array:
-    """Whether all of a step is finite. [..., L] -> [..., L] bool."""
+def finite(records: StepRecord) -> Bool[Array, "*steps"]:
+    """Whether all of a step is finite."""
     return jnp.all(finite_parts(records), axis=-1)
 
 
@@ -359,7 +360,7 @@ class Gradients(NamedTuple):
     bc: PyTree
 
 
-def collect(setup: Setup, task: Task, alpha: jax.Array, seen: Truncation) -> tuple[Gradients, TaskMetrics]:
+def collect(setup: Setup, task: Task, alpha: Float[Array, ""], seen: Truncation) -> tuple[Gradients, TaskMetrics]:
     """From the records of J truncations to the meta-gradient (lines 19-21). `seen` has leaves [J, P, ...]."""
     records = seen.records
     whole = jnp.all(finite(records), axis=(0, 2, 3))  # [P]
@@ -393,7 +394,7 @@ def collect(setup: Setup, task: Task, alpha: jax.Array, seen: Truncation) -> tup
     return gradients, measured
 
 
-def first_bad(records: StepRecord) -> jax.Array:
+def first_bad(records: StepRecord) -> Int[Array, "P"]:
     """What went bad first in each pair: 0 nothing, 1 loss, 2 gradient, 3 bc. [J, P, 2, L] -> [P]."""
     bad = ~finite_parts(records)
     in_order = jnp.moveaxis(jnp.any(bad, axis=2), 1, 0).reshape(bad.shape[1], -1)  # [P, J · L · 3], step by step
@@ -401,8 +402,8 @@ def first_bad(records: StepRecord) -> jax.Array:
 
 
 def summarize(
-    alpha_mix: jax.Array,
-    alpha_loss: jax.Array,
+    alpha_mix: Float[Array, ""],
+    alpha_loss: Float[Array, ""],
     gradient: PyTree,
     gradients: tuple[Gradients, ...],
     tasks: TaskMetrics,

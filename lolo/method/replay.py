@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
 
 from lolo.trees import PyTree
 
@@ -18,8 +19,8 @@ class Replay(NamedTuple):
     """A ring of M inner states."""
 
     states: PyTree  # leaves [M, *shape]
-    head: jax.Array  # [] int32: where the oldest state lies
-    size: jax.Array  # [] int32: how many states are held
+    head: Int[Array, ""]  # int32: where the oldest state lies
+    size: Int[Array, ""]  # int32: how many states are held
 
 
 def init(example: PyTree, capacity: int) -> Replay:
@@ -33,7 +34,7 @@ def capacity(buffer: Replay) -> int:
     return jax.tree.leaves(buffer.states)[0].shape[0]
 
 
-def push(buffer: Replay, state: PyTree, condition: jax.Array | bool = True) -> Replay:
+def push(buffer: Replay, state: PyTree, condition: Bool[Array, ""] | bool = True) -> Replay:
     """Add `state` as the newest where `condition` holds; a full ring drops its oldest.
 
     Without the condition one state is written as well, the one that was there: the cost is the same for every
@@ -54,28 +55,28 @@ def push(buffer: Replay, state: PyTree, condition: jax.Array | bool = True) -> R
     )
 
 
-def at(buffer: Replay, age: jax.Array | int) -> PyTree:
+def at(buffer: Replay, age: Int[Array, ""] | int) -> PyTree:
     """The state with `age` states older than it; 0 is the oldest. Leaves [*shape]."""
     index = (buffer.head + age) % capacity(buffer)
     return jax.tree.map(lambda ring: ring[index], buffer.states)
 
 
-def oldest(buffer: Replay, key: jax.Array) -> tuple[PyTree, Replay]:
+def oldest(buffer: Replay, key: Key[Array, ""]) -> tuple[PyTree, Replay]:
     """Peek at the oldest state (the paper's rule)."""
     return at(buffer, 0), buffer
 
 
-def newest(buffer: Replay, key: jax.Array) -> tuple[PyTree, Replay]:
+def newest(buffer: Replay, key: Key[Array, ""]) -> tuple[PyTree, Replay]:
     """Peek at the state that was pushed last."""
     return at(buffer, jnp.maximum(buffer.size - 1, 0)), buffer
 
 
-def uniform(buffer: Replay, key: jax.Array) -> tuple[PyTree, Replay]:
+def uniform(buffer: Replay, key: Key[Array, ""]) -> tuple[PyTree, Replay]:
     """Peek at a state drawn uniformly."""
     return at(buffer, jax.random.randint(key, (), 0, jnp.maximum(buffer.size, 1))), buffer
 
 
-def pop(buffer: Replay, key: jax.Array) -> tuple[PyTree, Replay]:
+def pop(buffer: Replay, key: Key[Array, ""]) -> tuple[PyTree, Replay]:
     """Take the oldest state out."""
     held = (buffer.size > 0).astype(jnp.int32)
     return at(buffer, 0), buffer._replace(head=(buffer.head + held) % capacity(buffer), size=buffer.size - held)

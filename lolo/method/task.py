@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+from jaxtyping import Array, Int, Key
 
 from lolo.trees import PyTree
 
@@ -67,7 +68,7 @@ class Task:
     score_examples: int = _static(10_000)  # of the held-out split, scored on the way through a long run
     stream: BatchStream | None = _static(None)  # where segments come from; None: `data` is the whole split
 
-    def sample(self, key: jax.Array, step: jax.Array) -> PyTree:
+    def sample(self, key: Key[Array, ""], step: Int[Array, ""]) -> PyTree:
         """The batch of inner step `step`.
 
         From resident data it is drawn with replacement by `key`. Of a stream, `data` is a segment, leaves
