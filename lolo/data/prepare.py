@@ -11,8 +11,6 @@ archive) `journal.json` says how far they are good: a run that was killed goes o
 from __future__ import annotations
 
 import contextlib
-import difflib
-import fcntl
 import functools
 import hashlib
 import json
@@ -29,11 +27,12 @@ import numpy as np
 from lolo.data import fineweb, idx, imagenet, npy, text, textures, tokens
 from lolo.data.errors import DataError
 from lolo.data.read_plan import Part, ReadPlan
+from lolo.files import disk
+from lolo.files.disk import FileError
+from lolo.files.settings import did_you_mean
 
 FORMAT_VERSION = 1
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.json", "prepare.lock"
-MAX_JSON_BYTES = 64 << 20
-CHUNK_BYTES = 16 << 20
 DTYPES = ("|u1", "<u2")
 
 Progress = Callable[[int, int, str], None]
@@ -78,9 +77,7 @@ def prepare(name: str, source: Path | None, target: Path, progress: Progress = _
         DataError: the source is not what its format says, or the target holds something else.
     """
     if name not in PLANS:
-        near = difflib.get_close_matches(name, PLANS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(PLANS)}."
-        raise DataError(f"No data set is called {name!r}; {hint}")
+        raise DataError(f"No data set is called {name!r}; {did_you_mean(name, PLANS)}")
     if target.exists() and not target.is_dir():
         raise DataError.at(target, "is a file", "give a folder")
     target.mkdir(parents=True, exist_ok=True)
@@ -114,11 +111,9 @@ def _already_there(name: str, target: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    with (target / LOCK).open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError.at(target, "another `prepare` is at work here", "wait for it") from None
+    with disk.locked(target / LOCK) as free:
+        if not free:
+            raise DataError.at(target, "another `prepare` is at work here", "wait for it")
         yield
 
 
@@ -126,15 +121,17 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 def _begin(name: str, plan: ReadPlan, target: Path) -> dict[str, Any]:
-    """The journal to go on with, and partial files cut back to what it vouches for."""
+    """The journal to continue from, and partial files cut back to what it vouches for."""
     parts = [[part.name, part.weight] for part in plan.parts]
     fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, name, parts]).encode()).hexdigest()
+    for path in disk.leftovers(target / JOURNAL) + disk.leftovers(target / MANIFEST):
+        path.unlink()
     if not (target / JOURNAL).exists():
-        strangers = [path.name for path in target.iterdir() if path.name not in (LOCK, f"{JOURNAL}.partial")]
+        strangers = [path.name for path in target.iterdir() if path.name != LOCK]
         if strangers:
             raise DataError.at(target, f"holds other files ({sorted(strangers)[0]})", "give an empty folder")
         journal: dict[str, Any] = {"fingerprint": fingerprint, "done": 0, "arrays": {}}
-        _write_json(target / JOURNAL, journal)
+        disk.write_json(target / JOURNAL, journal)
     else:
         journal = _read_json(target / JOURNAL)
         if journal.get("fingerprint") != fingerprint:
@@ -181,7 +178,7 @@ def _append_part(part: Part, target: Path, journal: dict[str, Any]) -> None:
             os.fsync(stream.fileno())
     journal["arrays"] = arrays
     journal["done"] += 1
-    _write_json(target / JOURNAL, journal)
+    disk.write_json(target / JOURNAL, journal)
 
 
 def _opened_for_append(path: Path) -> IO[bytes]:
@@ -207,7 +204,9 @@ def _finish(name: str, plan: ReadPlan, target: Path, journal: dict[str, Any], pr
                 stream.flush()
                 os.fsync(stream.fileno())
         current = partial if partial.exists() else final
-        digest = _sha256(current, functools.partial(_report, progress, hashed, size, f"checksum of {final.name}"))
+        digest = disk.sha256_of(
+            current, functools.partial(_report, progress, hashed, size, f"checksum of {final.name}")
+        )
         os.replace(current, final)
         entry = {"file": final.name, "shape": list(shape), "dtype": array["dtype"], "sha256": digest}
         split = splits.setdefault(array["split"], {"count": shape[0], "arrays": {}})
@@ -217,7 +216,7 @@ def _finish(name: str, plan: ReadPlan, target: Path, journal: dict[str, Any], pr
         hashed += array["rows"] * _row_bytes(array)
     files = [{"name": part.name, "bytes": part.weight} for part in plan.parts]
     manifest = {"format_version": FORMAT_VERSION, "name": name, **plan.info, "splits": splits, "source": files}
-    _write_json(target / MANIFEST, manifest)
+    disk.write_json(target / MANIFEST, manifest)
     (target / JOURNAL).unlink()
     return manifest
 
@@ -230,42 +229,14 @@ def _report(progress: Progress, done: int, total: int, line: str, more: int) -> 
     progress(min(done + more, total), total, line)
 
 
-def _sha256(path: Path, progress: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while content := stream.read(CHUNK_BYTES):
-            digest.update(content)
-            progress(stream.tell())
-    return digest.hexdigest()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Whole or not at all, and on the disk when this returns."""
-    temporary = path.with_suffix(".json.partial")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _read_json(path: Path) -> Any:
+    if not path.exists():
+        raise DataError.at(path, "not there", "prepare the data first: lolo data prepare")
     cure = "delete the folder and prepare the data again"
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise DataError.at(path, f"{path.stat().st_size:,} bytes, expected at most {MAX_JSON_BYTES:,}", cure)
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError.at(path, "not there", "prepare the data first: lolo data prepare") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError.at(path, f"can't be read ({type(error).__name__}: {error})"[:300], cure) from error
+        content = disk.read_json(path)
+    except FileError as error:
+        raise DataError(f"{str(error).removesuffix('.')}; {cure}.") from error
     if not isinstance(content, dict):
         raise DataError.at(path, "holds no JSON object", cure)
     return content
@@ -355,7 +326,7 @@ def verify(target: Path, progress: Progress = _silent) -> dict[str, Any]:
     done = 0
     for array in arrays:
         path = _check_array(target, array)
-        found = _sha256(path, functools.partial(_report, progress, done, total, path.name))
+        found = disk.sha256_of(path, functools.partial(_report, progress, done, total, path.name))
         if found != array["sha256"]:
             problem = f"sha256 {found}, the manifest says {array['sha256']}"
             raise DataError.at(path, problem, "prepare the data again in an empty folder")

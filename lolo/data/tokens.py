@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import lzma
 import re
 from collections.abc import Iterator
@@ -45,9 +44,7 @@ def merges() -> list[tuple[bytes, bytes]]:
         content = lzma.decompress(file.read_bytes())
     except (OSError, lzma.LZMAError) as error:
         raise DataError(f"lolo/data/{FILE} can't be read ({error}); reinstall lolo.") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise DataError(f"lolo/data/{FILE} is damaged: expected sha256 {SHA256}, found {found}; reinstall lolo.")
+    embedded.require_sha256(FILE, content, SHA256)
     letters = _letters()
     pairs = [line.split() for line in content.decode("utf-8").splitlines()[1:] if line]
     return [tuple(bytes(letters[c] for c in side) for side in pair) for pair in pairs]  # type: ignore[misc]

@@ -9,8 +9,6 @@ A name may go on with settings, which are the keyword arguments of the task's fu
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import importlib.util
 import inspect
 import re
@@ -20,6 +18,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lolo.files.disk import sha256_of
+from lolo.files.settings import did_you_mean, nearest
 from lolo.method.task import Splits, Task, TaskError
 from lolo.tasks import augment, prepared
 from lolo.tasks.small import books_mlp, fashion_mlp, quadratic
@@ -47,8 +47,7 @@ def parse_settings(words: str, make: prepared.Make, task: str) -> dict[str, Any]
     for word in words.split(",") if words else ():
         name, separator, value = word.partition("=")
         if name not in known or not separator:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            hint = f"did you mean {near[0]!r}? Known: {', '.join(known)}." if near else "it has none."
+            hint = did_you_mean(name, known)
             raise TaskError(f"{word!r} is no setting of {task!r}, which takes NAME=VALUE,NAME=VALUE; {hint}")
         found[name] = _typed(value, known[name], f"{task}: setting {name}")
     return found
@@ -72,7 +71,7 @@ def pin(name: str) -> str:
     parts = _parts(name)
     if parts.path is None:
         return name
-    found = _sha256(parts.path)
+    found = sha256_of(parts.path)
     if parts.sha256 is not None and parts.sha256 != found:
         raise TaskError(
             f"{parts.path} has changed since the recipe was made: its sha256 is {found}, not {parts.sha256}."
@@ -153,11 +152,7 @@ def _parts(name: str) -> Parts:
         return Parts(Path(match["path"]), match["function"], match["settings"] or "", match["sha256"])
     known, _, settings = name.partition(":")
     if known not in TASKS:
-        near = difflib.get_close_matches(known, TASKS, n=1, cutoff=0.0)[0]
+        near = nearest(known, TASKS)
         raise TaskError(f"unknown task {name!r}; did you mean {near!r}? Your own: path.py:function.")
     parse_settings(settings, TASKS[known], known)
     return Parts(None, known, settings, None)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
