@@ -263,13 +263,13 @@ def test_a_half_written_last_line_of_a_log_is_skipped_and_one_in_the_middle_is_n
 
 
 class Together:
-    """`settle` of several processes that are threads here."""
+    """`agree` of several processes that are threads here."""
 
     def __init__(self, count):
         self.barrier, self.said, self.answers = threading.Barrier(count), [None] * count, []
 
-    def settle(self, index):
-        def settle(mine, decide):
+    def agree(self, index):
+        def agree(mine, decide):
             self.said[index] = mine
             self.barrier.wait(20)
             if index == 0:
@@ -282,7 +282,7 @@ class Together:
                 raise self.answers[-1]
             return self.answers[-1]
 
-        return settle
+        return agree
 
 
 SPREAD = np.arange(12.0).reshape(6, 2)
@@ -296,7 +296,7 @@ def write_in_parts(run, step, cuts, differing=False):
         rows = cuts[index], [*cuts[1:], 6][index]
         arrays = {"phi": np.full(3, float(differing and index > 0))}
         own = {"slots": SPREAD[slice(*rows)]}
-        return checkpoints.write_checkpoint(run, step, arrays, {}, own=own, rows=rows, settle=together.settle(index))
+        return checkpoints.write_checkpoint(run, step, arrays, {}, own=own, rows=rows, agree=together.agree(index))
 
     with ThreadPoolExecutor(len(cuts)) as threads:
         return list(threads.map(process, range(len(cuts))))
