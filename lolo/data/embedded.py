@@ -1,4 +1,4 @@
-"""The data that every copy of lolo carries: Fashion-MNIST at 8x8, and public-domain books. Needs no download.
+"""Embedded data sets: Fashion-MNIST at 8x8 and public-domain books, files of this package that need no download.
 
 Both files are checked against their sha256 when first read. Licences and the list of books: NOTICE.md beside
 this file; how the files were made: tools/build_embedded_data.py.
@@ -97,7 +97,7 @@ def fashion_mnist() -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
 
 @functools.lru_cache(maxsize=1)
 def books() -> tuple[Book, ...]:
-    """The books in the file's order. Each is whole and in one split only."""
+    """The books in the file's order. Each is complete and in one split only."""
     content = json.loads(lzma.decompress(read_verified(BOOKS_FILE)))
     return tuple(Book(**entry) for entry in content["books"])
 

@@ -1,8 +1,8 @@
-"""Data sets on disk, read once into plain arrays that are mapped into memory from then on.
+"""Preparation of data sets: each is read once, into plain arrays on disk that are mapped into memory from then on.
 
 A prepared folder holds one .npy file for each array of each split, and `manifest.json`, which says what they are and
 what their sha256 is. While `prepare` runs, rows are appended to `*.partial` files, and after each part (such as one
-archive) `journal.json` says how far they are good: a run that was killed goes on behind the last finished part.
+archive) `journal.json` says how far they are valid: a killed run resumes after the last finished part.
 
     prepare("imagenet32", Path("downloads/imagenet32"), Path("prepared/imagenet32"))
     images = open_prepared(Path("prepared/imagenet32"))["train"]["images"]  # numpy.memmap
@@ -47,11 +47,11 @@ PLANS: dict[str, Callable[[Path | None], ReadPlan]] = {
     "textures": textures.plan,
     "books": tokens.plan_books,
 }
-"""What `prepare` knows, by name: each takes the source and returns the parts of the work."""
+"""The data sets that `prepare` reads, by name: each function takes the source and returns the parts."""
 
 
 class Prepared(NamedTuple):
-    """One folder in the answer of `list_prepared`."""
+    """One data set that `list_prepared` returns."""
 
     folder: Path
     name: str
@@ -65,12 +65,12 @@ def _silent(done: int, total: int, line: str) -> None:
 
 
 def prepare(name: str, source: Path | None, target: Path, progress: Progress = _silent) -> dict[str, Any]:
-    """Reads a data set and writes it as arrays, once; after a kill the same call goes on where it was.
+    """Read a data set and write it as arrays, once; after a kill the same call resumes.
 
     Args:
         name: a key of `PLANS`.
-        source: the folder or file that holds it; None for the sets that need none or know where they are installed.
-        target: a folder of its own, made if need be. If it holds this data set already, nothing is done.
+        source: the folder or file that holds it; None for data sets that need none or are installed in a known place.
+        target: an empty folder, created if it is missing. If it holds this data set already, nothing is done.
         progress: called after each piece of work.
     Returns: the manifest.
     Raises:
@@ -105,7 +105,7 @@ def _already_there(name: str, target: Path) -> dict[str, Any]:
         raise DataError.at(target, f"holds {manifest['name']!r} already", "give another folder, or delete this one")
     for _, array in _arrays(manifest):
         _check_array(target, array)
-    (target / JOURNAL).unlink(missing_ok=True)  # left by a kill just behind the manifest
+    (target / JOURNAL).unlink(missing_ok=True)  # left by a kill just after the manifest was written
     return manifest
 
 
@@ -121,15 +121,15 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 def _begin(name: str, plan: ReadPlan, target: Path) -> dict[str, Any]:
-    """The journal to continue from, and partial files cut back to what it vouches for."""
+    """The journal to continue from, and partial files cut back to the rows that it counts."""
     parts = [[part.name, part.weight] for part in plan.parts]
     fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, name, parts]).encode()).hexdigest()
     for path in disk.leftovers(target / JOURNAL) + disk.leftovers(target / MANIFEST):
         path.unlink()
     if not (target / JOURNAL).exists():
-        strangers = [path.name for path in target.iterdir() if path.name != LOCK]
-        if strangers:
-            raise DataError.at(target, f"holds other files ({sorted(strangers)[0]})", "give an empty folder")
+        others = [path.name for path in target.iterdir() if path.name != LOCK]
+        if others:
+            raise DataError.at(target, f"holds other files ({sorted(others)[0]})", "give an empty folder")
         journal: dict[str, Any] = {"fingerprint": fingerprint, "done": 0, "arrays": {}}
         disk.write_json(target / JOURNAL, journal)
     else:
@@ -153,7 +153,7 @@ def _begin(name: str, plan: ReadPlan, target: Path) -> dict[str, Any]:
 
 
 def _append_part(part: Part, target: Path, journal: dict[str, Any]) -> None:
-    """Appends the rows of one part, makes them durable, then says so in the journal."""
+    """Append the rows of one part, sync them, then count them in the journal."""
     with contextlib.ExitStack() as stack:
         scratch = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="scratch-", suffix=".partial", dir=target))
@@ -184,12 +184,12 @@ def _append_part(part: Part, target: Path, journal: dict[str, Any]) -> None:
 def _opened_for_append(path: Path) -> IO[bytes]:
     stream = path.open("ab")
     if stream.tell() == 0:
-        stream.write(bytes(npy.HEADER_BYTES))  # room for the header, which needs the number of rows
+        stream.write(bytes(npy.HEADER_BYTES))  # space for the header, which needs the number of rows
     return stream
 
 
 def _finish(name: str, plan: ReadPlan, target: Path, journal: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Headers, hashes, final names, manifest. Each step may be met half done after a kill."""
+    """Headers, hashes, final names, manifest. After a kill, any of these steps may be half done."""
     if not journal["arrays"]:
         raise DataError.at(target, "the source held no examples at all", "check what you gave as source")
     splits: dict[str, dict[str, Any]] = {}
@@ -315,7 +315,7 @@ def open_prepared(target: Path) -> dict[str, dict[str, np.memmap]]:
 
 
 def verify(target: Path, progress: Progress = _silent) -> dict[str, Any]:
-    """Compares every array with its sha256; the manifest if all is well.
+    """Compare every array with its sha256. Returns the manifest.
 
     Raises:
         DataError: names the first file that is damaged or missing.
@@ -326,16 +326,16 @@ def verify(target: Path, progress: Progress = _silent) -> dict[str, Any]:
     done = 0
     for array in arrays:
         path = _check_array(target, array)
-        found = disk.sha256_of(path, functools.partial(_report, progress, done, total, path.name))
-        if found != array["sha256"]:
-            problem = f"sha256 {found}, the manifest says {array['sha256']}"
+        actual = disk.sha256_of(path, functools.partial(_report, progress, done, total, path.name))
+        if actual != array["sha256"]:
+            problem = f"sha256 {actual}, the manifest says {array['sha256']}"
             raise DataError.at(path, problem, "prepare the data again in an empty folder")
         done += path.stat().st_size
     return manifest
 
 
 def list_prepared(folder: Path) -> list[Prepared]:
-    """What was prepared in a folder: in itself and in those directly in it. Unfinished and damaged sets have a problem.
+    """The prepared data sets in a folder and in those directly below it. Unfinished and damaged ones have a problem.
 
     Raises:
         DataError: there is no such folder.
@@ -343,10 +343,10 @@ def list_prepared(folder: Path) -> list[Prepared]:
     if not folder.is_dir():
         raise DataError.at(folder, "there is no such folder", "give the one that holds prepared data")
     places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    return [_look_at(place) for place in places if (place / MANIFEST).exists() or (place / JOURNAL).exists()]
+    return [_inspect(place) for place in places if (place / MANIFEST).exists() or (place / JOURNAL).exists()]
 
 
-def _look_at(place: Path) -> Prepared:
+def _inspect(place: Path) -> Prepared:
     if not (place / MANIFEST).exists():
         return Prepared(place, "?", {}, 0, "unfinished; run the same `lolo data prepare` again")
     try:

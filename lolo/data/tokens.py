@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lolo.data import embedded
 from lolo.data.errors import DataError, library_missing
-from lolo.data.read_plan import Part, ReadPlan, Rows
+from lolo.data.read_plan import Part, ReadPlan, SplitRows
 
 VOCABULARY = 50_257
 END_OF_TEXT = 50_256
@@ -29,7 +29,7 @@ FOLDER = resources.files(__package__)
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 PIECE_CHARACTERS = 1 << 20
 # A single line end between two characters that are no white space is a word of its own wherever the text is cut
-# behind it, so the tokens of the pieces are those of the whole.
+# behind it, so the tokens of the pieces are those of the complete text.
 CUT = re.compile(r"(?<=\S\n)(?=\S)")
 
 
@@ -112,7 +112,7 @@ def books() -> dict[str, NDArray[np.uint16]]:
 def plan_books(source: Path | None) -> ReadPlan:
     """The embedded books as GPT-2 tokens; `source` is not read. Arrays: tokens uint16 [n]."""
 
-    def rows(split: str, scratch: Path) -> Iterator[Rows]:
+    def rows(split: str, scratch: Path) -> Iterator[SplitRows]:
         yield split, {"tokens": books()[split]}
 
     texts = embedded.books_text()
