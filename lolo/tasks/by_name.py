@@ -1,9 +1,9 @@
-"""Inner problems: what a learned optimizer is meta-trained on and evaluated with.
+"""The table of tasks by name, and the parser of names: settings, files of users, hashes of those files.
 
-A `Task` is a model, a loss and a data set in one. `TASKS` names those that come with the package; your own is a
-function that returns `Splits`, named on the command line as `path.py:function`.
+`TASKS` names the tasks of the package; your own is a function that returns `Splits`, named on the command line as
+`path.py:function`.
 
-A name may go on with settings, which are the keyword arguments of the task's function: `fineweb-gpt2-mini:batch=8`,
+A name may be followed by settings, the keyword arguments of the task's function: `fineweb-gpt2-mini:batch=8`,
 `quadratic:dimensions=3`, `path.py:function:depth=2,width=64`. Recipes hold them as part of the name.
 """
 
@@ -43,14 +43,14 @@ ANY_TASK = {"reparametrize": 1.0}
 
 def parse_settings(words: str, make: prepared.Make, task: str) -> dict[str, Any]:
     """`batch=8,dtype=bfloat16` as keyword arguments of `make`, typed like its defaults. Raises TaskError."""
-    known, found = {**ANY_TASK, **prepared.settings_of(make)}, {}
+    known, given = {**ANY_TASK, **prepared.settings_of(make)}, {}
     for word in words.split(",") if words else ():
         name, separator, value = word.partition("=")
         if name not in known or not separator:
             hint = did_you_mean(name, known)
             raise TaskError(f"{word!r} is no setting of {task!r}, which takes NAME=VALUE,NAME=VALUE; {hint}")
-        found[name] = _typed(value, known[name], f"{task}: setting {name}")
-    return found
+        given[name] = _typed(value, known[name], f"{task}: setting {name}")
+    return given
 
 
 def _typed(value: str, like: Any, what: str) -> Any:
@@ -71,29 +71,29 @@ def pin(name: str) -> str:
     parts = _parts(name)
     if parts.path is None:
         return name
-    found = sha256_of(parts.path)
-    if parts.sha256 is not None and parts.sha256 != found:
+    actual = sha256_of(parts.path)
+    if parts.sha256 is not None and parts.sha256 != actual:
         raise TaskError(
-            f"{parts.path} has changed since the recipe was made: its sha256 is {found}, not {parts.sha256}."
+            f"{parts.path} has changed since the recipe was made: its sha256 is {actual}, not {parts.sha256}."
         )
-    return name if parts.sha256 else f"{name}@{found}"
+    return name if parts.sha256 else f"{name}@{actual}"
 
 
 def resolve(name: str) -> Splits:
     """The splits of a task's name. Runs the code of `path.py:function`. Raises TaskError, DataError."""
     pin(name)
-    return _made(name, outline=False)
+    return _build(name, outline=False)
 
 
 def outline(name: str) -> Splits:
-    """The same with shapes in the place of arrays; tasks on prepared data need no data for it.
+    """The splits of a task's name with shapes instead of arrays; tasks on prepared data need no data for it.
 
     Leaves are `jax.ShapeDtypeStruct`.
     """
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _made(name, outline=True))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _build(name, outline=True))
 
 
-def _made(name: str, outline: bool) -> Splits:
+def _build(name: str, outline: bool) -> Splits:
     parts = _parts(name)
     make = TASKS[parts.function] if parts.path is None else _function_of(parts.path, parts.function)
     settings = parse_settings(parts.settings, make, parts.function)
@@ -102,7 +102,7 @@ def _made(name: str, outline: bool) -> Splits:
         settings["outline"] = True
     try:
         splits = make(**settings)
-    except ValueError:  # TaskError, DataError: they say what is wrong
+    except ValueError:  # TaskError, DataError: their messages are complete
         raise
     except Exception as error:
         raise TaskError(f"{name} failed with {type(error).__name__}: {error}.") from error
