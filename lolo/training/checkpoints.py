@@ -30,7 +30,7 @@ Agree = Callable[[Any, Callable[[list[Any]], Any]], Any]
 
 
 def agree_alone(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
-    """The `Settle` of a single process."""
+    """The `Agree` of a single process."""
     return decide([mine])
 
 
