@@ -35,7 +35,7 @@ FORMAT_VERSION = 1
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.json", "prepare.lock"
 DTYPES = ("|u1", "<u2")
 
-Progress = Callable[[int, int, str], None]
+OnBytes = Callable[[int, int, str], None]
 """Called with work done, all work (both in bytes of the source) and a line of text."""
 
 PLANS: dict[str, Callable[[Path | None], ReadPlan]] = {
@@ -64,14 +64,14 @@ def _silent(done: int, total: int, line: str) -> None:
     del done, total, line
 
 
-def prepare(name: str, source: Path | None, target: Path, progress: Progress = _silent) -> dict[str, Any]:
+def prepare(name: str, source: Path | None, target: Path, on_progress: OnBytes = _silent) -> dict[str, Any]:
     """Read a data set and write it as arrays, once; after a kill the same call resumes.
 
     Args:
         name: a key of `PLANS`.
         source: the folder or file that holds it; None for data sets that need none or are installed in a known place.
         target: an empty folder, created if it is missing. If it holds this data set already, nothing is done.
-        progress: called after each piece of work.
+        on_progress: called after each part.
     Returns: the manifest.
     Raises:
         DataError: the source is not what its format says, or the target holds something else.
@@ -89,13 +89,13 @@ def prepare(name: str, source: Path | None, target: Path, progress: Progress = _
         total = sum(part.weight for part in plan.parts)
         done = sum(part.weight for part in plan.parts[: journal["done"]])
         for note in plan.info.get("notes", []):
-            progress(done, total, note)
+            on_progress(done, total, note)
         for part in plan.parts[journal["done"] :]:
             _append_part(part, target, journal)
             done += part.weight
-            progress(done, total, f"{part.name} ({journal['done']} of {len(plan.parts)})")
-        manifest = _finish(name, plan, target, journal, progress)
-        progress(total, total, "done")
+            on_progress(done, total, f"{part.name} ({journal['done']} of {len(plan.parts)})")
+        manifest = _finish(name, plan, target, journal, on_progress)
+        on_progress(total, total, "done")
     return manifest
 
 
@@ -188,7 +188,7 @@ def _opened_for_append(path: Path) -> IO[bytes]:
     return stream
 
 
-def _finish(name: str, plan: ReadPlan, target: Path, journal: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _finish(name: str, plan: ReadPlan, target: Path, journal: dict[str, Any], on_progress: OnBytes) -> dict[str, Any]:
     """Headers, hashes, final names, manifest. After a kill, any of these steps may be half done."""
     if not journal["arrays"]:
         raise DataError.at(target, "the source held no examples at all", "check what you gave as source")
@@ -205,7 +205,7 @@ def _finish(name: str, plan: ReadPlan, target: Path, journal: dict[str, Any], pr
                 os.fsync(stream.fileno())
         current = partial if partial.exists() else final
         digest = disk.sha256_of(
-            current, functools.partial(_report, progress, hashed, size, f"checksum of {final.name}")
+            current, functools.partial(_report, on_progress, hashed, size, f"checksum of {final.name}")
         )
         os.replace(current, final)
         entry = {"file": final.name, "shape": list(shape), "dtype": array["dtype"], "sha256": digest}
@@ -225,8 +225,8 @@ def _row_bytes(array: dict[str, Any]) -> int:
     return math.prod(array["row"]) * np.dtype(array["dtype"]).itemsize
 
 
-def _report(progress: Progress, done: int, total: int, line: str, more: int) -> None:
-    progress(min(done + more, total), total, line)
+def _report(on_progress: OnBytes, done: int, total: int, line: str, more: int) -> None:
+    on_progress(min(done + more, total), total, line)
 
 
 def _read_json(path: Path) -> Any:
@@ -314,7 +314,7 @@ def open_prepared(target: Path) -> dict[str, dict[str, np.memmap]]:
     return splits
 
 
-def verify(target: Path, progress: Progress = _silent) -> dict[str, Any]:
+def verify(target: Path, on_progress: OnBytes = _silent) -> dict[str, Any]:
     """Compare every array with its sha256. Returns the manifest.
 
     Raises:
@@ -326,7 +326,7 @@ def verify(target: Path, progress: Progress = _silent) -> dict[str, Any]:
     done = 0
     for array in arrays:
         path = _check_array(target, array)
-        actual = disk.sha256_of(path, functools.partial(_report, progress, done, total, path.name))
+        actual = disk.sha256_of(path, functools.partial(_report, on_progress, done, total, path.name))
         if actual != array["sha256"]:
             problem = f"sha256 {actual}, the manifest says {array['sha256']}"
             raise DataError.at(path, problem, "prepare the data again in an empty folder")

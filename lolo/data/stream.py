@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from lolo.data.errors import DataError
 
-Arrays = tuple[NDArray[Any], ...]
+Segment = tuple[NDArray[Any], ...]
+"""The batches of consecutive steps: of each column [steps, batch, ...]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ def indices(seed: tuple[int, ...], start: Cursor, count: int, size: int) -> NDAr
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def segment(stream: Stream, seed: tuple[int, ...], start: Cursor, steps: int, batch: int) -> Arrays:
+def segment(stream: Stream, seed: tuple[int, ...], start: Cursor, steps: int, batch: int) -> Segment:
     """The batches of the next `steps` steps: of each column [steps, batch, ...]."""
     chosen = indices(seed, start, steps * batch, stream.size)
     parts = (column[chosen] for column in stream.columns if not isinstance(column, Outline))
@@ -168,17 +169,17 @@ class SegmentReader:
         self.stream, self.steps, self.batch, self.seed = stream, steps, batch, tuple(seed)
         self.used = used
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lolo-feed")
-        self._ahead: Future[Arrays] | None = None
+        self._ahead: Future[Segment] | None = None
 
     @property
     def cursor(self) -> Cursor:
         """The first example of the next segment."""
         return cursor_after(self.used * self.steps * self.batch, self.stream.size)
 
-    def _read(self) -> Future[Arrays]:
+    def _read(self) -> Future[Segment]:
         return self._reader.submit(segment, self.stream, self.seed, self.cursor, self.steps, self.batch)
 
-    def next(self) -> Arrays:
+    def next(self) -> Segment:
         """The next segment, of each column [steps, batch, ...].
 
         Raises:

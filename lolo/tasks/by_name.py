@@ -24,7 +24,7 @@ from lolo.method.task import Splits, Task, TaskError
 from lolo.tasks import augment, prepared
 from lolo.tasks.small import books_mlp, fashion_mlp, quadratic
 
-TASKS: dict[str, prepared.Make] = {
+TASKS: dict[str, prepared.MakeSplits] = {
     "fashion-mlp": fashion_mlp,
     "books-mlp": books_mlp,
     "quadratic": quadratic,
@@ -41,14 +41,14 @@ ANY_TASK = {"reparametrize": 1.0}
 """Settings of every task; the first is the bound of `augment.reparametrized`."""
 
 
-def parse_settings(words: str, make: prepared.Make, task: str) -> dict[str, Any]:
+def parse_settings(text: str, make: prepared.MakeSplits, task: str) -> dict[str, Any]:
     """`batch=8,dtype=bfloat16` as keyword arguments of `make`, typed like its defaults. Raises TaskError."""
     known, given = {**ANY_TASK, **prepared.settings_of(make)}, {}
-    for word in words.split(",") if words else ():
-        name, separator, value = word.partition("=")
+    for setting in text.split(",") if text else ():
+        name, separator, value = setting.partition("=")
         if name not in known or not separator:
             hint = did_you_mean(name, known)
-            raise TaskError(f"{word!r} is no setting of {task!r}, which takes NAME=VALUE,NAME=VALUE; {hint}")
+            raise TaskError(f"{setting!r} is no setting of {task!r}, which takes NAME=VALUE,NAME=VALUE; {hint}")
         given[name] = _typed(value, known[name], f"{task}: setting {name}")
     return given
 
@@ -114,7 +114,7 @@ def _build(name: str, outline: bool) -> Splits:
     return splits if bound == 1.0 else augment.reparametrized(splits, bound)
 
 
-def _function_of(path: Path, function: str) -> prepared.Make:
+def _function_of(path: Path, function: str) -> prepared.MakeSplits:
     spec = importlib.util.spec_from_file_location(f"lolo_task_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} can't be imported; a task file is Python source, named path.py:function.")

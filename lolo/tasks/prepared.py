@@ -23,7 +23,7 @@ from lolo.tasks import models
 from lolo.tasks.classification import classification
 from lolo.trees import PyTree
 
-Make = Callable[..., Splits]
+MakeSplits = Callable[..., Splits]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 RESIDENT_GB = 4.0
 HELD_TOKENS = 10_485_760
@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
     score_examples: int  # see `Task`
 
 
-def on_prepared(make: Make) -> Make:
+def on_prepared(make: MakeSplits) -> MakeSplits:
     """A task function of prepared data, from one that takes their folder, or None for shapes without data.
 
     It is called with settings alone, and builds once for each folder and settings.
@@ -144,7 +144,7 @@ def _language_task(where: Path | None, name: str, model: models.Model, context: 
     return _classification_on(columns, stream.Stream, model, _pick_window, tokens.VOCABULARY, sizes)
 
 
-def settings_of(make: Make) -> dict[str, Any]:
+def settings_of(make: MakeSplits) -> dict[str, Any]:
     """The settings of a task function with their defaults: its arguments with a number, a flag or a string."""
     parameters = inspect.signature(make).parameters.values()
     return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str)}
@@ -157,7 +157,7 @@ def pick_dtype(name: str) -> Any:
     return DTYPES[name]
 
 
-def mlp_on(name: str, batch: int, about: str) -> Make:
+def mlp_on(name: str, batch: int, about: str) -> MakeSplits:
     """3072 → `width`, `depth` times → 1,000 on prepared images."""
 
     def make(
@@ -180,7 +180,7 @@ def mlp_on(name: str, batch: int, about: str) -> Make:
     return on_prepared(make)
 
 
-def resnet18_on(name: str, batch: int, about: str) -> Make:
+def resnet18_on(name: str, batch: int, about: str) -> MakeSplits:
     """ResNet-18 with 1,000 outputs on prepared images; `width` 64 is the full one."""
 
     def make(
@@ -205,7 +205,7 @@ def resnet18_on(name: str, batch: int, about: str) -> Make:
     return on_prepared(make)
 
 
-def gpt_on(name: str, batch: int, context: int, about: str) -> Make:
+def gpt_on(name: str, batch: int, context: int, about: str) -> MakeSplits:
     """GPT-2's architecture on prepared tokens; the defaults of `layers`, `heads` and `width` are gpt2-mini's."""
     mini = models.GPT_SIZES["gpt2-mini"]
 
