@@ -41,10 +41,16 @@ def test_the_lanes_of_both_forms_compute_the_same():
     assert len(parallel.mesh(speed.PAIRS).devices) >= 1
 
 
+@pytest.mark.slow
+def test_a_new_process_times_its_first_outer_step_and_later_ones(tmp_path):
+    first, median = speed.child(1, 2, str(tmp_path), pin=True)
+    assert first > median > 0
+
+
 def test_numbers_are_written_with_their_machine_and_unknown_parts_refused(tmp_path, monkeypatch):
     lines = [speed.Line(f"growth with pairs: {n}", 10.0 * n, "ms") for n in (2, 4)]
     monkeypatch.setattr(speed, "PARTS", {"growth": lambda: [*lines, speed.Line("other", float("nan"), "x")]})
-    speed.run(["growth"], tmp_path / "b.json", say=lambda text: None)
+    speed.run(["growth"], tmp_path / "b.json", log=lambda text: None)
     written = json.loads((tmp_path / "b.json").read_text())
     assert [line["value"] for line in written["lines"]] == [20.0, 40.0, "nan"] and written["machine"]["cores"] >= 1
     assert speed.growth_curves(lines) == {"pairs": [(2.0, 20.0), (4.0, 40.0)]}

@@ -132,7 +132,7 @@ def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(interrupt, "Stop", lambda: stopped)
     stopped.requested = "SIGTERM"
     status, _, err = evaluate("adam:1e-3", "sgdm:0.1")
-    assert status == 3 and "Go on with the same command" in err and not (out / "rows-quadratic.jsonl").exists()
+    assert status == 3 and "Resume with the same command" in err and not (out / "rows-quadratic.jsonl").exists()
     stopped.requested = None
 
     assert evaluate("adam:1e-3", "sgdm:0.1")[0] == 0 and made == ["adam 0.001", "sgdm 0.1"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lolo.data import embedded
+from lolo.data.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "lolo" / "data"
@@ -150,13 +151,13 @@ def test_a_flipped_bit_is_refused_with_the_cure(tmp_path, monkeypatch, name, rea
     content[len(content) // 2] ^= 1
     (tmp_path / name).write_bytes(content)
     message = f"{name} is damaged: expected sha256 {embedded.SHA256[name]}.*reinstall lolo"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=message):
         read.__wrapped__()
 
 
 def test_a_missing_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "FOLDER", tmp_path)
-    with pytest.raises(FileNotFoundError, match="books.json.xz is missing.*reinstall lolo"):
+    with pytest.raises(DataError, match="books.json.xz is missing.*reinstall lolo"):
         embedded.books.__wrapped__()
 
 

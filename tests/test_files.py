@@ -1,5 +1,6 @@
 """Weights, checkpoints and logs: whole or absent, verified, refused by name."""
 
+import hashlib
 import json
 import os
 import struct
@@ -38,6 +39,31 @@ def weights_path(tmp_path):
     path = tmp_path / "w.safetensors"
     weights_file.write_weights(path, meta_params(), learner=LEARNER, recipe={"seed": 3}, card={"summary": "small"})
     return path
+
+
+def test_a_lock_is_held_once_and_files_that_are_locked_are_created(tmp_path):
+    for path in (tmp_path, tmp_path / "lock"):
+        with disk.locked(path) as free, disk.locked(path) as another:
+            assert free and not another
+        with disk.locked(path) as free_again:
+            assert free_again
+    assert (tmp_path / "lock").is_file()
+
+
+def test_without_locks_of_the_system_every_lock_is_granted_and_files_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "fcntl", None)  # as on Windows
+    with disk.locked(tmp_path) as free, disk.locked(tmp_path) as another:
+        assert free and another
+    disk.write_json(tmp_path / "a.json", [1])
+    assert disk.read_json(tmp_path / "a.json") == [1]
+
+
+def test_a_file_is_hashed_in_pieces_with_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "HASH_CHUNK_BYTES", 4)
+    (tmp_path / "a").write_bytes(b"0123456789")
+    done = []
+    assert disk.sha256_of(tmp_path / "a", done.append) == hashlib.sha256(b"0123456789").hexdigest()
+    assert done == [4, 8, 10]
 
 
 def test_weights_come_back_as_they_were(weights_path):
@@ -237,13 +263,13 @@ def test_a_half_written_last_line_of_a_log_is_skipped_and_one_in_the_middle_is_n
 
 
 class Together:
-    """`settle` of several processes that are threads here."""
+    """`agree` of several processes that are threads here."""
 
     def __init__(self, count):
         self.barrier, self.said, self.answers = threading.Barrier(count), [None] * count, []
 
-    def settle(self, index):
-        def settle(mine, decide):
+    def agree(self, index):
+        def agree(mine, decide):
             self.said[index] = mine
             self.barrier.wait(20)
             if index == 0:
@@ -256,7 +282,7 @@ class Together:
                 raise self.answers[-1]
             return self.answers[-1]
 
-        return settle
+        return agree
 
 
 SPREAD = np.arange(12.0).reshape(6, 2)
@@ -270,7 +296,7 @@ def write_in_parts(run, step, cuts, differing=False):
         rows = cuts[index], [*cuts[1:], 6][index]
         arrays = {"phi": np.full(3, float(differing and index > 0))}
         own = {"slots": SPREAD[slice(*rows)]}
-        return checkpoints.write_checkpoint(run, step, arrays, {}, own=own, rows=rows, settle=together.settle(index))
+        return checkpoints.write_checkpoint(run, step, arrays, {}, own=own, rows=rows, agree=together.agree(index))
 
     with ThreadPoolExecutor(len(cuts)) as threads:
         return list(threads.map(process, range(len(cuts))))

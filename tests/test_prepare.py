@@ -135,7 +135,7 @@ def test_two_preparations_do_not_write_into_one_folder(tmp_path):
 def test_unknown_names_are_answered_with_the_nearest(tmp_path):
     with pytest.raises(DataError, match="did you mean 'imagenet32'"):
         prepare.prepare("imagenet", tmp_path, tmp_path / "out")
-    with pytest.raises(DataError, match="known are imagenet32, fineweb"):
+    with pytest.raises(DataError, match="Known: imagenet32, fineweb"):
         prepare.prepare("xyz", tmp_path, tmp_path / "out")
 
 

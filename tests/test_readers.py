@@ -708,7 +708,7 @@ def test_wrong_idx_files_are_refused(tmp_path, content, message, packed):
     path = tmp_path / ("a-idx1-ubyte" + ".gz" * packed)
     path.write_bytes(gzip.compress(content) if packed else content)
     if packed and "promises" in message:
-        message = "ends inside the data|goes on after the data"
+        message = "ends inside the data|continues after the data"
     with pytest.raises(DataError, match=message):
         list(idx.read_rows(path))
 

@@ -20,7 +20,7 @@ from lolo.files import disk, jsonl, settings
 from lolo.files.disk import FileError
 from lolo.optimizers import weights_file
 from lolo.report import charts, markup
-from lolo.report.page import MAX_OPTIMIZERS, build, shown, train_command
+from lolo.report.page import MAX_OPTIMIZERS, build, format_value, train_command
 from lolo.runtime import environment
 from lolo.studies import comparison_report, tables
 from lolo.studies.rows import save_rows
@@ -158,7 +158,7 @@ def test_a_meta_training(tmp_path):
     for finding in doctor.examine(tmp_path / "run"):
         assert " ".join(finding.what.split()) in said
     for name, value in settings.fields(recipe).items():
-        assert name in said and shown(value) in said
+        assert name in said and format_value(value) in said
     assert "6 of 6 outer steps done" in said and "lolo train books-mlp" in said and "c0ffee" in said
     assert weights_file.read_weights(tmp_path / "run" / "last.safetensors").sha256 in said
     assert "0.2500 0.1250 best" in said and "0.5000 nan" in said

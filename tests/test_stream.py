@@ -109,11 +109,11 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import numpy as np
-from lolo.data.stream import Feed, Rows, Stream
+from lolo.data.stream import Rows, SegmentReader, Stream
 
 shards = np.load(sys.argv[1], mmap_mode="r")
 rows = Rows.windows(shards, 1024)
-feed = Feed(Stream((rows,)), steps=50, batch=64, seed=(0,))
+feed = SegmentReader(Stream((rows,)), steps=50, batch=64, seed=(0,))
 seen, done = 0, 0
 while done < len(rows):
     (windows,) = feed.next()

@@ -2,9 +2,9 @@
 
   python tools/bench_processes.py --steps 100
 
-The two gangs are alive together and take turns, so that what disturbs the machine disturbs both. Prints medians of
-the outer steps' times, their ratio, whether φ has the same bytes, and the loopback interface's counters beside the
-model of `tools/scale_model.py`.
+The two process groups are alive together and take turns, so that what disturbs the machine disturbs both. Prints
+medians of the outer steps' times, their ratio, whether φ has the same bytes, and the loopback interface's counters
+beside the model of `tools/scale_model.py`.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from lolo.runtime import environment, launch, parallel, process_group
 from lolo.training.how import How
 from lolo.training.run import prepare
 
-TURN = 10  # outer steps of one gang before the other's turn
+TURN = 10  # outer steps of one group before the other's turn
 
 
 def worker(core: int, place: dict, task: str, pairs: int) -> None:
@@ -48,11 +48,11 @@ def worker(core: int, place: dict, task: str, pairs: int) -> None:
             times.append(time.perf_counter() - began)
         phi = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(run.state.meta_params)))
         print(json.dumps({"times": times, "phi": phi.hexdigest()}), flush=True)
-    here.dissolve()
+    here.leave()
 
 
 class Pinned:
-    """A gang of processes, one for each core."""
+    """A process group, one process for each core."""
 
     def __init__(self, cores: list[int], task: str, pairs: int) -> None:
         address = f"127.0.0.1:{launch.free_port()}"
@@ -68,7 +68,7 @@ class Pinned:
             )
 
     def take_turn(self, steps: int, counts: bool = True) -> None:
-        """So many outer steps; process 0's times are kept."""
+        """Run `steps` outer steps; process 0's times are kept."""
         before = loopback_bytes()
         for process in self.workers:
             process.stdin.write(f"{steps}\n")
@@ -80,7 +80,7 @@ class Pinned:
 
     def answer(self, process: subprocess.Popen) -> dict:
         for line in process.stdout:
-            if line.startswith("{"):  # Gloo speaks on stdout too
+            if line.startswith("{"):  # Gloo prints on stdout too
                 return json.loads(line)
         raise RuntimeError(f"a worker ended with status {process.wait()}")
 
@@ -110,33 +110,33 @@ def main(steps: int = 100, task: str = "fashion-mlp", pairs: int = 8, out: Path 
       out: JSON file for the numbers.
     """
     cores = sorted(os.sched_getaffinity(0))[:2]
-    gangs = {1: Pinned(cores[:1], task, pairs), 2: Pinned(cores, task, pairs)}
-    for some in gangs.values():
+    groups = {1: Pinned(cores[:1], task, pairs), 2: Pinned(cores, task, pairs)}
+    for some in groups.values():
         some.take_turn(TURN, counts=False)
     for _ in range(-(-steps // TURN)):
-        for some in gangs.values():
+        for some in groups.values():
             some.take_turn(TURN)
     count = scale_model.counts(scale_model.of_task(task, pairs))
-    medians = {n: statistics.median(some.times) for n, some in gangs.items()}
+    medians = {n: statistics.median(some.times) for n, some in groups.items()}
     payload = 2 * (count.received_bytes(2) + scale_model.FLAGS * scale_model.WORD)
-    found = {
+    result = {
         "task": task,
         "pairs": pairs,
-        "outer_steps": len(gangs[1].times),
+        "outer_steps": len(groups[1].times),
         "median_ms": {n: round(1e3 * value, 2) for n, value in medians.items()},
         "quartiles_ms": {
-            n: [round(1e3 * q, 2) for q in statistics.quantiles(some.times, n=4)] for n, some in gangs.items()
+            n: [round(1e3 * q, 2) for q in statistics.quantiles(some.times, n=4)] for n, some in groups.items()
         },
         "throughput_of_2_over_1": round(medians[1] / medians[2], 3),
-        "same_phi": gangs[1].phi == gangs[2].phi,
+        "same_phi": groups[1].phi == groups[2].phi,
         "model_bytes_per_outer_step": payload,
-        "loopback_bytes_per_outer_step": gangs[2].bytes / len(gangs[2].times),
+        "loopback_bytes_per_outer_step": groups[2].bytes / len(groups[2].times),
     }
-    for some in gangs.values():
+    for some in groups.values():
         some.end()
-    print(json.dumps(found, indent=2))
+    print(json.dumps(result, indent=2))
     if out is not None:
-        out.write_text(json.dumps(found, indent=2) + "\n")
+        out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

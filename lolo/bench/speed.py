@@ -1,7 +1,7 @@
-"""`lolo bench`: speed on this machine, as ratios within one run.
+"""The parts of `lolo bench`: speed on this machine, as ratios within one run.
 
-Every comparison is interleaved (one call of each, again and again) and reported as a median of times; the ratios mean
-something on a busy machine, the absolute numbers less so.
+Every comparison is interleaved (one call of each, again and again) and reported as a median of times: on a busy machine
+the ratios are meaningful, the absolute numbers less so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from lolo.bench import textbook
+from lolo.bench.timing import Line, interleaved
 from lolo.files import disk, jsonl, settings
 from lolo.method import meta
 from lolo.method.task import Splits, Task
@@ -53,30 +53,6 @@ SIZES: dict[str, tuple[tuple[int, ...], int]] = {
 }
 # Arithmetic of our form per parameter: the products of 16, 32 and 32 inputs with the weights.
 FLOPS_PER_PARAMETER = 2 * (16 * 32 + 32 * 32 + 32 * 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One measurement."""
-
-    what: str
-    value: float
-    unit: str
-    note: str = ""
-
-
-def interleaved(calls: dict[str, Callable[[], Any]], seconds: float = 6.0, least: int = 5) -> dict[str, float]:
-    """Median seconds of each call; one of each in turn, for about `seconds` in all, after one to warm up."""
-    for call in calls.values():
-        jax.block_until_ready(call())
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(next(iter(times.values()))) < least:
-        for name, call in calls.items():
-            began = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def synthetic(widths: tuple[int, ...]) -> Splits:
@@ -116,10 +92,10 @@ def lanes(task: Task, optimizer: Callable, steps: int, sequential: bool) -> tupl
         return jax.vmap(partial(one, task))(*args)
 
     phi = small_fc.small_fc().init(jax.random.key(0))
-    many = 2 * PAIRS
-    noise = jax.random.split(jax.random.key(1), many)
+    trajectories = 2 * PAIRS
+    noise = jax.random.split(jax.random.key(1), trajectories)
     perturbed = jax.vmap(lambda key: jax.tree.map(lambda x: x + 0.01 * jax.random.normal(key, x.shape), phi))(noise)
-    params = jax.vmap(lambda key: task.init(key)[0])(jax.random.split(jax.random.key(2), many))
+    params = jax.vmap(lambda key: task.init(key)[0])(jax.random.split(jax.random.key(2), trajectories))
     keys = jnp.repeat(jax.random.split(jax.random.key(3), PAIRS), 2, axis=0)
     mapped = jax.shard_map(
         all_lanes, mesh=over, in_specs=(everywhere, spread, spread, spread), out_specs=spread, check_vma=False
@@ -171,11 +147,11 @@ def product_call() -> Callable[[], Any]:
 
 
 class OuterStep(NamedTuple):
-    """One outer step of a recipe, ready to be called again and again."""
+    """One outer step of a recipe, compiled."""
 
     call: Callable[[], Any]
     state: meta.MetaState  # shapes
-    memory: int  # bytes that the program needs: arguments, results and what lies between
+    memory: int  # bytes that the program needs: arguments, results and temporaries
 
 
 def outer_step(
@@ -270,15 +246,15 @@ def block_times(
 
 
 def bench_blocks(rounds: int = 20) -> list[Line]:
-    """Slots that vmap advances together: what `slots_per_block` costs on this kind of device."""
+    """Times by `slots_per_block`, the number of slots that vmap runs together."""
     return [
         Line(f"outer step with slots_per_block {size}", 1000 * seconds, "ms", f"n={rounds}")
         for size, seconds in block_times(on("fashion-mlp"), rounds=rounds).items()
     ]
 
 
-def bench_use() -> list[Line]:
-    """The optimizer's step in use (optax, jitted) against optax.adamw on MLPs of 1M and 10M parameters."""
+def bench_inference() -> list[Line]:
+    """The optimizer's step at inference (optax, jitted) against optax.adamw on MLPs of 1M and 10M parameters."""
     lines = []
     for label, widths in {"1M": (784, 640, 640, 128, 10), "10M": (1024, 2560, 2560, 256, 10)}.items():
         params = models.mlp(widths).init(jax.random.key(0))[0]
@@ -299,10 +275,11 @@ import os, sys, time
 if sys.argv[3] == "pin":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 began = time.perf_counter()
-from lolo import bench, training
-training.set_up(int(sys.argv[1]) if sys.argv[1] != "0" else None)
+from lolo.bench import speed
+from lolo.runtime import environment
+environment.set_up(int(sys.argv[1]) if sys.argv[1] != "0" else None)
 import jax
-call = bench.outer_step(bench.on("fashion-mlp")).call
+call = speed.outer_step(speed.on("fashion-mlp")).call
 jax.block_until_ready(call())
 first = time.perf_counter() - began
 times = []
@@ -314,7 +291,7 @@ print(first, statistics.median(times) if times else 0.0)
 
 
 def child(devices: int, steps: int, cache: str, pin: bool) -> tuple[float, float]:
-    """Seconds to the first outer step and median seconds of later ones, in a process of its own."""
+    """Seconds to the first outer step and median seconds of later ones, in a new process."""
     environment = {**os.environ, "LOLO_CACHE": cache}
     command = [sys.executable, "-c", CHILD, str(devices), str(steps), "pin" if pin else ""]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -339,65 +316,21 @@ def bench_start_and_cores() -> list[Line]:
     ]
 
 
-TORCH_SIZES = {"1M": (784, 640, 640, 136, 10), "10M": (1024, 2560, 2560, 256, 10)}
-
-
 def bench_torch(seconds: float = 12.0) -> Iterator[Line]:
-    """The optimizer's step in PyTorch: one CPU thread, beside the textbook's and AdamW's; a GPU, if there is one."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
+    """The optimizer's step in PyTorch, if it is installed: see `lolo.bench.torch_speed`."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
         yield Line("torch is not installed: pip install 'lolo[torch]'", float("nan"), "", "skipped")
         return
-    import torch
+    from lolo.bench import torch_speed
 
-    torch.set_num_threads(1)
-    yield from torch_steps("cpu", "1M", seconds)
-    if torch.cuda.is_available():
-        for size in TORCH_SIZES:
-            yield from torch_steps("cuda", size, seconds / 2)
-
-
-def torch_steps(device: str, size: str, seconds: float) -> Iterator[Line]:
-    """One step of each optimizer on the parameters of an MLP."""
-    import torch
-
-    from lolo.bench.textbook_torch import Textbook  # on the CPU only
-    from lolo.torch import LoLO
-
-    widths = TORCH_SIZES[size]
-
-    def parameters() -> list[Any]:
-        generator = torch.Generator().manual_seed(0)
-        layers = [torch.nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-        params = [p.to(device).detach().requires_grad_() for layer in layers for p in layer.parameters()]
-        for param in params:
-            param.grad = (torch.randn(param.shape, generator=generator) * 0.01).to(device)
-        return params
-
-    def done(step: Callable[[], Any]) -> None:
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    phi = {name: np.array(x) for name, x in small_fc.small_fc().init(jax.random.key(0)).items()}
-    steps = {"lolo": LoLO(parameters(), weights=phi).step}
-    if device == "cpu":
-        steps["textbook"] = Textbook(parameters(), phi).step
-    else:
-        steps["adamw fused"] = torch.optim.AdamW(parameters(), fused=True).step
-    steps["adamw foreach"] = torch.optim.AdamW(parameters(), foreach=True).step
-    times = interleaved({name: partial(done, step) for name, step in steps.items()}, seconds)
-    for name, t in times.items():
-        yield Line(f"torch {torch.__version__} step on {size} parameters, {device}: {name}", 1000 * t, "ms")
-    if device == "cpu":
-        yield Line("torch: textbook / lolo", times["textbook"] / times["lolo"], "x")
-    yield Line(f"torch {size}, {device}: lolo / adamw foreach", times["lolo"] / times["adamw foreach"], "x")
+    yield from torch_speed.measure(seconds)
 
 
 PARTS: dict[str, Callable[[], Iterable[Line]]] = {
     "update": bench_update,
     "methods": bench_methods,
-    "use": bench_use,
+    "use": bench_inference,
     "torch": bench_torch,
     "start": bench_start_and_cores,
     "blocks": bench_blocks,
@@ -405,13 +338,13 @@ PARTS: dict[str, Callable[[], Iterable[Line]]] = {
 }
 
 
-def run(parts: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> list[Line]:
-    """Measure, tell each line as it comes; with `out` (a JSON file) write them, and a picture of the growth beside."""
+def run(parts: Sequence[str], out: Path | None, log: Callable[[str], None] = print) -> list[Line]:
+    """Measure and log each line; with `out` (a JSON file) write them, and a picture of the growth beside it."""
     lines: list[Line] = []
     chosen = [settings.pick(PARTS, "part of the benchmark", part) for part in parts]
     for part in chosen:
         for line in part():
-            say(f"{line.what:60} {line.value:12.3f} {line.unit}  {line.note}".rstrip())
+            log(f"{line.what:60} {line.value:12.3f} {line.unit}  {line.note}".rstrip())
             lines.append(line)
     if out is not None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -424,7 +357,7 @@ def run(parts: Sequence[str], out: Path | None, say: Callable[[str], None] = pri
 
 
 def growth_curves(lines: Sequence[Line]) -> dict[str, list[tuple[float, float]]]:
-    """what grows -> (its value, ms of an outer step)."""
+    """Curves of the growth: what grows -> (its value, ms of an outer step)."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         what, colon, value = line.what.removeprefix("growth with ").partition(": ")

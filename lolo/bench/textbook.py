@@ -1,7 +1,7 @@
-"""`small_fc` as the textbooks have it: one [*shape, 39] tensor per parameter, the network along its last axis.
+"""`small_fc` in textbook form: one [*shape, 39] tensor per parameter, the network along its last axis.
 
 Written from the description in docs and paper alone (Metz et al. 2022; Eq. 7), in the plainest form, and independent of
-`lolo.features`: the reference that the fast form is compared with, in values and in speed.
+`lolo.optimizers.features`: the reference that the fast form is compared with, in values and in speed.
 """
 
 from __future__ import annotations

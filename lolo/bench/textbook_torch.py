@@ -1,4 +1,4 @@
-"""`small_fc` in torch as the textbooks have it: one [*shape, 39] tensor per parameter, tensor by tensor.
+"""`small_fc` in textbook form in PyTorch: one [*shape, 39] tensor per parameter, tensor by tensor.
 
 Independent of `lolo.torch`: the reference for its values and its speed.
 """

@@ -84,7 +84,7 @@ def train_command(argv: list[str]) -> int:
         environment.set_up()
         print(plan.report(plan.of_training(recipe, arguments.devices, arguments.offload)))
         return 0
-    if arguments.measure_blocks and (arguments.several.asked or arguments.offload):
+    if arguments.measure_blocks and (arguments.several.requested or arguments.offload):
         raise ValueError(
             "--measure-blocks times one process with its buffers on the device; give --estimator.slots-per-block N "
             "instead, with the N that a run in one process has stored."
@@ -92,7 +92,7 @@ def train_command(argv: list[str]) -> int:
 
     def work(how: How) -> loop.Result:
         # A scheduler that starts processes again gives the same command.
-        if arguments.several.asked and run_folder.can_resume(out, recipe, how.group):
+        if arguments.several.requested and run_folder.can_resume(out, recipe, how.group):
             return loop.resume(out, how)
         if arguments.measure_blocks:
             run_folder.require_free(out, recipe)
@@ -119,7 +119,7 @@ def run_here_or_in_processes(
     Returns the exit status: 0 if finished, 3 if stopped on request.
     """
     place = launch.member()
-    if place is None and several.asked:
+    if place is None and several.requested:
         launch.check(several)
         parallel.check_processes(recipe.estimator.pairs // recipe.estimator.slots_per_block, several.processes or 1)
         return launch.launch(argv, several, log)
@@ -128,7 +128,7 @@ def run_here_or_in_processes(
     group = ALONE if place is None else launch.join(place)
     stop = Stop()
     how = dataclasses.replace(how, group=group, stop=stop)
-    with group.noticing_loss("meta-training"), stop_on_signals(stop):
+    with group.watching("meta-training"), stop_on_signals(stop):
         if not group.leads:
             return 0 if work(dataclasses.replace(how, log=lambda text: None)).finished else 3
         with progress_display() as display:

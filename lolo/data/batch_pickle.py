@@ -1,4 +1,4 @@
-"""CIFAR-style batch pickles, read without running anything in them.
+"""Reader of CIFAR-style batch pickles that runs nothing in them.
 
 A pickle is a program. Its opcodes are checked first; the names that it may call are few, and each is answered with
 a stand-in from this module, so that not even NumPy is called with what the file says before it has been checked.
@@ -161,7 +161,7 @@ def _checked_batch(path: Path, batch: Any) -> tuple[NDArray[np.uint8], NDArray[A
 
 
 def child_rows(file: str, scratch: str) -> None:
-    """Writes all examples of the pickle; for a child process."""
+    """Write all examples of the pickle; for a child process."""
     data, labels = unpickle_batch(Path(file))
     out = rgb32.ChildWriter(scratch)
     for start in range(0, len(data), rgb32.CHUNK_ROWS):

@@ -1,4 +1,4 @@
-"""The data that every copy of lolo carries: Fashion-MNIST at 8x8, and public-domain books. Needs no download.
+"""Embedded data sets: Fashion-MNIST at 8x8 and public-domain books, files of this package that need no download.
 
 Both files are checked against their sha256 when first read. Licences and the list of books: NOTICE.md beside
 this file; how the files were made: tools/build_embedded_data.py.
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lolo.data.errors import DataError
 
 FASHION_FILE = "fashion_mnist_8x8.npz"
 BOOKS_FILE = "books.json.xz"
@@ -51,20 +53,24 @@ def read_verified(name: str) -> bytes:
     Args:
         name: a key of `SHA256`.
     Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: its sha256 is not the released one.
+        DataError: the file is not there, or its sha256 is not the released one.
     """
     file = FOLDER / name
     if not file.is_file():
-        raise FileNotFoundError(f"lolo/data/{name} is missing from this installation; reinstall lolo.")
+        raise DataError(f"lolo/data/{name} is missing from this installation; reinstall lolo.")
     content = file.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256[name]:
-        raise ValueError(
-            f"lolo/data/{name} is damaged: expected sha256 {SHA256[name]}, found {found} "
-            f"({len(content):,} bytes); reinstall lolo."
-        )
+    require_sha256(name, content, SHA256[name])
     return content
+
+
+def require_sha256(name: str, content: bytes, expected: str) -> None:
+    """Raise DataError unless this content of an embedded file is the released one."""
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != expected:
+        raise DataError(
+            f"lolo/data/{name} is damaged: expected sha256 {expected}, found {actual} ({len(content):,} bytes); "
+            "reinstall lolo."
+        )
 
 
 @functools.lru_cache(maxsize=1)
@@ -91,7 +97,7 @@ def fashion_mnist() -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
 
 @functools.lru_cache(maxsize=1)
 def books() -> tuple[Book, ...]:
-    """The books in the file's order. Each is whole and in one split only."""
+    """The books in the file's order. Each is complete and in one split only."""
     content = json.loads(lzma.decompress(read_verified(BOOKS_FILE)))
     return tuple(Book(**entry) for entry in content["books"])
 

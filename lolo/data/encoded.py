@@ -1,4 +1,4 @@
-"""What child processes do with HDF5 and parquet files of images: see `lolo.data.sandbox`."""
+"""Readers of images in HDF5 and parquet files. They run in child processes: see `lolo.data.sandbox`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _hdf5(file: str) -> tuple[Any, Any, Any]:
     except ImportError:
         raise library_missing("h5py", "reading HDF5") from None
     content = h5py.File(file, "r")
-    found = []
+    datasets = []
     for name in ("encoded_images", "targets"):
         # Soft and external links, external storage and virtual data sets could all point at other files.
         if not isinstance(content.get(name, getlink=True), h5py.HardLink):
@@ -35,8 +35,8 @@ def _hdf5(file: str) -> tuple[Any, Any, Any]:
         dataset = content[name]
         if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
             raise DataError.at(file, f"{name!r} is not a data set of its own", HDF5_CURE)
-        found.append(dataset)
-    images, labels = found
+        datasets.append(dataset)
+    images, labels = datasets
     element = h5py.check_vlen_dtype(images.dtype)
     if images.ndim != 1 or element != np.uint8:
         problem = f"`encoded_images` is {images.dtype} {images.shape}, expected bytes of variable length [N]"
@@ -49,7 +49,7 @@ def _hdf5(file: str) -> tuple[Any, Any, Any]:
 
 
 def hdf5_sizes(file: str, scratch: str) -> tuple[int, int]:
-    """Examples of the train and validation sets, from the `split` attribute of Fuel, else the published ones."""
+    """Sizes of the train and validation sets, from the `split` attribute of Fuel, else the published ones."""
     content, images, labels = _hdf5(file)
     official_train, official_validation, official_test = OFFICIAL_HDF5
     train, validation = official_train, official_train + official_validation
@@ -72,7 +72,7 @@ def hdf5_sizes(file: str, scratch: str) -> tuple[int, int]:
 
 
 def hdf5_rows(file: str, scratch: str, start: int, stop: int) -> None:
-    """Writes examples start..stop-1."""
+    """Write examples start..stop-1."""
     _, images, labels = _hdf5(file)
     out = rgb32.ChildWriter(scratch)
     for first in range(start, stop, BATCH_ROWS):
@@ -118,7 +118,7 @@ def parquet_batches(file: str, groups: list[int], columns: dict[str, str], rows:
 
 
 def parquet_images(file: str, scratch: str, groups: list[int], start: int) -> None:
-    """Writes the examples of some row groups, the first of which is example `start` of the file."""
+    """Write the examples of some row groups, the first of which is example `start` of the file."""
     out = rgb32.ChildWriter(scratch)
     columns = {"image": "encoded bytes or uint8 lists", "label": "0..999"}
     for batch in parquet_batches(file, groups, columns, BATCH_ROWS):

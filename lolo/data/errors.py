@@ -1,4 +1,4 @@
-"""The one exception of the readers."""
+"""DataError, the exception of the readers."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lolo.data import encoded, npy, sandbox, tokens
 from lolo.data.errors import DataError
-from lolo.data.read_plan import VALIDATION_STRIDE, Part, ReadPlan, Rows, existing, grouped, untrusted
+from lolo.data.read_plan import VALIDATION_STRIDE, Part, ReadPlan, SplitRows, existing, grouped, untrusted
 
 MAGIC = 20_240_520
 VERSION = 1
@@ -55,12 +55,12 @@ def plan(source: Path | None) -> ReadPlan:
     place = existing(source, "fineweb")
     paths = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
     for suffix in (".bin", ".npy", ".parquet"):
-        found = [path for path in paths if path.suffix == suffix]
-        held_out = [path for path in found if "val" in path.name]
-        train = [path for path in found if path not in held_out]
-        if found and not train:
+        shards = [path for path in paths if path.suffix == suffix]
+        held_out = [path for path in shards if "val" in path.name]
+        train = [path for path in shards if path not in held_out]
+        if shards and not train:
             raise DataError.at(place, f"only validation files ({held_out[0].name})", "fetch training shards too")
-        if found:
+        if shards:
             parts, info = (_plan_parquet if suffix == ".parquet" else _plan_shards)(train, held_out)
             return ReadPlan(parts, {"kind": "tokens", "format": suffix[1:], "vocabulary": tokens.VOCABULARY, **info})
     expected = "fineweb_train_000001.bin … and fineweb_val_000000.bin, uint16 .npy shards, or .parquet with `text`"
@@ -92,7 +92,7 @@ def read_shard(path: Path) -> Shard:
         return Shard(path, header.offset, header.shape[0])
 
 
-def _bin_header(stream: npy.Stream, path: Path, size: int) -> int:
+def _bin_header(stream: npy.ByteStream, path: Path, size: int) -> int:
     content = stream.read(4 * HEADER)
     if len(content) < 4 * HEADER:
         raise DataError.at(path, f"{len(content)} bytes, a header has {4 * HEADER}", CURE, f"byte {len(content)}")
@@ -132,7 +132,7 @@ def _plan_shards(train: list[Path], held_out: list[Path]) -> ReadPlan:
     shards = [read_shard(path) for path in train]
     total = sum(shard.tokens for shard in shards)
     twentieth = total // VALIDATION_STRIDE
-    # The stream of all shards is cut, not each shard: documents go on from one shard to the next.
+    # The stream of all shards is cut, not each shard: documents continue from one shard to the next.
     ends = [total - twentieth, total] if held_out else [total - 2 * twentieth, total - twentieth, total]
     parts = []
     start = 0
@@ -145,7 +145,7 @@ def _plan_shards(train: list[Path], held_out: list[Path]) -> ReadPlan:
     return ReadPlan(parts, {"notes": [f"{len(train)} train shards, {len(held_out)} validation shards"]})
 
 
-def _train_rows(shard: Shard, start: int, ends: list[int], scratch: Path) -> Iterator[Rows]:
+def _train_rows(shard: Shard, start: int, ends: list[int], scratch: Path) -> Iterator[SplitRows]:
     """ends: of the splits, in tokens of the whole stream, in which this shard begins at `start`."""
     for piece in read_tokens(shard):
         cuts = np.clip(np.array(ends) - start, 0, len(piece))
@@ -155,7 +155,7 @@ def _train_rows(shard: Shard, start: int, ends: list[int], scratch: Path) -> Ite
         start += len(piece)
 
 
-def _test_rows(shard: Shard, scratch: Path) -> Iterator[Rows]:
+def _test_rows(shard: Shard, scratch: Path) -> Iterator[SplitRows]:
     for piece in read_tokens(shard):
         yield "test", {"tokens": piece}
 
@@ -178,7 +178,7 @@ def _plan_parquet(train: list[Path], held_out: list[Path]) -> ReadPlan:
 
 
 def child_parquet(file: str, scratch: str, groups: list[int], start: int, which: str) -> None:
-    """Writes the tokens of some row groups, the first of which is document `start`, into a file for each split.
+    """Write the tokens of some row groups, the first of which is document `start`, into a file for each split.
 
     which: "test" sends all documents there; "train" keeps every 20th for validation; "all" also one for test.
     """
@@ -196,7 +196,7 @@ def child_parquet(file: str, scratch: str, groups: list[int], start: int, which:
         stream.close()
 
 
-def _parquet_rows(path: Path, groups: list[int], start: int, which: str, scratch: Path) -> Iterator[Rows]:
+def _parquet_rows(path: Path, groups: list[int], start: int, which: str, scratch: Path) -> Iterator[SplitRows]:
     sandbox.run(child_parquet, path, scratch, groups, start, which, seconds=CHILD_SECONDS)
     for split in SPLITS:
         file = scratch / f"{split}.bin"

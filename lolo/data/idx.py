@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and its relatives: a folder of images and labels, plain or packed with gzip."""
+"""Reader of IDX files, the format of MNIST and its relatives: a folder of images and labels, plain or in gzip."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lolo.data.errors import DataError
-from lolo.data.npy import Stream
-from lolo.data.read_plan import Part, ReadPlan, Rows, existing, split_examples, untrusted
+from lolo.data.npy import ByteStream
+from lolo.data.read_plan import Part, ReadPlan, SplitRows, existing, split_examples, untrusted
 
 UNSIGNED_BYTES = b"\x00\x00\x08"
 MAX_AXES = 4
@@ -26,7 +26,7 @@ CURE = "fetch the file again; IDX files of unsigned bytes are read"
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Stream]:
+def opened(path: Path) -> Iterator[ByteStream]:
     """The bytes of an IDX file; of a name that ends in .gz, unpacked."""
     with path.open("rb") as raw:
         if path.suffix == ".gz":
@@ -68,10 +68,10 @@ def read_rows(path: Path) -> Iterator[NDArray[np.uint8]]:
                 raise DataError.at(path, f"ends inside the data; the header promises {shape}", CURE, f"byte {offset}")
             yield np.frombuffer(content, np.uint8).reshape(n, *shape[1:])
         if stream.read(1):
-            raise DataError.at(path, f"goes on after the data; the header promises {shape}", CURE)
+            raise DataError.at(path, f"continues after the data; the header promises {shape}", CURE)
 
 
-def _header(stream: Stream, path: Path) -> tuple[int, ...]:
+def _header(stream: ByteStream, path: Path) -> tuple[int, ...]:
     start = stream.read(4)
     if len(start) < 4 or start[:3] != UNSIGNED_BYTES or not 1 <= start[3] <= MAX_AXES:
         problem = f"starts with {start.hex(' ')!r}, expected 00 00 08 and the number of axes, 1 to {MAX_AXES}"
@@ -122,7 +122,7 @@ def _part(split: str, pair: dict[str, Path]) -> Part:
         problem = f"labels of shape {labels} for images of shape {images}"
         raise DataError.at(pair["labels"], problem, "give the files that belong together")
 
-    def rows(scratch: Path) -> Iterator[Rows]:
+    def rows(scratch: Path) -> Iterator[SplitRows]:
         all_labels = np.concatenate([np.zeros(0, np.uint8), *read_rows(pair["labels"])])
         start = 0
         for piece in read_rows(pair["images"]):

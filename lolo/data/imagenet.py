@@ -1,4 +1,4 @@
-"""ImageNet at 32×32, in the four forms in which it is passed around, as uint8 images [N, 32, 32, 3].
+"""Reader of ImageNet at 32×32 in the four formats in which it is distributed; images are uint8 [N, 32, 32, 3].
 
 Prepared images are RGB: height, width, colour. On the device, `(images / 255 - MEAN) / STD`. The published
 validation set is the test split here; of each training file every 20th example, from its first, is validation.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lolo.data import batch_pickle, encoded, npy, rgb32, sandbox
 from lolo.data.errors import DataError
-from lolo.data.read_plan import Part, ReadPlan, Rows, check_labels, existing, grouped, split_examples, untrusted
+from lolo.data.read_plan import Part, ReadPlan, SplitRows, check_labels, existing, grouped, split_examples, untrusted
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -48,9 +48,9 @@ def plan(source: Path | None) -> ReadPlan:
     place = existing(source, "imagenet32")
     paths = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
     for pattern, plan_form in FORMS.items():
-        found = [path for path in paths if re.fullmatch(pattern, path.name)]
-        if found:
-            parts, info = plan_form(found)
+        matching = [path for path in paths if re.fullmatch(pattern, path.name)]
+        if matching:
+            parts, info = plan_form(matching)
             return ReadPlan(parts, {"kind": "images", "classes": CLASSES, **info})
     expected = "train_data_batch_1.npz … _10.npz and val_data.npz, the same without .npz, one .hdf5, or .parquet files"
     raise DataError.at(place, "no form of ImageNet-32 is here", f"give a folder that holds {expected}")
@@ -116,7 +116,7 @@ def _check_headers(path: Path, data: npy.Header, labels: npy.Header, mean: npy.H
         raise DataError.at(path, f"mean is {mean.dtype} {mean.shape}, expected numbers [{rgb32.PIXELS}]", CURE)
 
 
-def _npz_rows(path: Path, train: bool, scratch: Path) -> Iterator[Rows]:
+def _npz_rows(path: Path, train: bool, scratch: Path) -> Iterator[SplitRows]:
     headers = npz_headers(path)
     n = headers["data"].shape[0]
     with untrusted(path, "an npz archive"), zipfile.ZipFile(path) as archive:
@@ -144,31 +144,31 @@ def _member(archive: zipfile.ZipFile, name: str, header: npy.Header, path: Path)
     return np.frombuffer(content, header.dtype).reshape(header.shape)
 
 
-def _exactly(stream: npy.Stream, n: int, path: Path) -> bytes:
+def _exactly(stream: npy.ByteStream, n: int, path: Path) -> bytes:
     content = stream.read(n)
     if len(content) != n:
         raise DataError.at(path, f"an array ends {n - len(content):,} bytes early", CURE)
     return content
 
 
-def _end_of_member(stream: npy.Stream, path: Path) -> None:
+def _end_of_member(stream: npy.ByteStream, path: Path) -> None:
     if stream.read(1):  # and with the last byte zipfile compares the checksum
-        raise DataError.at(path, "an array goes on after its end", CURE)
+        raise DataError.at(path, "an array continues after its end", CURE)
 
 
-def _split(images: NDArray[np.uint8], labels: NDArray[Any], start: int, train: bool) -> Iterator[Rows]:
+def _split(images: NDArray[np.uint8], labels: NDArray[Any], start: int, train: bool) -> Iterator[SplitRows]:
     """labels: [n] in 0..999; start: index of the first example in its file."""
     arrays: dict[str, NDArray[Any]] = {"images": images, "labels": labels.astype(np.uint16)}
     yield from split_examples(arrays, start) if train else [("test", arrays)]
 
 
-def _pickle_rows(path: Path, train: bool, scratch: Path) -> Iterator[Rows]:
+def _pickle_rows(path: Path, train: bool, scratch: Path) -> Iterator[SplitRows]:
     sandbox.run(batch_pickle.child_rows, path, scratch)
     yield from _from_child(path, scratch, 0, train)
 
 
-def _from_child(path: Path, scratch: Path, start: int, train: bool) -> Iterator[Rows]:
-    """The rows that a child process left in `scratch`, the first of which is example `start` of its file."""
+def _from_child(path: Path, scratch: Path, start: int, train: bool) -> Iterator[SplitRows]:
+    """The rows that a child process wrote to `scratch`, the first of which is example `start` of its file."""
     labels = np.fromfile(scratch / rgb32.LABELS_FILE, "<u2")
     check_labels(labels, 0, CLASSES - 1, path, start)
     if (scratch / rgb32.IMAGES_FILE).stat().st_size != len(labels) * rgb32.PIXELS:
@@ -212,7 +212,7 @@ def _plan_hdf5(paths: list[Path]) -> ReadPlan:
     return ReadPlan(parts, {"format": "hdf5", "label_order": order, "notes": notes})
 
 
-def _hdf5_rows(path: Path, start: int, stop: int, train: bool, scratch: Path) -> Iterator[Rows]:
+def _hdf5_rows(path: Path, start: int, stop: int, train: bool, scratch: Path) -> Iterator[SplitRows]:
     sandbox.run(encoded.hdf5_rows, path, scratch, start, stop)
     yield from _from_child(path, scratch, start, train)
 
@@ -244,7 +244,7 @@ def _plan_parquet(paths: list[Path]) -> ReadPlan:
     return ReadPlan(parts, {"format": "parquet", "label_order": order, "notes": notes})
 
 
-def _parquet_rows(path: Path, groups: list[int], start: int, train: bool, scratch: Path) -> Iterator[Rows]:
+def _parquet_rows(path: Path, groups: list[int], start: int, train: bool, scratch: Path) -> Iterator[SplitRows]:
     sandbox.run(encoded.parquet_images, path, scratch, groups, start)
     yield from _from_child(path, scratch, start, train)
 

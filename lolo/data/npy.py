@@ -1,4 +1,4 @@
-"""NumPy's .npy header, read strictly and written at a fixed length.
+"""Headers of NumPy's .npy files, read strictly and written at a fixed length.
 
 NumPy's own reader falls back on a tokenizer and on pickles; this one admits plain arrays of numbers and nothing else.
 Reference: numpy.lib.format, version 1.0.
@@ -28,8 +28,8 @@ FIELDS = re.compile(
 
 
 @runtime_checkable
-class Stream(Protocol):
-    """Anything that gives bytes: a file, or a member of an archive while it is unpacked."""
+class ByteStream(Protocol):
+    """Anything that bytes are read from: a file, or a member of an archive while it is unpacked."""
 
     def read(self, n: int, /) -> bytes: ...
 
@@ -46,7 +46,7 @@ class Header(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(stream: Stream, name: Path | str) -> Header:
+def read_header(stream: ByteStream, name: Path | str) -> Header:
     """The header at the start of `stream`, which is left where the data begin.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Data sets on disk, read once into plain arrays that are mapped into memory from then on.
+"""Preparation of data sets: each is read once, into plain arrays on disk that are mapped into memory from then on.
 
 A prepared folder holds one .npy file for each array of each split, and `manifest.json`, which says what they are and
 what their sha256 is. While `prepare` runs, rows are appended to `*.partial` files, and after each part (such as one
-archive) `journal.json` says how far they are good: a run that was killed goes on behind the last finished part.
+archive) `journal.json` says how far they are valid: a killed run resumes after the last finished part.
 
     prepare("imagenet32", Path("downloads/imagenet32"), Path("prepared/imagenet32"))
     images = open_prepared(Path("prepared/imagenet32"))["train"]["images"]  # numpy.memmap
@@ -11,8 +11,6 @@ archive) `journal.json` says how far they are good: a run that was killed goes o
 from __future__ import annotations
 
 import contextlib
-import difflib
-import fcntl
 import functools
 import hashlib
 import json
@@ -29,14 +27,15 @@ import numpy as np
 from lolo.data import fineweb, idx, imagenet, npy, text, textures, tokens
 from lolo.data.errors import DataError
 from lolo.data.read_plan import Part, ReadPlan
+from lolo.files import disk
+from lolo.files.disk import FileError
+from lolo.files.settings import did_you_mean
 
 FORMAT_VERSION = 1
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.json", "prepare.lock"
-MAX_JSON_BYTES = 64 << 20
-CHUNK_BYTES = 16 << 20
 DTYPES = ("|u1", "<u2")
 
-Progress = Callable[[int, int, str], None]
+OnBytes = Callable[[int, int, str], None]
 """Called with work done, all work (both in bytes of the source) and a line of text."""
 
 PLANS: dict[str, Callable[[Path | None], ReadPlan]] = {
@@ -48,11 +47,11 @@ PLANS: dict[str, Callable[[Path | None], ReadPlan]] = {
     "textures": textures.plan,
     "books": tokens.plan_books,
 }
-"""What `prepare` knows, by name: each takes the source and returns the parts of the work."""
+"""The data sets that `prepare` reads, by name: each function takes the source and returns the parts."""
 
 
 class Prepared(NamedTuple):
-    """One folder in the answer of `list_prepared`."""
+    """One data set that `list_prepared` returns."""
 
     folder: Path
     name: str
@@ -65,22 +64,20 @@ def _silent(done: int, total: int, line: str) -> None:
     del done, total, line
 
 
-def prepare(name: str, source: Path | None, target: Path, progress: Progress = _silent) -> dict[str, Any]:
-    """Reads a data set and writes it as arrays, once; after a kill the same call goes on where it was.
+def prepare(name: str, source: Path | None, target: Path, on_progress: OnBytes = _silent) -> dict[str, Any]:
+    """Read a data set and write it as arrays, once; after a kill the same call resumes.
 
     Args:
         name: a key of `PLANS`.
-        source: the folder or file that holds it; None for the sets that need none or know where they are installed.
-        target: a folder of its own, made if need be. If it holds this data set already, nothing is done.
-        progress: called after each piece of work.
+        source: the folder or file that holds it; None for data sets that need none or are installed in a known place.
+        target: an empty folder, created if it is missing. If it holds this data set already, nothing is done.
+        on_progress: called after each part.
     Returns: the manifest.
     Raises:
         DataError: the source is not what its format says, or the target holds something else.
     """
     if name not in PLANS:
-        near = difflib.get_close_matches(name, PLANS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(PLANS)}."
-        raise DataError(f"No data set is called {name!r}; {hint}")
+        raise DataError(f"No data set is called {name!r}; {did_you_mean(name, PLANS)}")
     if target.exists() and not target.is_dir():
         raise DataError.at(target, "is a file", "give a folder")
     target.mkdir(parents=True, exist_ok=True)
@@ -92,13 +89,13 @@ def prepare(name: str, source: Path | None, target: Path, progress: Progress = _
         total = sum(part.weight for part in plan.parts)
         done = sum(part.weight for part in plan.parts[: journal["done"]])
         for note in plan.info.get("notes", []):
-            progress(done, total, note)
+            on_progress(done, total, note)
         for part in plan.parts[journal["done"] :]:
             _append_part(part, target, journal)
             done += part.weight
-            progress(done, total, f"{part.name} ({journal['done']} of {len(plan.parts)})")
-        manifest = _finish(name, plan, target, journal, progress)
-        progress(total, total, "done")
+            on_progress(done, total, f"{part.name} ({journal['done']} of {len(plan.parts)})")
+        manifest = _finish(name, plan, target, journal, on_progress)
+        on_progress(total, total, "done")
     return manifest
 
 
@@ -108,17 +105,15 @@ def _already_there(name: str, target: Path) -> dict[str, Any]:
         raise DataError.at(target, f"holds {manifest['name']!r} already", "give another folder, or delete this one")
     for _, array in _arrays(manifest):
         _check_array(target, array)
-    (target / JOURNAL).unlink(missing_ok=True)  # left by a kill just behind the manifest
+    (target / JOURNAL).unlink(missing_ok=True)  # left by a kill just after the manifest was written
     return manifest
 
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    with (target / LOCK).open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError.at(target, "another `prepare` is at work here", "wait for it") from None
+    with disk.locked(target / LOCK) as free:
+        if not free:
+            raise DataError.at(target, "another `prepare` is at work here", "wait for it")
         yield
 
 
@@ -126,15 +121,17 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 def _begin(name: str, plan: ReadPlan, target: Path) -> dict[str, Any]:
-    """The journal to go on with, and partial files cut back to what it vouches for."""
+    """The journal to continue from, and partial files cut back to the rows that it counts."""
     parts = [[part.name, part.weight] for part in plan.parts]
     fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, name, parts]).encode()).hexdigest()
+    for path in disk.leftovers(target / JOURNAL) + disk.leftovers(target / MANIFEST):
+        path.unlink()
     if not (target / JOURNAL).exists():
-        strangers = [path.name for path in target.iterdir() if path.name not in (LOCK, f"{JOURNAL}.partial")]
-        if strangers:
-            raise DataError.at(target, f"holds other files ({sorted(strangers)[0]})", "give an empty folder")
+        others = [path.name for path in target.iterdir() if path.name != LOCK]
+        if others:
+            raise DataError.at(target, f"holds other files ({sorted(others)[0]})", "give an empty folder")
         journal: dict[str, Any] = {"fingerprint": fingerprint, "done": 0, "arrays": {}}
-        _write_json(target / JOURNAL, journal)
+        disk.write_json(target / JOURNAL, journal)
     else:
         journal = _read_json(target / JOURNAL)
         if journal.get("fingerprint") != fingerprint:
@@ -156,7 +153,7 @@ def _begin(name: str, plan: ReadPlan, target: Path) -> dict[str, Any]:
 
 
 def _append_part(part: Part, target: Path, journal: dict[str, Any]) -> None:
-    """Appends the rows of one part, makes them durable, then says so in the journal."""
+    """Append the rows of one part, sync them, then count them in the journal."""
     with contextlib.ExitStack() as stack:
         scratch = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="scratch-", suffix=".partial", dir=target))
@@ -181,18 +178,18 @@ def _append_part(part: Part, target: Path, journal: dict[str, Any]) -> None:
             os.fsync(stream.fileno())
     journal["arrays"] = arrays
     journal["done"] += 1
-    _write_json(target / JOURNAL, journal)
+    disk.write_json(target / JOURNAL, journal)
 
 
 def _opened_for_append(path: Path) -> IO[bytes]:
     stream = path.open("ab")
     if stream.tell() == 0:
-        stream.write(bytes(npy.HEADER_BYTES))  # room for the header, which needs the number of rows
+        stream.write(bytes(npy.HEADER_BYTES))  # space for the header, which needs the number of rows
     return stream
 
 
-def _finish(name: str, plan: ReadPlan, target: Path, journal: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Headers, hashes, final names, manifest. Each step may be met half done after a kill."""
+def _finish(name: str, plan: ReadPlan, target: Path, journal: dict[str, Any], on_progress: OnBytes) -> dict[str, Any]:
+    """Headers, hashes, final names, manifest. After a kill, any of these steps may be half done."""
     if not journal["arrays"]:
         raise DataError.at(target, "the source held no examples at all", "check what you gave as source")
     splits: dict[str, dict[str, Any]] = {}
@@ -207,7 +204,9 @@ def _finish(name: str, plan: ReadPlan, target: Path, journal: dict[str, Any], pr
                 stream.flush()
                 os.fsync(stream.fileno())
         current = partial if partial.exists() else final
-        digest = _sha256(current, functools.partial(_report, progress, hashed, size, f"checksum of {final.name}"))
+        digest = disk.sha256_of(
+            current, functools.partial(_report, on_progress, hashed, size, f"checksum of {final.name}")
+        )
         os.replace(current, final)
         entry = {"file": final.name, "shape": list(shape), "dtype": array["dtype"], "sha256": digest}
         split = splits.setdefault(array["split"], {"count": shape[0], "arrays": {}})
@@ -217,7 +216,7 @@ def _finish(name: str, plan: ReadPlan, target: Path, journal: dict[str, Any], pr
         hashed += array["rows"] * _row_bytes(array)
     files = [{"name": part.name, "bytes": part.weight} for part in plan.parts]
     manifest = {"format_version": FORMAT_VERSION, "name": name, **plan.info, "splits": splits, "source": files}
-    _write_json(target / MANIFEST, manifest)
+    disk.write_json(target / MANIFEST, manifest)
     (target / JOURNAL).unlink()
     return manifest
 
@@ -226,46 +225,18 @@ def _row_bytes(array: dict[str, Any]) -> int:
     return math.prod(array["row"]) * np.dtype(array["dtype"]).itemsize
 
 
-def _report(progress: Progress, done: int, total: int, line: str, more: int) -> None:
-    progress(min(done + more, total), total, line)
-
-
-def _sha256(path: Path, progress: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while content := stream.read(CHUNK_BYTES):
-            digest.update(content)
-            progress(stream.tell())
-    return digest.hexdigest()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Whole or not at all, and on the disk when this returns."""
-    temporary = path.with_suffix(".json.partial")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _report(on_progress: OnBytes, done: int, total: int, line: str, more: int) -> None:
+    on_progress(min(done + more, total), total, line)
 
 
 def _read_json(path: Path) -> Any:
+    if not path.exists():
+        raise DataError.at(path, "not there", "prepare the data first: lolo data prepare")
     cure = "delete the folder and prepare the data again"
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise DataError.at(path, f"{path.stat().st_size:,} bytes, expected at most {MAX_JSON_BYTES:,}", cure)
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError.at(path, "not there", "prepare the data first: lolo data prepare") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError.at(path, f"can't be read ({type(error).__name__}: {error})"[:300], cure) from error
+        content = disk.read_json(path)
+    except FileError as error:
+        raise DataError(f"{str(error).removesuffix('.')}; {cure}.") from error
     if not isinstance(content, dict):
         raise DataError.at(path, "holds no JSON object", cure)
     return content
@@ -343,8 +314,8 @@ def open_prepared(target: Path) -> dict[str, dict[str, np.memmap]]:
     return splits
 
 
-def verify(target: Path, progress: Progress = _silent) -> dict[str, Any]:
-    """Compares every array with its sha256; the manifest if all is well.
+def verify(target: Path, on_progress: OnBytes = _silent) -> dict[str, Any]:
+    """Compare every array with its sha256. Returns the manifest.
 
     Raises:
         DataError: names the first file that is damaged or missing.
@@ -355,16 +326,16 @@ def verify(target: Path, progress: Progress = _silent) -> dict[str, Any]:
     done = 0
     for array in arrays:
         path = _check_array(target, array)
-        found = _sha256(path, functools.partial(_report, progress, done, total, path.name))
-        if found != array["sha256"]:
-            problem = f"sha256 {found}, the manifest says {array['sha256']}"
+        actual = disk.sha256_of(path, functools.partial(_report, on_progress, done, total, path.name))
+        if actual != array["sha256"]:
+            problem = f"sha256 {actual}, the manifest says {array['sha256']}"
             raise DataError.at(path, problem, "prepare the data again in an empty folder")
         done += path.stat().st_size
     return manifest
 
 
 def list_prepared(folder: Path) -> list[Prepared]:
-    """What was prepared in a folder: in itself and in those directly in it. Unfinished and damaged sets have a problem.
+    """The prepared data sets in a folder and in those directly below it. Unfinished and damaged ones have a problem.
 
     Raises:
         DataError: there is no such folder.
@@ -372,10 +343,10 @@ def list_prepared(folder: Path) -> list[Prepared]:
     if not folder.is_dir():
         raise DataError.at(folder, "there is no such folder", "give the one that holds prepared data")
     places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    return [_look_at(place) for place in places if (place / MANIFEST).exists() or (place / JOURNAL).exists()]
+    return [_inspect(place) for place in places if (place / MANIFEST).exists() or (place / JOURNAL).exists()]
 
 
-def _look_at(place: Path) -> Prepared:
+def _inspect(place: Path) -> Prepared:
     if not (place / MANIFEST).exists():
         return Prepared(place, "?", {}, 0, "unfinished; run the same `lolo data prepare` again")
     try:

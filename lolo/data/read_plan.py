@@ -1,4 +1,4 @@
-"""What a reader hands to `lolo.data.prepare`: which parts a data set has, and how to get each one's rows."""
+"""Read plans: the parts of a data set and how to read the rows of each. Readers return one to `lolo.data.prepare`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lolo.data.errors import DataError
 VALIDATION_STRIDE = 20
 """Every 20th example or document of a published training set, counted from its first, is validation: 5 %."""
 
-Rows = tuple[str, dict[str, NDArray[Any]]]
-"""A split's name, and rows to append to each of its arrays."""
+SplitRows = tuple[str, dict[str, NDArray[Any]]]
+"""The name of a split, and the rows to append to each of its arrays."""
 
 
 class Part(NamedTuple):
-    """A piece of work that is either done or not, such as one archive. The order of parts is that of the rows."""
+    """A part of a data set, such as one archive, read completely or not at all. Rows are in the order of parts."""
 
     name: str  # the same in every run on the same source
     weight: int  # bytes of source, for the progress bar
-    rows: Callable[[Path], Iterator[Rows]]  # scratch folder -> pieces of bounded size, in order
+    rows: Callable[[Path], Iterator[SplitRows]]  # scratch folder -> pieces of bounded size, in order
 
 
 class ReadPlan(NamedTuple):
@@ -36,7 +36,7 @@ class ReadPlan(NamedTuple):
 
 @contextlib.contextmanager
 def untrusted(file: Path | str, expected: str) -> Iterator[None]:
-    """Turns whatever a parser raises about a damaged file into `DataError`."""
+    """Turn whatever a parser raises about a damaged file into `DataError`."""
     try:
         yield
     except DataError:
@@ -47,7 +47,7 @@ def untrusted(file: Path | str, expected: str) -> Iterator[None]:
         raise DataError.at(file, problem, "fetch or make the file again") from error
 
 
-def split_examples(arrays: dict[str, NDArray[Any]], start: int) -> Iterator[Rows]:
+def split_examples(arrays: dict[str, NDArray[Any]], start: int) -> Iterator[SplitRows]:
     """Rows of a published training set, divided into train and validation.
 
     arrays: [n, ...] each. start: index of their first row in its source file.

@@ -1,4 +1,4 @@
-"""RGB images of 32×32: their layout, and how larger encoded ones become such."""
+"""RGB images of 32×32: their layout, decoding, and shrinking of larger ones."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def shrink(image: Any, side: int) -> NDArray[np.uint8]:
 
 
 class ChildWriter:
-    """Where a child process leaves its rows: images uint8 [n, 32, 32, 3] and labels uint16 [n]."""
+    """Files in which a child process writes its rows: images uint8 [n, 32, 32, 3] and labels uint16 [n]."""
 
     def __init__(self, scratch: str) -> None:
         self.images = Path(scratch, IMAGES_FILE).open("wb")

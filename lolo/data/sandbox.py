@@ -1,7 +1,7 @@
-"""Runs a function in a child process with limits on memory and time, for parsers that are written in C.
+"""Sandbox: runs a function in a child process with limits on memory and time, for parsers that are written in C.
 
 HDF5, parquet and image files are read by large C libraries; a hostile or damaged file may make them crash, hang or
-ask for all memory. In a child that costs the child only: the parent sees `DataError`.
+request all memory. In a child process only the child is lost: the parent raises `DataError`.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def run(
             if child.stdin is not None:
                 child.stdin.close()
     if status != 0 or not result_file.exists() or result_file.stat().st_size > RESULT_BYTES:
-        words = log_file.read_bytes()[-300:].decode("utf-8", "replace").strip().splitlines()
+        last_lines = log_file.read_bytes()[-300:].decode("utf-8", "replace").strip().splitlines()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        problem = f"its reader died ({how}; limits {limits}{': ' + words[-1] if words else ''})"
+        problem = f"its reader died ({how}; limits {limits}{': ' + last_lines[-1] if last_lines else ''})"
         raise DataError.at(file, problem, "fetch the file again, or make smaller files of it")
     result = json.loads(result_file.read_bytes())
     if "error" in result:
@@ -102,7 +102,7 @@ def run(
 
 
 def main() -> None:
-    """What the child does."""
+    """Entry point of the child process."""
     call = json.loads(sys.argv[1])
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
@@ -127,7 +127,7 @@ def main() -> None:
         result = {"error": str(DataError.at(file, problem, "fetch or make the file again"))}
     Path(scratch, RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
     sys.stdout.flush()
-    os._exit(0)  # without the libraries' own clean-up, which may be where a damaged file does its harm
+    os._exit(0)  # skips the libraries' clean-up, where a damaged file may do its harm
 
 
 def _end_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""Where prepared data lie, and their arrays by name: `$LOLO_DATA/NAME`, or `data/NAME` in the present folder."""
+"""Prepared data sets by name: their arrays, from `$LOLO_DATA/NAME` or `data/NAME` in the current folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lolo.data.prepare import MANIFEST, open_prepared, read_manifest
 from lolo.data.stream import Outline
 
 NO_SOURCE = ("textures", "books")
-"""Sets that `lolo data prepare` makes without `--from`."""
+"""Data sets that `lolo data prepare` writes without `--from`."""
 
 
 def root() -> Path:
-    """The folder of all prepared sets."""
+    """The folder of all prepared data sets."""
     return Path(os.environ.get("LOLO_DATA") or "data")
 
 
@@ -32,9 +32,9 @@ def prepared(folder: Path, name: str) -> dict[str, dict[str, np.memmap]]:
         make = f"lolo data prepare {name}{source} --to {target}"
         elsewhere = f", or set LOLO_DATA to the folder that holds a prepared {name!r}"
         raise DataError(f"{target}: no prepared data are here; make them with: {make}{elsewhere}.")
-    found = read_manifest(target)["name"]
-    if found != name:
-        raise DataError.at(target, f"holds {found!r}, expected {name!r}", "prepare each set in a folder of its name")
+    actual = read_manifest(target)["name"]
+    if actual != name:
+        raise DataError.at(target, f"holds {actual!r}, expected {name!r}", "prepare each set in a folder of its name")
     return open_prepared(target)
 
 
@@ -55,4 +55,4 @@ PUBLISHED = {
     "textures": _images(44_663, 4_996, 18_407),
     "books": _tokens(2_775_420, 145_715, 140_272),
 }
-"""What the sets of the named tasks hold when they are whole, so that a plan can be made without the data."""
+"""Shapes of the complete data sets of the named tasks, so that a plan needs no data."""

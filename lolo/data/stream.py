@@ -1,7 +1,7 @@
-"""Examples that stay on disk: read in a shuffled order, in segments, one segment ahead.
+"""Streams: examples that stay on disk are read in a shuffled order, in segments, one segment ahead.
 
-The order of an epoch is a permutation drawn from (seed, epoch), so a place in the stream is two numbers, and a
-run that stopped goes on at exactly the next example. Rows are read with `pread` and not through a memory map: pages
+The order of an epoch is a permutation drawn from (seed, epoch), so a position in the stream is two numbers, and a
+stopped run resumes at exactly the next example. Rows are read with `pread` and not through a memory map: pages
 of a map count as the process's memory as long as it holds them.
 
     stream = Stream((Rows.of(images), labels))  # images: numpy.memmap [N, 32, 32, 3]; labels: [N]
@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from lolo.data.errors import DataError
 
-Arrays = tuple[NDArray[Any], ...]
+Segment = tuple[NDArray[Any], ...]
+"""The batches of consecutive steps: of each column [steps, batch, ...]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Rows:
     def windows(cls, mapped: np.memmap, context: int) -> Rows:
         """Windows of `context` + 1 elements of a row [n]; each begins with the last element of the one before it.
 
-        What is left at the end, less than `context` elements, is in no window.
+        The last elements, fewer than `context`, are in no window.
         """
         shape = ((len(mapped) - 1) // context, context + 1)
         stride = context * mapped.dtype.itemsize
@@ -69,8 +70,8 @@ class Rows:
         Raises:
             DataError: the file is gone, or shorter than it was.
         """
-        found = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        pieces: Any = found.view(np.uint8).reshape(len(indices), self.nbytes // len(self))
+        rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        pieces: Any = rows.view(np.uint8).reshape(len(indices), self.nbytes // len(self))
         try:
             file = os.open(self.path, os.O_RDONLY)
         except OSError as error:
@@ -81,12 +82,12 @@ class Rows:
                     raise DataError.at(self.path, f"ends within row {index}", "prepare the data again")
         finally:
             os.close(file)
-        return found
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """An array that is not here: its shape and type, for plans."""
+    """Shape and type of an array without its data, for plans."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -106,7 +107,7 @@ Column = Rows | Outline | NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:
-    """Examples in columns of equal length. Columns that are outlines can be planned with, and not read."""
+    """Examples in columns of equal length. A stream with outlines for columns serves plans and can't be read."""
 
     columns: tuple[Column, ...]
 
@@ -116,7 +117,7 @@ class Stream:
         return len(self.columns[0])
 
     def segments(self, steps: int, batch: int, seed: Sequence[int], used: int = 0) -> SegmentReader:
-        """A reader of segments of `steps` batches in the order that `seed` decides; `used` were read before."""
+        """A reader of segments of `steps` batches in the order that `seed` decides; `used` of them were read before."""
         return SegmentReader(self, steps, batch, seed, used)
 
 
@@ -128,7 +129,7 @@ class Cursor(NamedTuple):
 
 
 def cursor_after(examples: int, size: int) -> Cursor:
-    """Where a stream of `size` examples is after so many of them."""
+    """The position in a stream of `size` examples after reading `examples` of them."""
     return Cursor(*divmod(examples, size))
 
 
@@ -153,7 +154,7 @@ def indices(seed: tuple[int, ...], start: Cursor, count: int, size: int) -> NDAr
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def segment(stream: Stream, seed: tuple[int, ...], start: Cursor, steps: int, batch: int) -> Arrays:
+def segment(stream: Stream, seed: tuple[int, ...], start: Cursor, steps: int, batch: int) -> Segment:
     """The batches of the next `steps` steps: of each column [steps, batch, ...]."""
     chosen = indices(seed, start, steps * batch, stream.size)
     parts = (column[chosen] for column in stream.columns if not isinstance(column, Outline))
@@ -161,28 +162,28 @@ def segment(stream: Stream, seed: tuple[int, ...], start: Cursor, steps: int, ba
 
 
 class SegmentReader:
-    """Segments of a stream, one after the other. A thread reads the next one while the last is used."""
+    """Segments of a stream in order. A thread reads the next one while the present one is used."""
 
     def __init__(self, stream: Stream, steps: int, batch: int, seed: Sequence[int], used: int = 0) -> None:
-        """`used`: segments that were taken before, by a run that goes on here."""
+        """`used`: segments that were read before, by the run that resumes here."""
         self.stream, self.steps, self.batch, self.seed = stream, steps, batch, tuple(seed)
         self.used = used
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lolo-feed")
-        self._ahead: Future[Arrays] | None = None
+        self._ahead: Future[Segment] | None = None
 
     @property
     def cursor(self) -> Cursor:
-        """The first example that no segment has had yet."""
+        """The first example of the next segment."""
         return cursor_after(self.used * self.steps * self.batch, self.stream.size)
 
-    def _read(self) -> Future[Arrays]:
+    def _read(self) -> Future[Segment]:
         return self._reader.submit(segment, self.stream, self.seed, self.cursor, self.steps, self.batch)
 
-    def next(self) -> Arrays:
+    def next(self) -> Segment:
         """The next segment, of each column [steps, batch, ...].
 
         Raises:
-            DataError: the files are not what they were.
+            DataError: the files have changed.
         """
         present = (self._ahead or self._read()).result()
         self.used += 1

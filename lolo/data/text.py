@@ -1,4 +1,4 @@
-"""Any text in UTF-8, as GPT-2 tokens or as the 48 symbols of the character task.
+"""Reader of any text in UTF-8, as GPT-2 tokens or as the 48 symbols of the character task.
 
 One file, of which the first 90 % of characters are train, then 5 % validation and 5 % test, each cut moved to the
 next line; or a folder with train.txt, validation.txt and test.txt.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lolo.data import embedded, sandbox, tokens
 from lolo.data.errors import DataError
-from lolo.data.read_plan import Part, ReadPlan, Rows, existing
+from lolo.data.read_plan import Part, ReadPlan, SplitRows, existing
 
 MAX_BYTES = 1 << 30
 SPLITS = embedded.SPLITS
@@ -26,7 +26,7 @@ TOKENS_FILE = "tokens.bin"
 
 
 def read_text(path: Path) -> str:
-    """The whole file, with line ends as they are.
+    """The text of a file, with line ends as they are.
 
     Raises:
         DataError: larger than 1 GiB, empty, or not UTF-8.
@@ -76,7 +76,7 @@ def child_tokens(file: str, scratch: str, split: str) -> None:
     encoded.astype("<u2").tofile(Path(scratch, TOKENS_FILE))
 
 
-def _token_rows(place: Path, split: str, scratch: Path) -> Iterator[Rows]:
+def _token_rows(place: Path, split: str, scratch: Path) -> Iterator[SplitRows]:
     # In a child: tiktoken is compiled code, and text can be as hostile as any other file.
     sandbox.run(child_tokens, place, scratch, split, seconds=CHILD_SECONDS, memory_bytes=4 * sandbox.MEMORY_BYTES)
     yield split, {"tokens": np.fromfile(scratch / TOKENS_FILE, "<u2")}
@@ -100,7 +100,7 @@ def plan_characters(source: Path | None) -> ReadPlan:
     symbol_of = np.full(0x110000, SYMBOLS - 1, np.uint8)
     symbol_of[_code_points(letters)] = np.arange(len(letters))
 
-    def rows(split: str, scratch: Path) -> Iterator[Rows]:
+    def rows(split: str, scratch: Path) -> Iterator[SplitRows]:
         text = texts[split]
         for start in range(0, len(text), CHUNK_CHARACTERS):
             yield split, {"symbols": symbol_of[_code_points(text[start : start + CHUNK_CHARACTERS])]}

@@ -1,4 +1,4 @@
-"""Real images for machines without ImageNet: crops of the textures of a free game, read where it is installed.
+"""Reader of textures of a free game where it is installed: real images for machines without ImageNet.
 
 The Debian package openarena-081-textures (`apt-get install openarena-081-textures`) is under the GPL, so nothing
 of it is in this repository. A texture is a class: its crops differ by position, and train, validation and test
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lolo.data import rgb32, sandbox
 from lolo.data.errors import DataError
-from lolo.data.read_plan import Part, ReadPlan, Rows
+from lolo.data.read_plan import Part, ReadPlan, SplitRows
 
 FOLDER = Path("/usr/share/games/openarena/baseoa")
 """Where Debian installs the package."""
@@ -39,17 +39,17 @@ INSTALL = "apt-get install openarena-081-textures, or give the folder that holds
 def find(source: Path | None) -> list[Path]:
     """The package's pk3 files, in the given folder, anywhere below it, or where Debian installs them."""
     folder = FOLDER if source is None else source
-    found = [folder] if folder.is_file() else sorted(folder.rglob("*.pk3"))
-    if not found:
+    archives = [folder] if folder.is_file() else sorted(folder.rglob("*.pk3"))
+    if not archives:
         raise DataError.at(folder, "no textures (*.pk3) are here", INSTALL)
-    return found
+    return archives
 
 
 def child_thumbnails(file: str, scratch: str) -> int:
-    """Writes the thumbnails of one pk3 file, uint8 [n, 128, 128, 3]; returns n. For a child process.
+    """Write the thumbnails of one pk3 file, uint8 [n, 128, 128, 3]; returns n. For a child process.
 
     Kept are, in the order of names, opaque colour pictures of at least 128 × 128 pixels under textures/, shrunk by
-    averaging, whose thumbnails have a standard deviation above 10 and were not met before.
+    averaging, whose thumbnails have a standard deviation above 10 and occur for the first time.
     """
     seen = set()
     with zipfile.ZipFile(file) as archive, Path(scratch, THUMBNAILS_FILE).open("wb") as out:
@@ -75,14 +75,14 @@ def child_thumbnails(file: str, scratch: str) -> int:
 
 def thumbnails(source: Path | None, scratch: Path) -> NDArray[np.uint8]:
     """All textures as uint8 [n, 128, 128, 3]; `scratch` is a folder for temporary files."""
-    found = []
+    pictures = []
     for path in find(source):
         n = sandbox.run(child_thumbnails, path, scratch)
         pixels = np.fromfile(scratch / THUMBNAILS_FILE, np.uint8)
         if pixels.size != n * THUMBNAIL * THUMBNAIL * 3:
             raise DataError.at(path, "its reader wrote an unexpected number of bytes", INSTALL)
-        found.append(pixels.reshape(n, THUMBNAIL, THUMBNAIL, 3))
-    return np.concatenate(found)
+        pictures.append(pixels.reshape(n, THUMBNAIL, THUMBNAIL, 3))
+    return np.concatenate(pictures)
 
 
 def positions(stride: int) -> dict[str, list[tuple[int, int]]]:
@@ -138,7 +138,7 @@ def plan(source: Path | None) -> ReadPlan:
     """The same crops, prepared. Arrays: images uint8 [N, 32, 32, 3], labels uint16 [N]."""
     paths = find(source)
 
-    def rows(scratch: Path) -> Iterator[Rows]:
+    def rows(scratch: Path) -> Iterator[SplitRows]:
         pictures = thumbnails(source, scratch)
         for split, places in positions(STRIDE).items():
             for place in places:

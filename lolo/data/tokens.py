@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import lzma
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from lolo.data import embedded
 from lolo.data.errors import DataError, library_missing
-from lolo.data.read_plan import Part, ReadPlan, Rows
+from lolo.data.read_plan import Part, ReadPlan, SplitRows
 
 VOCABULARY = 50_257
 END_OF_TEXT = 50_256
@@ -30,7 +29,7 @@ FOLDER = resources.files(__package__)
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 PIECE_CHARACTERS = 1 << 20
 # A single line end between two characters that are no white space is a word of its own wherever the text is cut
-# behind it, so the tokens of the pieces are those of the whole.
+# behind it, so the tokens of the pieces are those of the complete text.
 CUT = re.compile(r"(?<=\S\n)(?=\S)")
 
 
@@ -45,9 +44,7 @@ def merges() -> list[tuple[bytes, bytes]]:
         content = lzma.decompress(file.read_bytes())
     except (OSError, lzma.LZMAError) as error:
         raise DataError(f"lolo/data/{FILE} can't be read ({error}); reinstall lolo.") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise DataError(f"lolo/data/{FILE} is damaged: expected sha256 {SHA256}, found {found}; reinstall lolo.")
+    embedded.require_sha256(FILE, content, SHA256)
     letters = _letters()
     pairs = [line.split() for line in content.decode("utf-8").splitlines()[1:] if line]
     return [tuple(bytes(letters[c] for c in side) for side in pair) for pair in pairs]  # type: ignore[misc]
@@ -115,7 +112,7 @@ def books() -> dict[str, NDArray[np.uint16]]:
 def plan_books(source: Path | None) -> ReadPlan:
     """The embedded books as GPT-2 tokens; `source` is not read. Arrays: tokens uint16 [n]."""
 
-    def rows(split: str, scratch: Path) -> Iterator[Rows]:
+    def rows(split: str, scratch: Path) -> Iterator[SplitRows]:
         yield split, {"tokens": books()[split]}
 
     texts = embedded.books_text()

@@ -1,1 +1,1 @@
-"""Files of every kind: written whole or not at all, checked when they are read, nothing pickled."""
+"""Files: disk, rows of JSON, tensors and settings; written completely or not at all, checked when read, not pickled."""

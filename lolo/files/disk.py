@@ -1,30 +1,38 @@
-"""Files of ours: weights, recipes, logs, checkpoints. NumPy and safetensors only; nothing is pickled.
+"""Files on disk: atomic writes, locks, hashes and JSON.
 
-Whatever is read is untrusted: sizes, names, dtypes and sums are checked before use, and everything wrong is a
-`FileError`. Whatever is written is written whole: to a temporary name, synced, then renamed.
+Whatever is read is untrusted: its size is checked before use, and everything wrong is a `FileError`. Whatever is
+written is complete or absent: it goes to a temporary name, is synced, then renamed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows: `locked` grants every lock, `sync` leaves folders to the system
+    fcntl = None  # type: ignore[assignment]
+
 MAX_JSON_BYTES = 64 << 20
+HASH_CHUNK_BYTES = 16 << 20
 
 
 class FileError(ValueError):
     """A file that can't be used: names the file, what was expected, and what to do."""
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's, or a folder's, content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def sync(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk. Does nothing on Windows, which can't open folders."""
+    if fcntl is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -32,12 +40,16 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Keep a folder to this process; False if another process has it. The lock ends with the process that holds it.
+def locked(path: Path) -> Iterator[bool]:
+    """Lock a folder, or a file that is created for it; False if another process has the lock.
 
-    On file systems that have no locks, as some of networks, everyone is told True.
+    The lock ends with the process that holds it. Where the system or the file system has no locks (Windows, some
+    network file systems), every process gets True.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,7 +62,7 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -64,8 +76,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def leftovers(path: Path) -> list[Path]:
+    """Temporary files that killed calls of `write_bytes` on this path have left."""
+    return list(path.parent.glob(f".{path.name}.*.tmp"))
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON for people to read, whole or not at all."""
+    """Write JSON for people to read, completely or not at all."""
     write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -81,3 +98,13 @@ def read_json(path: Path) -> Any:
         if isinstance(error, FileError):
             raise
         raise FileError(f"{path}: not valid JSON ({error}).") from error
+
+
+def sha256_of(path: Path, on_progress: Callable[[int], None] = lambda done: None) -> str:
+    """sha256 of a file, read in pieces; `on_progress` gets the number of bytes read so far. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while content := stream.read(HASH_CHUNK_BYTES):
+            digest.update(content)
+            on_progress(stream.tell())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Rows of logs and results: JSON objects, one a line, each field checked when it is read."""
+"""JSON lines: rows of logs and results, one JSON object per line, each field checked when it is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def append_json_line(path: Path, row: dict[str, Any]) -> None:
 
 
 def json_safe(value: Any) -> Any:
-    """The value with strings in place of numbers that JSON can't hold."""
+    """The value with strings instead of numbers that JSON can't hold."""
     if isinstance(value, dict):
         return {key: json_safe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -37,7 +37,7 @@ def json_safe(value: Any) -> Any:
 
 
 def number(value: Any) -> float:
-    """A number of a row; NaN and infinities lie there as strings. Raises ValueError."""
+    """A number of a row, where NaN and infinities are stored as strings. Raises ValueError."""
     if value in ("nan", "inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
         try:
             return float(value)
@@ -47,14 +47,14 @@ def number(value: Any) -> float:
 
 
 def whole_number(value: Any) -> int:
-    """A whole number of a row, from 0 on. Raises ValueError."""
+    """A whole number of a row, at least 0. Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53:
         return value
     raise ValueError(f"{str(value)[:40]!r} is not a whole number from 0 to 2⁵³")
 
 
 def string(value: Any) -> str:
-    """A word of a row. Raises ValueError."""
+    """A string of a row. Raises ValueError."""
     if isinstance(value, str):
         return value
     raise ValueError(f"{str(value)[:40]!r} is not a string")
@@ -68,7 +68,7 @@ def flag(value: Any) -> bool:
 
 
 def checked(read: Callable[[Any], Any], value: Any, what: str) -> Any:
-    """The value as `read` has it. Raises FileError, which names `what`."""
+    """The value that `read` returns. Raises FileError, which names `what`."""
     try:
         return read(value)
     except ValueError as error:
@@ -76,7 +76,7 @@ def checked(read: Callable[[Any], Any], value: Any, what: str) -> Any:
 
 
 def listed(item: Callable[[Any], Any], least: int = 0) -> Callable[[Any], list[Any]]:
-    """A list in a row of at least so many elements, each read by `item`."""
+    """A list in a row of at least `least` elements, each read by `item`."""
 
     def read(value: Any) -> list[Any]:
         if not isinstance(value, list) or len(value) < least:
@@ -98,7 +98,7 @@ def named(item: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
 
 
 def fields(**readers: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
-    """A row that must have these fields, each read by its reader; others are left as they are."""
+    """A row that must have these fields, each read by its reader; other fields are kept as they are."""
 
     def read(row: Any) -> dict[str, Any]:
         if not isinstance(row, dict):

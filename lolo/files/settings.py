@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 S = TypeVar("S")  # a frozen dataclass of settings, sections in it being dataclasses too
@@ -43,17 +44,26 @@ def with_field(recipe: S, name: str, value: Any) -> S:
     return dataclasses.replace(typing.cast(Any, recipe), **{section or field: value})
 
 
-def unknown(what: str, name: str, known: Any) -> RecipeError:
-    """An error for a name that is not in `known`, with the nearest one that is."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like `name`."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one as a question, then all of them."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return RecipeError(f"unknown {what} {name!r}; did you mean {near[0]!r}? Known: {', '.join(known)}.")
+    return f"did you mean {nearest(name, known)!r}? Known: {', '.join(known)}."
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> RecipeError:
+    """An error for a name that is not in `known`, with the nearest one that is."""
+    return RecipeError(f"unknown {what} {name!r}; {did_you_mean(name, known)}")
 
 
 def pick(table: dict[str, Any], field: str, name: str) -> Any:
     """`table[name]`, or an error that names the field and the nearest name."""
     if name not in table:
-        raise unknown(f"{field}", name, table)
+        raise unknown(field, name, table)
     return table[name]
 
 

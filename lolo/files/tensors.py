@@ -1,4 +1,4 @@
-"""Named arrays as safetensors bytes, every size checked before use; nothing is pickled."""
+"""Safetensors: named arrays as bytes, every size checked before use; nothing is pickled."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def unpack(content: bytes, source: str) -> tuple[Arrays, dict[str, str]]:
 
 
 def _tensor(name: str, entry: Any, data: memoryview, source: str) -> NDArray[Any]:
-    def whole(value: Any) -> bool:
+    def is_size(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
 
     if not isinstance(entry, dict):
@@ -72,9 +72,9 @@ def _tensor(name: str, entry: Any, data: memoryview, source: str) -> NDArray[Any
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if dtype not in _DTYPES:
         raise FileError(f"{source}: tensor {name!r} has dtype {dtype!r}; known: {', '.join(_DTYPES)}.")
-    if not isinstance(shape, list) or len(shape) > 32 or not all(whole(extent) for extent in shape):
+    if not isinstance(shape, list) or len(shape) > 32 or not all(is_size(extent) for extent in shape):
         raise FileError(f"{source}: tensor {name!r} has shape {shape!r}; expected whole numbers.")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(whole(offset) for offset in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_size(offset) for offset in offsets):
         raise FileError(f"{source}: tensor {name!r} has data_offsets {offsets!r}; expected two whole numbers.")
     start, end = offsets
     size = np.dtype(_DTYPES[dtype]).itemsize

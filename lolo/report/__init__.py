@@ -1,1 +1,1 @@
-"""The HTML page about runs, evaluations and studies."""
+"""Report: the HTML page about runs, evaluations and studies, its charts and its markup."""

@@ -1,7 +1,7 @@
 """Curves and histograms as SVG inside a page: its colours follow the page's, light or dark; its text is text.
 
 No name from outside gets into the SVG: names are in the legend, which is HTML. matplotlib is imported when a chart is
-asked for.
+drawn.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def thin(series: Series) -> Series:
 
 
 def drawable(values: NDArray[Any]) -> NDArray[np.float64]:
-    """NaN, which is a gap, in place of what is not finite or too large for a picture."""
+    """NaN, which is a gap, instead of what is not finite or too large for a picture."""
     values = np.asarray(values, np.float64)
     return np.where(np.abs(values) < LARGEST, values, np.nan)
 
@@ -135,8 +135,8 @@ def chart(title: str, draw: Any, labels: Sequence[str]) -> Html:
     caption = tag("figcaption", title)
     if draw is None:
         return tag("figure", caption, tag("p", "There is no finite number to draw.", class_="faint"))
-    shown = ", ".join(labels)
-    return tag("figure", caption, inline(draw, f"{title}: {shown}" if shown else title), legend(labels))
+    names = ", ".join(labels)
+    return tag("figure", caption, inline(draw, f"{title}: {names}" if names else title), legend(labels))
 
 
 def legend(labels: Sequence[str]) -> Html:
@@ -195,6 +195,6 @@ def _embed(root: ElementTree.Element, label: str) -> str:
 
 def _page_style(value: str) -> str:
     value = re.sub(r"^#|(?<=url\()#", f"#{markup.NAME}", value)
-    value = re.sub(r"#0000(0[1-9])\b", lambda found: f"var(--series-{int(found[1], 16)})", value)
+    value = re.sub(r"#0000(0[1-9])\b", lambda match: f"var(--series-{int(match[1], 16)})", value)
     value = re.sub(r"#000000\b", "currentColor", value)
     return re.sub(r"font(-family)?: ((?:[\d.]+px )?)'[^;]*", r"font\1: \2system-ui, sans-serif", value)

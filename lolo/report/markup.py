@@ -1,4 +1,7 @@
-"""HTML pages in one file: no script, nothing fetched, light and dark. Text is escaped unless it is `Html`."""
+"""HTML elements, tables and the template of a page: one file, no script, nothing fetched, light and dark.
+
+Text is escaped unless it is `Html`.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +97,7 @@ def tag(name: str, *children: str, **attributes: str) -> Html:
 
 
 def join(parts: Iterable[str]) -> Html:
-    """Parts one after the other, a line each."""
+    """Parts in order, one per line."""
     return Html("\n".join(map(escape, parts)))
 
 
@@ -107,12 +110,12 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 
 def details(summary: str, *children: str) -> Html:
-    """A part that opens when it is asked for."""
+    """A part that opens on a click."""
     return tag("details", tag("summary", summary), *children)
 
 
 def page(title: str, *children: str) -> str:
-    """A whole page."""
+    """A complete HTML document."""
     number = itertools.count()
 
     def renamed(picture: re.Match[str]) -> str:

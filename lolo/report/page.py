@@ -1,6 +1,6 @@
-"""`lolo report`: one HTML page about meta-trainings, evaluations and studies, that opens without a network.
+"""The page of `lolo report`: one HTML file about meta-trainings, evaluations and studies, readable offline.
 
-Folders may come from strangers: everything is checked while it is read, and escaped when it is shown.
+Folders may come from strangers: everything is checked when it is read, and escaped when it is written.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lolo.training import doctor, recipes, run_folder
 from lolo.training.build import check
 from lolo.training.recipes import Recipe
 
-MAX_OPTIMIZERS = 32  # in one evaluation: so many can be told apart in a picture
+MAX_OPTIMIZERS = 32  # in one evaluation: a chart has that many distinct lines
 NEWEST = 20  # validations in a table
 
 
 class Level(NamedTuple):
-    """Where headings of a part are."""
+    """The level of a part's headings."""
 
     parts: str  # h3, or h4 inside another part
 
@@ -71,7 +71,7 @@ def build(folders: Sequence[Path]) -> str:
 
 
 def part_of(folder: Path) -> list[Html]:
-    """What to say about a folder, by what it holds. Raises FileError."""
+    """The part of the page about a folder, by the folder's contents. Raises FileError."""
     if (folder / "recipe.json").is_file():
         return run_part(folder, Level("h3"))
     if rows_of(folder) or run_folders(folder):
@@ -93,7 +93,7 @@ def run_folders(study: Path) -> list[Path]:
 
 
 class RunFolder(NamedTuple):
-    """What is kept of a meta-training; all but the recipe may be gone."""
+    """What a meta-training wrote; all but the recipe may be missing."""
 
     path: Path
     recipe: Recipe
@@ -136,13 +136,13 @@ def run_part(path: Path, level: Level) -> list[Html]:
 
 
 def facts(run: RunFolder) -> Html:
-    """One paragraph: what it is, and how far it is."""
+    """One paragraph: method, tasks, and outer steps done."""
     method = recipes.method_of(run.recipe) or "a method of its own"
     words = f"Meta-training of {method} on {', '.join(run.recipe.tasks)}, seed {run.recipe.seed}. "
     if run.log.steps:
         words += f"{run.log.steps[-1]['step'] + 1} of {run.recipe.outer.steps} outer steps done."
     else:
-        words += f"{run.recipe.outer.steps} outer steps asked; the log of outer steps is not in this folder."
+        words += f"{run.recipe.outer.steps} outer steps requested; the log of outer steps is not in this folder."
     return tag("p", words)
 
 
@@ -209,7 +209,7 @@ def card_starts(card: dict[str, Any], source: str) -> Counts:
 
 
 def start_histogram(counts: dict[str, Counts]) -> Html:
-    """Where unrolls started."""
+    """Histogram of the start steps of unrolls."""
     return charts.histogram("Start steps of unrolls", counts, "start step K")
 
 
@@ -219,20 +219,20 @@ def validation_table(run: RunFolder) -> list[Html]:
     if not rows:
         return []
     best = min(range(len(rows)), key=lambda i: (np.isnan(rows[i]["held_loss"]), rows[i]["held_loss"]))
-    shown = sorted({best, *range(len(rows))[-NEWEST:]})
+    chosen = sorted({best, *range(len(rows))[-NEWEST:]})
     cells = [
         (str(rows[i]["step"] + 1), f"{rows[i]['train_loss']:.4f}", f"{rows[i]['held_loss']:.4f}", "best" * (i == best))
-        for i in shown
+        for i in chosen
     ]
-    caption = f"Validation with {rows[-1]['steps']:,} inner steps; {len(shown)} of {len(rows)} shown"
+    caption = f"Validation with {rows[-1]['steps']:,} inner steps; {len(chosen)} of {len(rows)} shown"
     return [table(caption, ["outer steps done", "train loss", "held-out loss", "note"], cells)]
 
 
 def recipe_table(recipe: Recipe) -> Html:
-    """Every field, and where it differs from LoLO's default."""
+    """Every field of the recipe, and LoLO's default where it differs."""
     changed = settings.diff(recipes.LOLO, recipe)
     rows = [
-        (name, shown(value), shown(changed[name][0]) if name in changed else "")
+        (name, format_value(value), format_value(changed[name][0]) if name in changed else "")
         for name, value in settings.fields(recipe).items()
     ]
     return details(
@@ -241,7 +241,7 @@ def recipe_table(recipe: Recipe) -> Html:
     )
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as the command line takes it."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
@@ -256,7 +256,7 @@ def train_command(recipe: Recipe) -> str:
 
 
 def reproduction(run: RunFolder) -> list[Html]:
-    """Command, seed, versions, commit, machine, and the sums to compare with."""
+    """Command, seed, versions, commit, machine, and the hashes of the weights."""
     init = run.about.get("init")
     rows = [("seed", str(run.recipe.seed)), *provenance_rows(run.about)]
     rows += [("started from weights with sha256", str(init))] if init else []
@@ -269,7 +269,7 @@ def reproduction(run: RunFolder) -> list[Html]:
 
 
 def provenance_rows(about: dict[str, Any]) -> list[tuple[str, str]]:
-    """Command, versions, commit and machine as they were written down."""
+    """Command, versions, commit and machine, as recorded."""
     if about.get("stated") is not None:
         return [("stated in its report", str(about["stated"]))]
     command = about.get("command")
@@ -277,8 +277,8 @@ def provenance_rows(about: dict[str, Any]) -> list[tuple[str, str]]:
         command = shlex.join(map(str, command))
     rows = [("command given", command), ("commit", about.get("commit"))]
     for what in ("versions", "machine"):
-        found = about.get(what)
-        rows.append((what, ", ".join(f"{k} {v}" for k, v in found.items()) if isinstance(found, dict) else None))
+        parts = about.get(what)
+        rows.append((what, ", ".join(f"{k} {v}" for k, v in parts.items()) if isinstance(parts, dict) else None))
     return [(what, "not written down" if value is None else str(value)) for what, value in rows]
 
 
@@ -381,7 +381,7 @@ def about_path(rows: Path) -> Path:
 
 
 def read_about(rows: Path) -> dict[str, Any]:
-    """What was written down beside rows-TASK.jsonl; of older folders, the report's last lines. Raises FileError."""
+    """The record beside rows-TASK.jsonl; of older folders, the command in the report. Raises FileError."""
     path = about_path(rows)
     older = path.with_name(path.name.replace("about-", "report-", 1)).with_suffix(".md")
     if path.is_file():
@@ -396,15 +396,15 @@ def read_about(rows: Path) -> dict[str, Any]:
 
 
 def weight_starts(folder: Path, about: dict[str, Any], source: Path) -> dict[str, Counts]:
-    """Start steps by the weights compared: as written down, else from the weights that lie in the folder."""
+    """Start steps of the compared weights: as written down, else from the weights in the folder."""
     kept = about.get("weights")
     if isinstance(kept, dict):
         cards = {str(label): one.get("card") for label, one in kept.items() if isinstance(one, dict)}
     else:
         cards = {path.stem: weights_file.read_weights(path).card for path in sorted(folder.glob("*.safetensors"))}
-    found = {
+    starts = {
         label: card_starts(card, f"{source}: {label}")
         for label, card in list(cards.items())[:MAX_OPTIMIZERS]
         if isinstance(card, dict)
     }
-    return {label: counts for label, counts in found.items() if counts[0].size}
+    return {label: counts for label, counts in starts.items() if counts[0].size}

@@ -1,1 +1,1 @@
-"""What a run runs on: devices, processes, versions, signals."""
+"""Runtime: devices, process groups, launching them, versions of the environment, signals."""

@@ -1,4 +1,4 @@
-"""Versions, commit and machine of a result, and what a program sets up in JAX."""
+"""Versions, commit and machine of a result; the settings of JAX that programs use."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def provenance() -> dict[str, Any]:
     package = Path(__file__).parents[1]
     commit = None
     if (package.parent / ".git").exists():
-        asked = subprocess.run(
+        head = subprocess.run(
             ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         )
-        commit = asked.stdout.strip() or None
+        commit = head.stdout.strip() or None
     device = jax.local_devices()[0]
     return {
         "versions": versions(),
@@ -50,7 +50,7 @@ def user_cache() -> Path:
 
 
 def set_up(devices: int | None = None) -> None:
-    """For programs: one CPU device per core, and compiled programs kept in the user's cache folder."""
+    """Set JAX up for a program: one CPU device per core, compiled programs cached in the user's cache folder."""
     parallel.use_cores(devices)
     jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,4 +1,4 @@
-"""Stopping on request: signals, and work that reports its progress."""
+"""Stopping on request: signals, and progress callbacks that end the work."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from pathlib import Path
 from typing import Any
 
 OnProgress = Callable[[str, int, int, str], None]
-"""Progress: what is under way, units done, units in all, and a word on how it goes."""
+"""Progress: what is under way, units done, units in all, and a short status."""
 
 
-def no_progress(what: str, done: int, total: int, word: str) -> None:
-    """Tells nobody."""
+def no_progress(what: str, done: int, total: int, status: str) -> None:
+    """Progress is ignored."""
 
 
 class Interrupted(RuntimeError):
-    """A study or an evaluation was asked to stop."""
+    """A study or an evaluation was stopped on request."""
 
 
 def stopped_message(out: Path) -> str:
-    """What to tell who stopped it."""
-    return f"stopped. Go on with the same command: what is done in {out} is kept."
+    """Message for the user who stopped it."""
+    return f"stopped. Resume with the same command: what is done in {out} is kept."
 
 
-def interruptible(stop: Stop, told: OnProgress, out: Path) -> OnProgress:
-    """`told`, which raises Interrupted once a stop was asked for."""
+def interruptible(stop: Stop, on_progress: OnProgress, out: Path) -> OnProgress:
+    """`on_progress`, but raising Interrupted once a stop was requested."""
 
-    def heard(what: str, done: int, total: int, word: str) -> None:
-        told(what, done, total, word)
+    def report(what: str, done: int, total: int, status: str) -> None:
+        on_progress(what, done, total, status)
         if stop.requested is not None:
             raise Interrupted(stopped_message(out))
 
-    return heard
+    return report
 
 
 class Stop:
@@ -44,7 +44,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signals(stop: Stop) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C ask to stop; a second Ctrl-C interrupts at once."""
+    """SIGTERM and the first Ctrl-C request a stop; a second Ctrl-C interrupts at once."""
 
     def handler(number: int, frame: Any) -> None:
         if stop.requested is not None and number == signal.SIGINT:

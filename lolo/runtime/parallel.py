@@ -1,8 +1,8 @@
-"""Slots spread over devices, of one process or of several, as one program.
+"""Device meshes: slots are spread over the devices of one or several processes, as one program.
 
-On a CPU a device is a share of the cores: `use_cores` asks for one device per core. In-process devices reach what as
-many processes would (measured: two devices 1.93 times one core, two processes 2.01 times), so on one machine there
-are no workers to start, to watch or to lose. How several processes meet is in `gang`.
+On a CPU a device is a share of the cores: `use_cores` requests one device per core. Devices of one process are as fast
+as that many processes (measured: two devices 1.93 times one core, two processes 2.01 times), so one machine needs no
+workers. How several processes join is in `process_group`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def cores() -> int:
 
 
 def use_cores(count: int | None = None) -> None:
-    """Ask JAX for one CPU device per core. Call it before anything runs in JAX.
+    """Request one CPU device per core. Call it before anything runs in JAX.
 
-    Where JAX runs already, its devices and its splitting of products over threads stay as they are: results are then
+    If JAX runs already, its devices and its splitting of products over threads stay as they are: results are then
     those of that process, not byte-equal to those of another number of cores.
     """
     # Without this, Eigen splits every product over the cores, in an order that depends on their number.
@@ -46,7 +46,7 @@ def use_cores(count: int | None = None) -> None:
 def mesh(blocks: int, devices: int | None = None) -> Mesh:
     """As many local devices as divide the number of blocks, at most `devices`.
 
-    Blocks are whole, whatever the number of devices: what vmap advances together never depends on it.
+    A block is never split, whatever the number of devices: the slots that vmap runs together do not depend on it.
     Raises ValueError for less than one device.
     """
     available = jax.local_devices()
@@ -76,18 +76,18 @@ def global_mesh(blocks: int, devices: int | None = None) -> Mesh:
 
     Raises ValueError for less than one device.
     """
-    own: list[list[jax.Device]] = [[] for _ in range(jax.process_count())]
+    by_process: list[list[jax.Device]] = [[] for _ in range(jax.process_count())]
     for device in jax.devices():
-        own[device.process_index].append(device)
-    check_processes(blocks, len(own))
-    count = even_share(blocks // len(own), min(map(len, own)), devices)
-    return Mesh(np.array([device for some in own for device in some[:count]]), (AXIS,))
+        by_process[device.process_index].append(device)
+    check_processes(blocks, len(by_process))
+    count = even_share(blocks // len(by_process), min(map(len, by_process)), devices)
+    return Mesh(np.array([device for some in by_process for device in some[:count]]), (AXIS,))
 
 
 def place(tree: PyTree, over: Mesh, specs: Any = None) -> PyTree:
-    """Put arrays where a mesh wants them: by `specs`, or a copy on every device.
+    """Put arrays on a mesh: by `specs`, or a copy on every device.
 
-    With several processes, each gives its own rows of what is spread, and all of what lies everywhere.
+    With several processes, each passes its local rows of sharded arrays, and all of replicated ones.
     """
 
     def put(x: Any, spec: PartitionSpec) -> jax.Array:
@@ -101,15 +101,15 @@ def place(tree: PyTree, over: Mesh, specs: Any = None) -> PyTree:
     return jax.tree.map(put, tree, specs)
 
 
-def own_rows(over: Mesh, pairs: int) -> tuple[int, int]:
-    """The slots that lie with this process: from the first number to before the second."""
+def local_rows(over: Mesh, pairs: int) -> tuple[int, int]:
+    """The slots on devices of this process: start and stop."""
     share = pairs // over.devices.size
-    mine = [i for i, device in enumerate(over.devices.flat) if device.process_index == jax.process_index()]
-    return mine[0] * share, (mine[-1] + 1) * share
+    positions = [i for i, device in enumerate(over.devices.flat) if device.process_index == jax.process_index()]
+    return positions[0] * share, (positions[-1] + 1) * share
 
 
-def own_part(x: jax.Array | NDArray[Any]) -> NDArray[Any]:
-    """What `place` was given: this process's rows of an array that is spread, or all of one that lies everywhere."""
+def local_part(x: jax.Array | NDArray[Any]) -> NDArray[Any]:
+    """What `place` was given: this process's rows of a sharded array, or all of a replicated one."""
     if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.array(x)  # a copy: on the CPU a view would show what the next outer step, given the state, writes
     parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
@@ -117,21 +117,21 @@ def own_part(x: jax.Array | NDArray[Any]) -> NDArray[Any]:
 
 
 def local(tree: PyTree) -> PyTree:
-    """Arrays that lie everywhere, as arrays of this process alone."""
+    """Replicated arrays, as arrays of this process alone."""
     return jax.tree.map(lambda x: x if x.is_fully_addressable else x.addressable_data(0), tree)
 
 
 def any_process(over: Mesh) -> Callable[..., tuple[bool, ...]]:
-    """A function that says of each flag whether any process gives it as true. 4 bytes per flag and device travel."""
+    """A function that returns, for each flag, whether any process passes true. 4 bytes per flag and device travel."""
     count = len(set(device.process_index for device in over.devices.flat))
     if count == 1:
         return lambda *flags: flags
     spread = NamedSharding(over, PartitionSpec(AXIS))
     largest = jax.jit(lambda flags: jnp.max(flags, axis=0), out_shardings=NamedSharding(over, PartitionSpec()))
 
-    def ask(*flags: bool) -> tuple[bool, ...]:
-        mine = np.tile(np.array(flags, np.int32), (over.devices.size // count, 1))
-        everyone = largest(jax.make_array_from_process_local_data(spread, mine))
+    def any_of(*flags: bool) -> tuple[bool, ...]:
+        here = np.tile(np.array(flags, np.int32), (over.devices.size // count, 1))
+        everyone = largest(jax.make_array_from_process_local_data(spread, here))
         return tuple(bool(flag) for flag in np.asarray(everyone))
 
-    return ask
+    return any_of

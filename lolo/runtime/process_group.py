@@ -1,8 +1,8 @@
-"""Several processes that run one program together: how they meet, how they agree, and how they notice a loss.
+"""Process groups: several processes that run one program together join, agree, and notice when one is lost.
 
-They meet through `jax.distributed`. Numbers of the method travel between devices inside the compiled step
-(`parallel`); here only words travel, through the key-value store of JAX's coordinator: what must be equal at the
-start, what one process decides for all, sums of a checkpoint's parts.
+They join through `jax.distributed`. Arrays travel between devices inside the compiled step (`parallel`); here only
+JSON travels, through the key-value store of JAX's coordinator: what must be equal at the start, what one process
+decides for all, hashes of a checkpoint's parts.
 """
 
 from __future__ import annotations
@@ -21,53 +21,53 @@ from typing import Any
 import jax
 from jax._src import distributed  # its key-value store: nothing public lets processes compare versions before XLA runs
 
-AGREE_SECONDS = 600  # how long the slowest process may take to reach a point that all must reach
+AGREE_SECONDS = 600  # within which the slowest process must reach a point that all must reach
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|unavailable|deadline_exceeded|aborted|heartbeat", re.IGNORECASE)
 
 
 class ProcessGroupError(RuntimeError):
-    """The processes could not meet, or one of them was lost."""
+    """The processes could not join, or one of them was lost."""
 
 
 class DifferError(ValueError):
-    """The processes were not started alike, or one of them refused for all; says what differs, or why."""
+    """The processes were started differently, or one of them refused for all; the message says what differs, or why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessGroup:
-    """This process's place among all."""
+    """The processes that run one program, seen from one of them."""
 
     processes: int = 1
     index: int = 0
-    turns: Iterator[int] = dataclasses.field(default_factory=itertools.count, repr=False)  # numbers what is settled
+    turns: Iterator[int] = dataclasses.field(default_factory=itertools.count, repr=False)  # numbers the agreements
 
     @property
     def leads(self) -> bool:
         """Whether this is process 0: the one that logs, prints and decides."""
         return self.index == 0
 
-    def settle(self, mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
-        """Process 0's `decide` of what every process gave as `mine`; all get its answer, or its error.
+    def agree(self, mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
+        """Process 0 decides on what every process gave as `mine`; all get its answer, or its error.
 
         Args:
-          mine: what this process says, as JSON data.
+          mine: what this process contributes, as JSON data.
           decide: called on process 0 alone, with a list in the order of processes; its answer must be JSON data.
 
-        Raises: what `decide` raises, on process 0; elsewhere DifferError or OSError with the same words. GangError
-          where a process does not come.
+        Raises: what `decide` raises, on process 0; elsewhere DifferError or OSError with the same message.
+          ProcessGroupError where a process does not arrive.
         """
         if self.processes == 1:
             return decide([mine])
         client: Any = distributed.global_state.client
         turn, error = next(self.turns), None
-        said, answered = f"lolo/{turn}/said/", f"lolo/{turn}/answer"
-        with self.noticing_loss("waiting for the other processes"):
-            client.key_value_set(f"{said}{self.index:08d}", json.dumps(mine))
+        given, answered = f"lolo/{turn}/given/", f"lolo/{turn}/answer"
+        with self.watching("waiting for the other processes"):
+            client.key_value_set(f"{given}{self.index:08d}", json.dumps(mine))
             client.wait_at_barrier(f"lolo/{turn}", AGREE_SECONDS * 1000)
             if self.leads:
                 answer = {}
                 try:
-                    everyone = [json.loads(text) for _, text in sorted(client.key_value_dir_get(said))]
+                    everyone = [json.loads(text) for _, text in sorted(client.key_value_dir_get(given))]
                     answer = {"answer": decide(everyone)}
                 except (ValueError, OSError) as failure:
                     error = failure
@@ -78,18 +78,18 @@ class ProcessGroup:
             else:
                 answer = json.loads(client.blocking_key_value_get(answered, AGREE_SECONDS * 1000))
         if "error" in answer:
-            self.dissolve()
+            self.leave()
             if error is not None:
                 raise error
             raise OSError(0, answer["error"], "the output") if answer["disk"] else DifferError(answer["error"])
         return answer["answer"]
 
     def require_equal(self, facts: dict[str, Any], cure: str) -> None:
-        """Raise DifferError, on every process, unless all state the same facts (JSON data by name)."""
+        """Raise DifferError, on every process, unless all give the same facts (JSON data by name)."""
 
-        def decide(said: list[dict[str, Any]]) -> None:
-            lead = said[0]
-            for index, other in enumerate(said):
+        def decide(given: list[dict[str, Any]]) -> None:
+            lead = given[0]
+            for index, other in enumerate(given):
                 for name in lead["facts"] | other["facts"]:
                     ours, theirs = lead["facts"].get(name), other["facts"].get(name)
                     if ours != theirs:
@@ -98,11 +98,11 @@ class ProcessGroup:
                             f"(on {lead['host']}). {cure}"
                         )
 
-        self.settle({"host": platform.node(), "facts": facts}, decide)
+        self.agree({"host": platform.node(), "facts": facts}, decide)
 
     @contextmanager
-    def noticing_loss(self, doing: str) -> Iterator[None]:
-        """Turn what JAX raises when a process of the gang is gone into a GangError. Does nothing when alone."""
+    def watching(self, doing: str) -> Iterator[None]:
+        """Turn what JAX raises when another process is gone into a ProcessGroupError. Does nothing when alone."""
         try:
             yield
         except (ValueError, jax.errors.JaxRuntimeError) as error:  # Gloo's errors arrive as ValueError
@@ -114,8 +114,8 @@ class ProcessGroup:
                 f"process {self.index} of {self.processes} lost another process while {doing} ({words[:200]})."
             ) from error
 
-    def dissolve(self) -> None:
-        """Part in peace: wait for the others to come here too, then leave. After it this process may end."""
+    def leave(self) -> None:
+        """Barrier, then leave `jax.distributed`. The process may exit afterwards."""
         if self.processes > 1:
             jax.distributed.shutdown()
 
@@ -132,7 +132,7 @@ def address(coordinator: str) -> tuple[str, int]:
 
 
 def await_coordinator(coordinator: str, seconds: float) -> None:
-    """Wait until something listens at an address. Raises GangError: JAX would abort the process instead."""
+    """Wait until something listens at an address. Raises ProcessGroupError: JAX would abort the process."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -148,9 +148,9 @@ def await_coordinator(coordinator: str, seconds: float) -> None:
 
 
 def require_free(coordinator: str, seconds: float) -> None:
-    """Raise GangError unless this host can listen at an address: JAX would abort or share the port silently.
+    """Raise ProcessGroupError unless this host can listen at an address: JAX would abort or share the port silently.
 
-    A name that can't be resolved is tried again for so long: a pod's own name comes a moment after the pod.
+    A name that can't be resolved is tried again for `seconds`: the name of a pod appears a moment after the pod.
     """
     host, port = address(coordinator)
     until = time.monotonic() + seconds
@@ -176,15 +176,15 @@ def require_free(coordinator: str, seconds: float) -> None:
 def join(
     coordinator: str | None, process_id: int | None, processes: int | None, *, join_seconds: int, heartbeat_seconds: int
 ) -> ProcessGroup:
-    """Meet the other processes. Call it after `parallel.use_cores` and before anything runs in JAX.
+    """Join the other processes. Call it after `parallel.use_cores` and before anything runs in JAX.
 
     Args:
       coordinator: HOST:PORT, where process 0 listens, there and on no other interface. With None for this and the
         other two, JAX finds them: under SLURM, Open MPI, or in a Kubernetes Job.
-      join_seconds: all must have come after so long.
-      heartbeat_seconds: a process that was silent for so long is lost, and the others end.
+      join_seconds: all must have joined within this time.
+      heartbeat_seconds: a process that is silent for this long is lost, and the others end.
 
-    Raises GangError; ValueError where JAX finds nothing. Where JAX itself gives up, it aborts the process: see
+    Raises ProcessGroupError; ValueError where JAX finds nothing. Where JAX itself gives up, it aborts the process: see
     `launch`.
     """
     # It would catch SIGTERM before we do.

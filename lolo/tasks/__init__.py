@@ -1,4 +1,4 @@
-"""Inner problems by name: what a learned optimizer is meta-trained on and evaluated with.
+"""Tasks: the inner problems that a learned optimizer is meta-trained on and evaluated with, by name.
 
 A `Task` is a model, a loss and a data set in one. `TASKS` names those that come with the package; your own is a
 function that returns `Splits`, named on the command line as `path.py:function`.

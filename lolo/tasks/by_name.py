@@ -1,16 +1,14 @@
-"""Inner problems: what a learned optimizer is meta-trained on and evaluated with.
+"""The table of tasks by name, and the parser of names: settings, files of users, hashes of those files.
 
-A `Task` is a model, a loss and a data set in one. `TASKS` names those that come with the package; your own is a
-function that returns `Splits`, named on the command line as `path.py:function`.
+`TASKS` names the tasks of the package; your own is a function that returns `Splits`, named on the command line as
+`path.py:function`.
 
-A name may go on with settings, which are the keyword arguments of the task's function: `fineweb-gpt2-mini:batch=8`,
+A name may be followed by settings, the keyword arguments of the task's function: `fineweb-gpt2-mini:batch=8`,
 `quadratic:dimensions=3`, `path.py:function:depth=2,width=64`. Recipes hold them as part of the name.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import importlib.util
 import inspect
 import re
@@ -20,11 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lolo.files.disk import sha256_of
+from lolo.files.settings import did_you_mean, nearest
 from lolo.method.task import Splits, Task, TaskError
 from lolo.tasks import augment, prepared
 from lolo.tasks.small import books_mlp, fashion_mlp, quadratic
 
-TASKS: dict[str, prepared.Make] = {
+TASKS: dict[str, prepared.MakeSplits] = {
     "fashion-mlp": fashion_mlp,
     "books-mlp": books_mlp,
     "quadratic": quadratic,
@@ -41,17 +41,16 @@ ANY_TASK = {"reparametrize": 1.0}
 """Settings of every task; the first is the bound of `augment.reparametrized`."""
 
 
-def parse_settings(words: str, make: prepared.Make, task: str) -> dict[str, Any]:
+def parse_settings(text: str, make: prepared.MakeSplits, task: str) -> dict[str, Any]:
     """`batch=8,dtype=bfloat16` as keyword arguments of `make`, typed like its defaults. Raises TaskError."""
-    known, found = {**ANY_TASK, **prepared.settings_of(make)}, {}
-    for word in words.split(",") if words else ():
-        name, separator, value = word.partition("=")
+    known, given = {**ANY_TASK, **prepared.settings_of(make)}, {}
+    for setting in text.split(",") if text else ():
+        name, separator, value = setting.partition("=")
         if name not in known or not separator:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            hint = f"did you mean {near[0]!r}? Known: {', '.join(known)}." if near else "it has none."
-            raise TaskError(f"{word!r} is no setting of {task!r}, which takes NAME=VALUE,NAME=VALUE; {hint}")
-        found[name] = _typed(value, known[name], f"{task}: setting {name}")
-    return found
+            hint = did_you_mean(name, known)
+            raise TaskError(f"{setting!r} is no setting of {task!r}, which takes NAME=VALUE,NAME=VALUE; {hint}")
+        given[name] = _typed(value, known[name], f"{task}: setting {name}")
+    return given
 
 
 def _typed(value: str, like: Any, what: str) -> Any:
@@ -72,29 +71,29 @@ def pin(name: str) -> str:
     parts = _parts(name)
     if parts.path is None:
         return name
-    found = _sha256(parts.path)
-    if parts.sha256 is not None and parts.sha256 != found:
+    actual = sha256_of(parts.path)
+    if parts.sha256 is not None and parts.sha256 != actual:
         raise TaskError(
-            f"{parts.path} has changed since the recipe was made: its sha256 is {found}, not {parts.sha256}."
+            f"{parts.path} has changed since the recipe was made: its sha256 is {actual}, not {parts.sha256}."
         )
-    return name if parts.sha256 else f"{name}@{found}"
+    return name if parts.sha256 else f"{name}@{actual}"
 
 
 def resolve(name: str) -> Splits:
     """The splits of a task's name. Runs the code of `path.py:function`. Raises TaskError, DataError."""
     pin(name)
-    return _made(name, outline=False)
+    return _build(name, outline=False)
 
 
 def outline(name: str) -> Splits:
-    """The same with shapes in the place of arrays; tasks on prepared data need no data for it.
+    """The splits of a task's name with shapes instead of arrays; tasks on prepared data need no data for it.
 
     Leaves are `jax.ShapeDtypeStruct`.
     """
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _made(name, outline=True))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _build(name, outline=True))
 
 
-def _made(name: str, outline: bool) -> Splits:
+def _build(name: str, outline: bool) -> Splits:
     parts = _parts(name)
     make = TASKS[parts.function] if parts.path is None else _function_of(parts.path, parts.function)
     settings = parse_settings(parts.settings, make, parts.function)
@@ -103,7 +102,7 @@ def _made(name: str, outline: bool) -> Splits:
         settings["outline"] = True
     try:
         splits = make(**settings)
-    except ValueError:  # TaskError, DataError: they say what is wrong
+    except ValueError:  # TaskError, DataError: their messages are complete
         raise
     except Exception as error:
         raise TaskError(f"{name} failed with {type(error).__name__}: {error}.") from error
@@ -115,7 +114,7 @@ def _made(name: str, outline: bool) -> Splits:
     return splits if bound == 1.0 else augment.reparametrized(splits, bound)
 
 
-def _function_of(path: Path, function: str) -> prepared.Make:
+def _function_of(path: Path, function: str) -> prepared.MakeSplits:
     spec = importlib.util.spec_from_file_location(f"lolo_task_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} can't be imported; a task file is Python source, named path.py:function.")
@@ -153,11 +152,7 @@ def _parts(name: str) -> Parts:
         return Parts(Path(match["path"]), match["function"], match["settings"] or "", match["sha256"])
     known, _, settings = name.partition(":")
     if known not in TASKS:
-        near = difflib.get_close_matches(known, TASKS, n=1, cutoff=0.0)[0]
+        near = nearest(known, TASKS)
         raise TaskError(f"unknown task {name!r}; did you mean {near!r}? Your own: path.py:function.")
     parse_settings(settings, TASKS[known], known)
     return Parts(None, known, settings, None)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

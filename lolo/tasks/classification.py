@@ -1,4 +1,4 @@
-"""Classification as a `Task`."""
+"""Classifiers as tasks: one function that makes `Splits` from arrays and a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inner problems' models: multilayer perceptrons, ResNet-18 and GPT-2, as plain functions over dicts of arrays.
+"""Models of the tasks: multilayer perceptrons, ResNet-18 and GPT-2, as plain functions over dicts of arrays.
 
 Parameters and statistics are flat dicts with PyTorch's names ("layer1.0.conv1.weight"), so that noise, ring
 buffers, `jax.vmap` and safetensors need nothing more than `jax.tree.map`. Two layouts differ from PyTorch's:
@@ -22,7 +22,7 @@ Stats = dict[str, jax.Array]
 
 
 class Model(NamedTuple):
-    """A model is how it starts and what it computes. `training` is a Python bool, static under `jax.jit`."""
+    """A model as two functions. `training` is a Python bool, static under `jax.jit`."""
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> params, stats
     apply: Callable[..., tuple[jax.Array, PyTree]]  # params, stats, inputs, training -> outputs, stats

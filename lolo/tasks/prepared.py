@@ -23,11 +23,11 @@ from lolo.tasks import models
 from lolo.tasks.classification import classification
 from lolo.trees import PyTree
 
-Make = Callable[..., Splits]
+MakeSplits = Callable[..., Splits]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 RESIDENT_GB = 4.0
 HELD_TOKENS = 10_485_760
-"""Tokens of a held-out split that are scored, from its first."""
+"""The first tokens of a held-out split, those that are scored."""
 
 
 class Sizes(NamedTuple):
@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
     score_examples: int  # see `Task`
 
 
-def on_prepared(make: Make) -> Make:
+def on_prepared(make: MakeSplits) -> MakeSplits:
     """A task function of prepared data, from one that takes their folder, or None for shapes without data.
 
     It is called with settings alone, and builds once for each folder and settings.
@@ -69,25 +69,27 @@ def _classification_on(
     model: models.Model,
     examples: Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]],
     classes: int,
-    own: Sizes,
+    sizes: Sizes,
 ) -> Splits:
-    """A classifier on columns from disk. Raises TaskError: sizes that can't be."""
-    if own.batch < 1 or own.micro_batches < 1 or own.batch % own.micro_batches:
-        raise TaskError(f"batch={own.batch} must be a multiple of micro_batches={own.micro_batches}, both at least 1.")
-    if own.score_examples < 1:
-        raise TaskError(f"score_examples={own.score_examples} must be at least 1.")
-    streams = sum(column.nbytes for column in columns["train"]) > own.resident_gb * 1e9
+    """A classifier on columns from disk. Raises TaskError for sizes that do not fit together."""
+    if sizes.batch < 1 or sizes.micro_batches < 1 or sizes.batch % sizes.micro_batches:
+        raise TaskError(
+            f"batch={sizes.batch} must be a multiple of micro_batches={sizes.micro_batches}, both at least 1."
+        )
+    if sizes.score_examples < 1:
+        raise TaskError(f"score_examples={sizes.score_examples} must be at least 1.")
+    streams = sum(column.nbytes for column in columns["train"]) > sizes.resident_gb * 1e9
     held = {split: tuple(map(_resident, columns[split])) for split in ("validation", "test")}
     splits = classification(
         {"train": () if streams else tuple(map(_resident, columns["train"])), **held},
         model,
         examples,
         classes=classes,
-        batch=own.batch,
+        batch=sizes.batch,
         sizes={split: len(column[0]) for split, column in columns.items()},
-        micro_batches=own.micro_batches,
-        score_batch=min(1000, own.batch // own.micro_batches),
-        score_examples=own.score_examples,
+        micro_batches=sizes.micro_batches,
+        score_batch=min(1000, sizes.batch // sizes.micro_batches),
+        score_examples=sizes.score_examples,
     )
     if streams:
         return splits._replace(train=dataclasses.replace(splits.train, stream=stream_of(columns["train"])))
@@ -101,18 +103,18 @@ def _pick_rgb(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _stream_images(columns: tuple[stream.Column, ...]) -> stream.Stream:
-    """Images stay on disk, labels come into memory."""
+    """Images stay on disk, labels are read into memory."""
     images, labels = columns
     if isinstance(images, np.memmap):
         images, labels = stream.Rows.of(images), np.array(labels)
     return stream.Stream((images, labels))
 
 
-def _image_task(where: Path | None, name: str, model: models.Model, own: Sizes) -> Splits:
+def _image_task(where: Path | None, name: str, model: models.Model, sizes: Sizes) -> Splits:
     columns: dict[str, tuple[stream.Column, ...]] = {
         split: (arrays["images"], arrays["labels"]) for split, arrays in _open(where, name).items()
     }
-    return _classification_on(columns, _stream_images, model, _pick_rgb, imagenet.CLASSES, own)
+    return _classification_on(columns, _stream_images, model, _pick_rgb, imagenet.CLASSES, sizes)
 
 
 def _pick_window(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +128,7 @@ def _windows(column: Any, context: int) -> stream.Rows | stream.Outline:
     return stream.Rows.windows(column, context)
 
 
-def _language_task(where: Path | None, name: str, model: models.Model, context: int, own: Sizes) -> Splits:
+def _language_task(where: Path | None, name: str, model: models.Model, context: int, sizes: Sizes) -> Splits:
     """The next token at every place of windows of `context` + 1 tokens, which share one token with their neighbours.
 
     Documents are not kept apart: a window may hold the end of one and the beginning of the next.
@@ -139,11 +141,11 @@ def _language_task(where: Path | None, name: str, model: models.Model, context: 
         if not len(windows):
             raise TaskError(f"the {split} split of {name!r} has fewer than context={context} tokens; lower context.")
         columns[split] = (windows,)
-    return _classification_on(columns, stream.Stream, model, _pick_window, tokens.VOCABULARY, own)
+    return _classification_on(columns, stream.Stream, model, _pick_window, tokens.VOCABULARY, sizes)
 
 
-def settings_of(make: Make) -> dict[str, Any]:
-    """The settings of a task function with their defaults: its arguments that have a number, a flag or a word."""
+def settings_of(make: MakeSplits) -> dict[str, Any]:
+    """The settings of a task function with their defaults: its arguments with a number, a flag or a string."""
     parameters = inspect.signature(make).parameters.values()
     return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str)}
 
@@ -155,7 +157,7 @@ def pick_dtype(name: str) -> Any:
     return DTYPES[name]
 
 
-def mlp_on(name: str, batch: int, about: str) -> Make:
+def mlp_on(name: str, batch: int, about: str) -> MakeSplits:
     """3072 → `width`, `depth` times → 1,000 on prepared images."""
 
     def make(
@@ -178,7 +180,7 @@ def mlp_on(name: str, batch: int, about: str) -> Make:
     return on_prepared(make)
 
 
-def resnet18_on(name: str, batch: int, about: str) -> Make:
+def resnet18_on(name: str, batch: int, about: str) -> MakeSplits:
     """ResNet-18 with 1,000 outputs on prepared images; `width` 64 is the full one."""
 
     def make(
@@ -203,7 +205,7 @@ def resnet18_on(name: str, batch: int, about: str) -> Make:
     return on_prepared(make)
 
 
-def gpt_on(name: str, batch: int, context: int, about: str) -> Make:
+def gpt_on(name: str, batch: int, context: int, about: str) -> MakeSplits:
     """GPT-2's architecture on prepared tokens; the defaults of `layers`, `heads` and `width` are gpt2-mini's."""
     mini = models.GPT_SIZES["gpt2-mini"]
 

@@ -45,7 +45,7 @@ def fashion_mlp(widths: str = "32-32") -> Splits:
     )
 
 
-CONTEXT = 8  # characters that books_mlp sees
+CONTEXT = 8  # characters that books_mlp predicts the next one from
 
 
 def _pick_characters(symbols: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:

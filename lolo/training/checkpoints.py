@@ -26,11 +26,11 @@ LARGE_CHECKPOINT = 32 << 20  # bytes from which on a thread writes it
 
 
 Agree = Callable[[Any, Callable[[list[Any]], Any]], Any]
-"""(what this process says, decide) -> what process 0 decided on what all said; see `gang.Gang.settle`."""
+"""(what this process says, decide) -> what process 0 decided on what all said; see `ProcessGroup.agree`."""
 
 
 def agree_alone(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
-    """The `Settle` of a single process."""
+    """The `Agree` of a single process."""
     return decide([mine])
 
 
@@ -43,24 +43,24 @@ def write_checkpoint(
     *,
     own: tensors.Arrays | None = None,
     rows: tuple[int, int] = (0, 0),
-    settle: Agree = agree_alone,
+    agree: Agree = agree_alone,
 ) -> Path:
     """Write a checkpoint whole or not at all, and drop all but the newest `keep`.
 
     Args:
       arrays: what every process holds alike; process 0 writes it.
       own: what this process alone holds: the given rows of arrays whose first axis is spread over processes.
-      settle: how processes agree. All must call this, with one `run` on a file system that all see.
+      agree: how processes agree. All must call this, with one `run` on a file system that all see.
 
     Raises: FileError if processes hold different `arrays`; OSError.
     """
-    draft = Path(settle(None, lambda _: str(_draft(run, step))))
+    draft = Path(agree(None, lambda _: str(_draft(run, step))))
     mine = {"arrays": tensors.digest(arrays), "files": {}}
     try:
         if own:
             name = f"slots-{rows[0]:08d}.safetensors"
             mine["files"] = {name: {**_write_synced(draft / name, tensors.pack(own)), "rows": list(rows)}}
-        return Path(settle(mine, lambda said: str(_finish(run, step, draft, arrays, said, about, keep))))
+        return Path(agree(mine, lambda said: str(_finish(run, step, draft, arrays, said, about, keep))))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -205,10 +205,10 @@ def newest_checkpoint(
     run: Path,
     warn: Callable[[str], None],
     rows: tuple[int, int] | None = None,
-    settle: Agree = agree_alone,
+    agree: Agree = agree_alone,
 ) -> tuple[tensors.Arrays, dict[str, Any]] | None:
     """The newest checkpoint that is whole; `warn` is told of each that is not. None if there is none."""
-    step = settle(None, lambda _: newest_complete(run, warn))
+    step = agree(None, lambda _: newest_complete(run, warn))
     return None if step is None else read_checkpoint(run, step, rows)
 
 
@@ -225,7 +225,7 @@ def state_arrays(state: meta.MetaState) -> tuple[tensors.Arrays, tensors.Arrays]
     everywhere: tensors.Arrays = {}
     own: tensors.Arrays = {}
     for (path, leaf), spec in zip(leaves, specs, strict=True):
-        (own if parallel.AXIS in spec else everywhere)[name_of(path)] = parallel.own_part(leaf)
+        (own if parallel.AXIS in spec else everywhere)[name_of(path)] = parallel.local_part(leaf)
     return everywhere, own
 
 

@@ -113,8 +113,8 @@ def resume(out: Path | str, how: How | None = None, *, tasks: dict[str, Splits] 
 def restore(run: Run) -> None:
     """State and log of the newest complete checkpoint in the run's folder. Raises RunError, FileError."""
     folder, group = run.out or Path(), run.how.group
-    rows = parallel.own_rows(run.mesh, run.recipe.estimator.pairs)
-    newest = checkpoints.newest_checkpoint(folder, run.how.log, rows, group.settle)
+    rows = parallel.local_rows(run.mesh, run.recipe.estimator.pairs)
+    newest = checkpoints.newest_checkpoint(folder, run.how.log, rows, group.agree)
     if newest is None:
         if not run_folder.untouched(folder):
             raise RunError(f"{folder} has no complete checkpoint; start again with `lolo train` and another --out.")
@@ -141,7 +141,7 @@ def finish(run: Run) -> Result:
             stopped = outer_steps(run)
     except DivergedError:
         run.finish_checkpoint()
-        run.how.group.dissolve()
+        run.how.group.leave()
         raise
     finally:
         run.finish_checkpoint()
@@ -149,7 +149,7 @@ def finish(run: Run) -> Result:
         where = f" Resume with: lolo resume {run.out}" if run.out else ""
         by = run.how.stop.requested or "another process"
         run.how.log(f"stopped by {by} after outer step {run.done} of {run.recipe.outer.steps}.{where}")
-    run.how.group.dissolve()
+    run.how.group.leave()
     return Result(run.weights(), run.done, run.done >= run.recipe.outer.steps, run.out)
 
 

@@ -81,7 +81,7 @@ def create(run: Path, recipe: Recipe, about: dict[str, Any], group: ProcessGroup
         except OSError as error:
             raise RunError(f"{run} can't be written ({error.strerror}); give another --out.") from error
 
-    group.settle(None, write)
+    group.agree(None, write)
     require_shared(group, run)
 
 
@@ -127,7 +127,7 @@ def can_resume(run: Path, recipe: Recipe, group: ProcessGroup) -> bool:
             raise RunError(f"{run} already holds another run ({differs}); give another --out.")
         return bool(checkpoints(run))
 
-    resumable = group.settle(None, look)
+    resumable = group.agree(None, look)
     if resumable:
         require_shared(group, run)
     return resumable
@@ -148,7 +148,7 @@ def exclusive(folder: Path | None, group: ProcessGroup) -> Iterator[None]:
             if not all(seen):
                 raise RunError(f"another process is at work on {folder}; wait for it, stop it, or give another folder.")
 
-        group.settle(free, decide)
+        group.agree(free, decide)
         yield
 
 
@@ -161,7 +161,7 @@ def require_shared(group: ProcessGroup, out: Path) -> None:
                 f"process {seen.index(False)} does not see {out}: --out must be a folder that all hosts share."
             )
 
-    group.settle((out / "recipe.json").is_file(), decide)
+    group.agree((out / "recipe.json").is_file(), decide)
 
 
 def untouched(run: Path) -> bool:

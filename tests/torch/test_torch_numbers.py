@@ -10,6 +10,7 @@ import pytest
 import torch
 from drawn import draw_meta_params
 
+from lolo.bench import torch_speed
 from lolo.bench.textbook_torch import Textbook
 from lolo.data import embedded
 from lolo.files import tensors
@@ -318,3 +319,12 @@ def test_closed_loops_in_jax_and_torch_stay_together(record_property):
     record_property("relative distance after 10 and 50 steps", [distances[10], distances[50]])
     print(f"closed loop, ‖Δθ‖/‖θ − θ0‖: {distances[10]:.2e} after 10 steps, {distances[50]:.2e} after 50")
     assert distances[10] <= 1e-3
+
+
+def test_the_benchmark_times_both_forms_and_adamw(monkeypatch):
+    monkeypatch.setattr(torch_speed, "SIZES", {"1M": (4, 3)})
+    lines = list(torch_speed.steps("cpu", "1M", 0.0))
+    assert [line.what.rpartition(": ")[2] for line in lines] == [
+        "lolo", "textbook", "adamw foreach", "textbook / lolo", "lolo / adamw foreach",
+    ]  # fmt: skip
+    assert all(line.value > 0 for line in lines)

@@ -101,7 +101,7 @@ def at_checkpoint(run, step, *processes):
 
 
 def one_by_one(lolo, run, *options, count=2, more=()):
-    """A gang whose processes are started one by one, as on several hosts."""
+    """A process group whose processes are started one by one, as on several hosts."""
     address = free_address()
     return [
         lolo("train", "lolo", *more, *options, "--out", run)
@@ -132,7 +132,7 @@ def test_two_processes_give_the_bytes_of_one(lolo, tmp_path):
     assert tensors.digest(one) == tensors.digest(two)  # all of the state, whoever wrote it
     manifest = checkpoints.read_checkpoint(tmp_path / "two", 6)[1]
     assert len(manifest["files"]) == 3 and json.loads((tmp_path / "two/run.json").read_text())["processes"] == 2
-    # and a checkpoint of two processes is gone on with by one that has nothing else
+    # and a checkpoint of two processes is resumed by one that has nothing else
     shutil.copytree(tmp_path / "two", tmp_path / "again")
     shutil.rmtree(run_folder.checkpoint_folder(tmp_path / "again", 6))
     assert ends(lolo("resume", tmp_path / "again"))[0] == 0
@@ -213,9 +213,9 @@ def test_two_processes_with_one_id_are_refused(lolo, tmp_path):
     options = [*OPTIONS, "--processes", "3", "--coordinator", address, "--join-timeout", "8"]
     options += ["--estimator.pairs", "3", "--out", tmp_path / "run"]
     began = time.monotonic()
-    gang_ = [lolo("train", "lolo", *options, "--process-id", i) for i in (0, 1, 1)]
+    group = [lolo("train", "lolo", *options, "--process-id", i) for i in (0, 1, 1)]
     words = []
-    for process in gang_:
+    for process in group:
         status, said = ends(process, 120)
         assert status == launch.LOST and "stack trace" not in said, said
         words.append(said)
@@ -226,10 +226,11 @@ def test_two_processes_with_one_id_are_refused(lolo, tmp_path):
 
 MEMBER = """
 import sys
-from lolo import launch, training
+from lolo.cli import main as cli
+from lolo.runtime import environment, launch
 if sys.argv.pop(1) == "old":
-    mine = training.versions() | {"jax": "0.9.9"}
-    training.versions = lambda: mine
+    mine = environment.versions() | {"jax": "0.9.9"}
+    environment.versions = lambda: mine
 def main():
     status = cli.main()
     import jax
@@ -243,7 +244,7 @@ launch.run(main)
 def test_different_versions_are_refused(lolo, tmp_path):
     address = free_address()
     for i, kind in ((0, "new"), (1, "old")):
-        place = {"coordinator": address, "process_id": i, "processes": 2, "share": 2, "speaks": True}
+        place = {"coordinator": address, "process_id": i, "processes": 2, "share": 2, "prints": True}
         place |= {"join_timeout": 20, "heartbeat_timeout": 10, "stdout": 1, "stderr": 2}
         process = lolo(
             kind, "train", "lolo", *OPTIONS, "--out", tmp_path / "run", "--processes", "2",
@@ -263,25 +264,25 @@ def test_different_versions_are_refused(lolo, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_when_one_process_is_lost_the_others_end_and_say_so(lolo, tmp_path, victim, number):
     run = tmp_path / "run"
-    gang_ = one_by_one(lolo, run, *LONG, more=["--heartbeat-timeout", "3"])
-    at_checkpoint(run, 3, *gang_)
-    (lost,) = members(gang_[victim])
+    group = one_by_one(lolo, run, *LONG, more=["--heartbeat-timeout", "3"])
+    at_checkpoint(run, 3, *group)
+    (lost,) = members(group[victim])
     os.kill(lost, number)
     began = time.monotonic()
-    status, words = ends(gang_[1 - victim], 60)
+    status, words = ends(group[1 - victim], 60)
     assert time.monotonic() - began < 3 + 15  # the heartbeat's timeout, and a slow machine
     assert status == launch.LOST and "give the same command again" in words, words
     assert "lost" in words and "stack trace" not in words and "Traceback" not in words, words
     if number == signal.SIGSTOP:
         os.kill(lost, signal.SIGKILL)  # a stopped process can't end with its parent
     else:
-        status, words = ends(gang_[victim], 60)
+        status, words = ends(group[victim], 60)
         assert status == launch.LOST and f"process {victim} of 2 was killed by SIGKILL" in words, words
     assert checkpoints.newest_checkpoint(run, pytest.fail) is not None
 
 
 @pytest.mark.slow
-def test_the_launcher_starts_a_gang_again_and_the_result_is_the_same(lolo, tmp_path):
+def test_the_launcher_starts_a_group_again_and_the_result_is_the_same(lolo, tmp_path):
     options = [*OPTIONS, "--outer.steps", "400", "--checkpoint-seconds", "0"]
     whole = lolo("train", "lolo", *options, "--out", tmp_path / "whole")
     process = lolo("train", "lolo", *options, "--out", tmp_path / "run", "--processes", "2", "--restarts", "2")
@@ -296,7 +297,7 @@ def test_the_launcher_starts_a_gang_again_and_the_result_is_the_same(lolo, tmp_p
 
 
 @pytest.mark.slow
-def test_after_a_loss_one_and_two_processes_go_on_and_agree(lolo, tmp_path):
+def test_after_a_loss_one_and_two_processes_resume_and_agree(lolo, tmp_path):
     steps = 400
     options = [*OPTIONS, "--outer.steps", str(steps), "--checkpoint-seconds", "0", "--processes", "2"]
     process = lolo("train", "lolo", *options, "--out", tmp_path / "a")
@@ -317,11 +318,11 @@ def test_after_a_loss_one_and_two_processes_go_on_and_agree(lolo, tmp_path):
 @pytest.mark.slow
 def test_a_request_to_stop_ends_all_processes_with_a_checkpoint(lolo, tmp_path):
     run = tmp_path / "run"
-    gang_ = one_by_one(lolo, run, *LONG)
-    at_checkpoint(run, 3, *gang_)
-    gang_[1].send_signal(signal.SIGTERM)
-    assert ends(gang_[1], 60)[0] == 3
-    status, words = ends(gang_[0], 60)
+    group = one_by_one(lolo, run, *LONG)
+    at_checkpoint(run, 3, *group)
+    group[1].send_signal(signal.SIGTERM)
+    assert ends(group[1], 60)[0] == 3
+    status, words = ends(group[0], 60)
     assert status == 3 and f"lolo resume {run}" in words and "stopped by another process" in words, words
 
 
@@ -375,11 +376,11 @@ class Ended:
         self.status = 3
 
 
-def child(index, status, said="", joined=True, speaks=True):
+def child(index, status, output="", joined=True, prints=True):
     made = object.__new__(launch.Child)
     made.process, made.index, made.count, made.joined, made.ended_by_us = Ended(status), index, 4, joined, False
-    made.place = {"speaks": speaks, "heartbeat_timeout": 7, "join_timeout": 9, "coordinator": "host:5"}
-    made.noise, made.reader = said.splitlines(), threading.Thread()
+    made.place = {"prints": prints, "heartbeat_timeout": 7, "join_timeout": 9, "coordinator": "host:5"}
+    made.noise, made.reader = output.splitlines(), threading.Thread()
     made.reader.start()
     return made
 
@@ -387,7 +388,7 @@ def child(index, status, said="", joined=True, speaks=True):
 ENDS = [
     ([child(0, 0), child(1, 0)], 0, ""),
     ([child(0, 2), child(1, None)], 2, ""),
-    ([child(0, launch.LOST), child(1, 5, "noise\nlolo: the disk", speaks=False)], 5, "status 5: the disk"),
+    ([child(0, launch.LOST), child(1, 5, "noise\nlolo: the disk", prints=False)], 5, "status 5: the disk"),
     ([child(0, None), child(1, KILLED)], launch.LOST, "process 1 of 4 was killed by SIGKILL"),
     (
         [child(0, ABORTED, SILENT), child(1, None)],
@@ -404,19 +405,19 @@ ENDS = [
         "not all processes",
     ),
     ([child(2, ABORTED, "F1 something else")], launch.LOST, "process 2 of 4 crashed (SIGABRT): F1 something else"),
-    ([child(0, None), child(1, 1, "KeyError: 'x'", speaks=False)], 1, "ended with status 1: KeyError: 'x'"),
+    ([child(0, None), child(1, 1, "KeyError: 'x'", prints=False)], 1, "ended with status 1: KeyError: 'x'"),
     ([child(None, ABORTED, DEADLINE, joined=False)], launch.LOST, "the process: not all processes came"),
 ]
 
 
 @pytest.mark.parametrize(("children", "status", "why"), ENDS)
-def test_the_first_cause_is_told(monkeypatch, children, status, why):
+def test_the_first_cause_is_reported(monkeypatch, children, status, why):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     ended, words = launch.watch(children, launch.Signals(), patience=0.1)
     assert ended == status and (why in words if why else words == ""), words
 
 
-def test_a_request_to_stop_is_passed_on(monkeypatch):
+def test_a_request_to_stop_is_forwarded(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     signals = launch.Signals()
     signals.take(signal.SIGTERM, None)
@@ -442,10 +443,10 @@ def test_every_process_states_how_many_devices_it_may_use(monkeypatch):
         loop.train(recipe, None, How(devices=3, group=process_group.ProcessGroup(2, 0)))
 
 
-def test_a_run_that_not_every_process_sees_is_not_gone_on_with(tmp_path, monkeypatch):
+def test_a_run_that_not_every_process_sees_is_not_resumed(tmp_path, monkeypatch):
     recipe = settings.with_field(recipes.LOLO, "tasks", ("quadratic",))
     run_folder.create(tmp_path / "run", recipe, {}, process_group.ALONE)
-    monkeypatch.setattr(process_group.ProcessGroup, "settle", lambda self, mine, decide: decide([mine, False]))
+    monkeypatch.setattr(process_group.ProcessGroup, "agree", lambda self, mine, decide: decide([mine, False]))
     assert not run_folder.can_resume(tmp_path / "new", recipe, process_group.ProcessGroup(2, 0))
     checkpoints.write_checkpoint(tmp_path / "run", 0, {"phi": np.zeros(1)}, {})
     with pytest.raises(RunError, match="process 1 does not see .*run: --out must be a folder that all hosts"):
@@ -464,15 +465,15 @@ def test_hosts_auto_outside_a_cluster_is_bad_input(monkeypatch):
 # --- alone --------------------------------------------------------------------------------------------------------
 
 
-def test_a_single_process_settles_with_itself():
-    assert process_group.ALONE.settle(3, lambda said: said) == [3]
+def test_a_single_process_agrees_with_itself():
+    assert process_group.ALONE.agree(3, lambda given: given) == [3]
     process_group.ALONE.require_equal({"a": 1}, "")
-    with pytest.raises(ValueError, match="Gloo"), process_group.ALONE.noticing_loss("x"):
+    with pytest.raises(ValueError, match="Gloo"), process_group.ALONE.watching("x"):
         raise ValueError("Gloo failed")
     with pytest.raises(ProcessGroupError, match="process 1 of 2 lost another process while x"):
-        with process_group.ProcessGroup(2, 1).noticing_loss("x"):
+        with process_group.ProcessGroup(2, 1).watching("x"):
             raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
-    with pytest.raises(FileError), process_group.ProcessGroup(2, 1).noticing_loss("x"):
+    with pytest.raises(FileError), process_group.ProcessGroup(2, 1).watching("x"):
         raise FileError("a disk is unavailable")  # ours: it says what it means
 
 

@@ -1,0 +1,62 @@
+"""Speed of the optimizer's step in PyTorch, beside the textbook form and AdamW. Needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from lolo.bench.textbook_torch import Textbook
+from lolo.bench.timing import Line, interleaved
+from lolo.optimizers import small_fc
+from lolo.torch import LoLO
+
+SIZES = {"1M": (784, 640, 640, 136, 10), "10M": (1024, 2560, 2560, 256, 10)}
+"""Widths of the MLPs by number of parameters."""
+
+
+def measure(seconds: float) -> Iterator[Line]:
+    """On one CPU thread against the textbook form and AdamW; then on a GPU, if there is one, against AdamW."""
+    torch.set_num_threads(1)
+    yield from steps("cpu", "1M", seconds)
+    if torch.cuda.is_available():
+        for size in SIZES:
+            yield from steps("cuda", size, seconds / 2)
+
+
+def parameters(size: str, device: str) -> list[Any]:
+    """Parameters of an MLP with gradients, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    widths = SIZES[size]
+    layers = [torch.nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    params = [p.to(device).detach().requires_grad_() for layer in layers for p in layer.parameters()]
+    for param in params:
+        param.grad = (torch.randn(param.shape, generator=generator) * 0.01).to(device)
+    return params
+
+
+def steps(device: str, size: str, seconds: float) -> Iterator[Line]:
+    """One step of each optimizer on the parameters of an MLP."""
+
+    def wait_for(step: Callable[[], Any]) -> None:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    phi = {name: np.array(x) for name, x in small_fc.small_fc().init(jax.random.key(0)).items()}
+    calls = {"lolo": LoLO(parameters(size, device), weights=phi).step}
+    if device == "cpu":
+        calls["textbook"] = Textbook(parameters(size, device), phi).step
+    else:
+        calls["adamw fused"] = torch.optim.AdamW(parameters(size, device), fused=True).step
+    calls["adamw foreach"] = torch.optim.AdamW(parameters(size, device), foreach=True).step
+    times = interleaved({name: partial(wait_for, step) for name, step in calls.items()}, seconds)
+    for name, t in times.items():
+        yield Line(f"torch {torch.__version__} step on {size} parameters, {device}: {name}", 1000 * t, "ms")
+    if device == "cpu":
+        yield Line("torch: textbook / lolo", times["textbook"] / times["lolo"], "x")
+    yield Line(f"torch {size}, {device}: lolo / adamw foreach", times["lolo"] / times["adamw foreach"], "x")
