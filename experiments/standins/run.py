@@ -73,7 +73,7 @@ def run_one(name: str, optimizer: str, smoke: bool) -> dict:
     entries = [candidates.candidate(optimizer, candidates.named_weights([optimizer]), splits, steps)]
     began, ticks = time.perf_counter(), list[float]()
 
-    def advanced(count: int) -> None:
+    def on_steps(count: int) -> None:
         ticks.append(time.perf_counter())
         print(f"{name}, {optimizer}: step {count * len(ticks)} of {steps}, {ticks[-1] - began:.0f} s", file=sys.stderr)
 
@@ -83,7 +83,7 @@ def run_one(name: str, optimizer: str, smoke: bool) -> dict:
         entries,
         [SEED],
         steps,
-        advanced=advanced,
+        on_steps=on_steps,
         window=window,
     )
     whole = time.perf_counter() - began

@@ -32,11 +32,11 @@ def eval_command(argv: list[str]) -> int:
     ) -> int:
         """Train a task with each optimizer, from the same inits and batches, and compare.
 
-        With --out a stopped evaluation goes on with the same command, and the same command with more optimizers
+        With --out a stopped evaluation resumes with the same command, and the same command with more optimizers
         adds these.
 
         Args:
-          optimizers: weights (a name of `lolo weights`, or files; in use with other settings:
+          optimizers: weights (a name of `lolo weights`, or files; with other deployment settings:
             FILE:clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000 or FILE:schedule=cosine), adamw:1e-3,
             adamw-cosine:1e-3, adamw-rsqrt:1e-3 (over √(1 + t/3000)), adam:1e-3, sgdm:0.1, or adamw:grid (its best
             learning rate, picked on other seeds; adamw:wide-grid tries weight decay 0.1 too).
@@ -85,7 +85,7 @@ def reproduce_command(argv: list[str]) -> int:
         only: tuple[str, ...] = (),
         smoke: bool = False,
     ) -> int:
-        """Meta-train, evaluate and report a study; goes on where it was stopped.
+        """Meta-train, evaluate and report a study; resumes where it was stopped.
 
         Args:
           study: quick (minutes), books or mini (hours), or study: all parts of the study in docs/results.md (a day).

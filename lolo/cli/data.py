@@ -18,7 +18,7 @@ def data_command(argv: list[str]) -> int:
     def prepare_(
         name: tyro.conf.Positional[str], to: Path, source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     ) -> int:
-        """Read a data set once and keep it as memory-mapped arrays; goes on where it was stopped.
+        """Read a data set once and keep it as memory-mapped arrays; resumes where it was stopped.
 
         Args:
           name: imagenet32, fineweb, idx, text, characters, textures or books.

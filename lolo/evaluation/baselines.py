@@ -81,7 +81,7 @@ def best_of_grid(
     name: str,
     steps: int,
     of: str = "grid",
-    advanced: Callable[[int], None] = lambda steps: None,
+    on_steps: Callable[[int], None] = lambda steps: None,
 ) -> long_runs.Candidate:
     """The baseline with the lowest final train loss on separate seeds; its label says that it was picked.
 
@@ -90,7 +90,7 @@ def best_of_grid(
     candidates = grid(name, of, steps)
     settings = [c.setting for c in candidates for _ in PICK_SEEDS]
     curves = long_runs.run(
-        splits.train, splits.validation, BASELINES[name], settings, PICK_SEEDS * len(candidates), steps, advanced
+        splits.train, splits.validation, BASELINES[name], settings, PICK_SEEDS * len(candidates), steps, on_steps
     )
     finals = curves.train_loss[:, -1].reshape(len(candidates), len(PICK_SEEDS)).mean(axis=1)
     best = candidates[int(np.nanargmin(np.where(np.isfinite(finals), finals, np.inf)))]

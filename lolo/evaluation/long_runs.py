@@ -126,7 +126,7 @@ def run(
     settings: Sequence[Any],
     seeds: Sequence[int],
     steps: int,
-    advanced: Callable[[int], None] = lambda steps: None,
+    on_steps: Callable[[int], None] = lambda steps: None,
     window: int = WINDOW,
 ) -> Curves:
     """K = len(settings) runs: run k trains with `make(settings[k])` from the init and batches of `seeds[k]`.
@@ -136,12 +136,12 @@ def run(
       make: settings -> optimizer, one function for all runs; keep it the same object to compile once.
       settings: trees of numbers or arrays, equal shapes.
       steps: a multiple of `window`.
-      advanced: told the number of steps done by each window, all runs together (for progress bars).
+      on_steps: called with the number of steps that each window did, all runs together (for progress bars).
       window: steps between two scores, and that a point of the train curve is the mean of.
     """
     check_steps(steps, window)
     if task.stream is not None and len(set(seeds)) > 1:
-        return _by_seed(task, held, make, settings, seeds, steps, advanced, window)
+        return _by_seed(task, held, make, settings, seeds, steps, on_steps, window)
     count = len(settings)
     devices = max(min(len(jax.local_devices()), count), 1)
     begin, advance, finish, over = _programs(make, devices, window)
@@ -158,7 +158,7 @@ def run(
             states, loss, score = advance(segment, held, stacked, keys, states)
             train.append(np.asarray(loss))
             scores.append(np.asarray(score))
-            advanced(window * count)
+            on_steps(window * count)
     final = {name: np.asarray(x)[:count] for name, x in finish(held, states).items()}
     return Curves(np.stack(train, 1)[:count], np.stack(scores, 1)[:count], final)
 
@@ -170,13 +170,13 @@ def _by_seed(
     settings: Sequence[Any],
     seeds: Sequence[int],
     steps: int,
-    advanced: Callable[[int], None],
+    on_steps: Callable[[int], None],
     window: int,
 ) -> Curves:
     """`run` for one seed after the other: the runs of a call share the segments of one stream."""
     groups = {seed: [k for k, other in enumerate(seeds) if other == seed] for seed in seeds}
     parts = [
-        run(task, held, make, [settings[k] for k in group], [seed] * len(group), steps, advanced, window)
+        run(task, held, make, [settings[k] for k in group], [seed] * len(group), steps, on_steps, window)
         for seed, group in groups.items()
     ]
     places = np.argsort(np.concatenate(list(groups.values())))
@@ -195,36 +195,36 @@ class Candidate(NamedTuple):
 def compare(
     name: str,
     splits: Splits,
-    contestants: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     seeds: Sequence[int],
     steps: int,
     held: str = "test",
-    advanced: Callable[[int], None] = lambda steps: None,
+    on_steps: Callable[[int], None] = lambda steps: None,
     window: int = WINDOW,
 ) -> list[Row]:
-    """Every contestant on every seed, from the same inits and batches. `held`: which split is scored."""
+    """Every candidate on every seed, from the same inits and batches. `held`: which split is scored."""
     rows: list[Row] = []
     by_make: dict[Make, list[Candidate]] = {}
-    for contestant in contestants:
-        by_make.setdefault(contestant.make, []).append(contestant)
+    for candidate in candidates:
+        by_make.setdefault(candidate.make, []).append(candidate)
     for make, group in by_make.items():
-        pairs = [(contestant, seed) for contestant in group for seed in seeds]
+        pairs = [(candidate, seed) for candidate in group for seed in seeds]
         curves = run(
             splits.train,
             getattr(splits, held),
             make,
-            [contestant.setting for contestant, _ in pairs],
+            [candidate.setting for candidate, _ in pairs],
             [seed for _, seed in pairs],
             steps,
-            advanced,
+            on_steps,
             window,
         )
-        for k, (contestant, seed) in enumerate(pairs):
-            rows.append(_row(name, splits.train, contestant, seed, steps, curves, k))
+        for k, (candidate, seed) in enumerate(pairs):
+            rows.append(_row(name, splits.train, candidate, seed, steps, curves, k))
     return rows
 
 
-def _row(name: str, task: Task, contestant: Candidate, seed: int, steps: int, curves: Curves, k: int) -> Row:
+def _row(name: str, task: Task, candidate: Candidate, seed: int, steps: int, curves: Curves, k: int) -> Row:
     def number(x: Any) -> float:
         return round(float(x), 6)
 
@@ -233,8 +233,8 @@ def _row(name: str, task: Task, contestant: Candidate, seed: int, steps: int, cu
     limit = task.loss_limit if task.loss_limit is not None else math.inf
     return Row(
         task=name,
-        optimizer=contestant.label,
-        meta_seed=contestant.meta_seed,
+        optimizer=candidate.label,
+        meta_seed=candidate.meta_seed,
         seed=seed,
         steps=steps,
         train_loss=limit if diverged else number(curves.train_loss[k, -1]),

@@ -63,7 +63,7 @@ class Task:
     size: int = _static()  # number of examples
     batch: int = _static()  # examples per inner step
     loss_limit: float | None = _static()  # losses enter the meta-gradient clipped to this; None: as they are
-    micro_batches: int = _static(1)  # the gradient of a batch is computed in so many equal parts, one after the other
+    micro_batches: int = _static(1)  # the gradient of a batch is computed in n equal parts, one after the other
     score_batch: int = _static(1000)  # examples scored together
     score_examples: int = _static(10_000)  # of the held-out split, scored on the way through a long run
     stream: BatchStream | None = _static(None)  # where segments come from; None: `data` is the whole split

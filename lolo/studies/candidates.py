@@ -174,7 +174,7 @@ def candidate(
         return Candidate(label, seed, make, weights.meta_params)
     kind, lr = name.partition(":")[0], learning_rate(name)
     if isinstance(lr, str):
-        return baselines.best_of_grid(splits, kind, steps, lr, advanced=advanced)
+        return baselines.best_of_grid(splits, kind, steps, lr, on_steps=advanced)
     return baselines.baseline(kind, lr, steps)
 
 

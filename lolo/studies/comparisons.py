@@ -72,7 +72,7 @@ def evaluate(
     for members in groups.values():
         with time_spent.timed(parts.parent, f"evaluating {file_name(task)}") if parts else contextlib.nullcontext():
             entries = [candidates.candidate(name, named, splits, steps, advanced) for name in members]
-            made = long_runs.compare(task, splits, entries, range(seeds), steps, advanced=advanced)
+            made = long_runs.compare(task, splits, entries, range(seeds), steps, on_steps=advanced)
         for name, entry in zip(members, entries, strict=True):
             rows_of[name] = [row for row in made if (row.optimizer, row.meta_seed) == (entry.label, entry.meta_seed)]
             if name in files_of:

@@ -26,7 +26,7 @@ LARGE_CHECKPOINT = 32 << 20  # bytes from which on a thread writes it
 
 
 Agree = Callable[[Any, Callable[[list[Any]], Any]], Any]
-"""(what this process says, decide) -> what process 0 decided on what all said; see `ProcessGroup.agree`."""
+"""(a value of this process, decide) -> what process 0 decided on the values of all; see `ProcessGroup.agree`."""
 
 
 def agree_alone(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
@@ -189,7 +189,7 @@ def _read_verified(path: Path, manifest: dict[str, Any]) -> bytes:
 
 
 def newest_complete(run: Path, warn: Callable[[str], None]) -> int | None:
-    """Outer step of the newest checkpoint that is whole; `warn` is told of each that is not. None if there is none."""
+    """Outer step of the newest complete checkpoint; `warn` is called for each that is not. None if there is none."""
     for step in reversed(run_folder.checkpoints(run)):
         try:
             folder, manifest, parts = _described(run, step)
@@ -207,7 +207,7 @@ def newest_checkpoint(
     rows: tuple[int, int] | None = None,
     agree: Agree = agree_alone,
 ) -> tuple[tensors.Arrays, dict[str, Any]] | None:
-    """The newest checkpoint that is whole; `warn` is told of each that is not. None if there is none."""
+    """The newest complete checkpoint; `warn` is called for each that is not. None if there is none."""
     step = agree(None, lambda _: newest_complete(run, warn))
     return None if step is None else read_checkpoint(run, step, rows)
 
@@ -254,11 +254,11 @@ def state_shapes(state: meta.MetaState, rows: tuple[int, int]) -> meta.MetaState
     return jax.tree.map(shape, state, slots.state_specs(state))
 
 
-def check_manifest(manifest: dict[str, Any], run: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Raise RunError if a checkpoint is of another recipe; say so if it is of other versions."""
+def check_manifest(manifest: dict[str, Any], run: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
+    """Raise RunError if a checkpoint is of another recipe; log it if it is of other versions."""
     changed = diff(recipes.from_dict(manifest.get("recipe")), recipe)
     if changed:
         differs = "; ".join(f"{name}: {a!r} in the checkpoint, {b!r} now" for name, (a, b) in changed.items())
         raise RunError(f"{run}/recipe.json is not the recipe of the checkpoint ({differs}). Undo the change.")
     if manifest.get("versions") != environment.versions():
-        say(f"versions differ from the checkpoint's ({manifest.get('versions')}): the result may differ in last bits.")
+        log(f"versions differ from the checkpoint's ({manifest.get('versions')}): the result may differ in last bits.")

@@ -29,7 +29,7 @@ class Log(NamedTuple):
 
 
 def read_log(path: Path, tasks: int) -> Log:
-    """The log of a run on so many tasks. Raises FileError for rows that no run writes."""
+    """The log of a run on `tasks` tasks. Raises FileError for rows that no run writes."""
     log = Log([], [])
     for count, row in enumerate(jsonl.read_json_lines(path, run_log.log_row), 1):
         at, step = f"{path}, row {count}: ", row["step"]
@@ -70,7 +70,7 @@ def progress(run: Path, steps: list[dict[str, Any]], total: int) -> Finding:
     done = steps[-1]["step"] + 1
     rate = float(np.median([row["inner_steps_per_second"] for row in steps[-200:]]))
     words = f"{done} of {total} outer steps done, {rate:,.0f} inner steps per second."
-    return Finding(done >= total, words, () if done >= total else (f"go on with: lolo resume {run}",))
+    return Finding(done >= total, words, () if done >= total else (f"resume with: lolo resume {run}",))
 
 
 def loss_trend(steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> Finding:
@@ -108,7 +108,7 @@ def dropped_pairs(steps: list[dict[str, Any]], slots: int) -> Finding:
     words = f"{dropped} pairs dropped for non-finite numbers, {100 * share:.2f} % of all."
     if share <= 0.01:
         return Finding(True, words)
-    kinds = [first for row in steps for first in row["first_bad"]] or ["it is not said what"]
+    kinds = [first for row in steps for first in row["first_bad"]] or ["unknown"]
     first = max(sorted(set(kinds)), key=kinds.count)
     advice = ("a smaller learner.step_mult", "a smaller imitation.lr", "non-finite numbers in the task's data?")
     return Finding(False, f"{words} Most often {first} went bad first.", advice)

@@ -111,7 +111,7 @@ def inner_step_cost(setup: meta.Setup, task: Task) -> cost.Cost:
 
 
 def scoring_cost(held: Task, examples: int) -> float:
-    """FLOPs of scoring so many examples."""
+    """FLOPs of scoring `examples` examples."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, stats = jax.eval_shape(held.init, key)
     batch = min(held.score_batch, examples)
@@ -239,7 +239,7 @@ def of_evaluation(name: str, learner: architecture.LearnerSettings, optimizers: 
 
 
 def available_bytes() -> int | None:
-    """Memory that is free here: of the first GPU, or of the machine. None where nobody says."""
+    """Memory that is free here: of the first GPU, or of the machine. None where it is unknown."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

@@ -167,8 +167,10 @@ class Run:
         arrays, local = checkpoints.state_arrays(self.complete_state())
         about = {"recipe": recipes.to_dict(self.recipe), "versions": environment.versions(), "streams": self.streams()}
         rows = parallel.local_rows(self.mesh, self.recipe.estimator.pairs)
-        write = partial(checkpoints.write_checkpoint, self.out, self.done, arrays, about, own=local, rows=rows)
-        write.keywords["agree"] = self.how.group.agree
+        agree = self.how.group.agree
+        write = partial(
+            checkpoints.write_checkpoint, self.out, self.done, arrays, about, own=local, rows=rows, agree=agree
+        )
         if sum(x.nbytes for x in (*arrays.values(), *local.values())) < checkpoints.LARGE_CHECKPOINT:
             write()
         else:

@@ -1,7 +1,7 @@
 """`lolo sweep FILE`: a grid of recipes as independent runs, and one table of what came out.
 
 The file is TOML: a recipe's name, a folder, fields that all runs share, and a grid, of which every combination is a
-run. The run folders are all the state there is: a sweep that was stopped, or had failures, goes on when started again.
+run. The run folders are all the state there is: a sweep that was stopped, or had failures, resumes when started again.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def gather(sweep: Sweep) -> str:
 
 
 def command(run: Planned, base: str, devices: int) -> list[str]:
-    """What `lolo` is given to start a run, or to go on with it."""
+    """What `lolo` is given to start a run, or to resume it."""
     if state_of(run) == "begun":
         return ["resume", str(run.out), "--devices", str(devices)]
     options = []
@@ -205,8 +205,8 @@ def command(run: Planned, base: str, devices: int) -> list[str]:
 class Pool:
     """Runs in child processes, a few at a time."""
 
-    def __init__(self, stop: interrupt.Stop, told: Callable[[str], None]) -> None:
-        self.stop, self.told = stop, told
+    def __init__(self, stop: interrupt.Stop, log: Callable[[str], None]) -> None:
+        self.stop, self.log = stop, log
         self.children: set[subprocess.Popen] = set()
 
     def one(self, run: Planned, argv: list[str]) -> None:
@@ -237,18 +237,18 @@ class Pool:
             ended = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
             reason = f"{ended}: {words[-1] if words else 'it said nothing'}"
             disk.write_bytes(failure_file(run), f"{reason}\n".encode())
-            self.told(f"{run.name} failed ({reason}). All it said: {log}")
+            self.log(f"{run.name} failed ({reason}). All that it printed: {log}")
         else:
-            self.told(f"{run.name} {'is done' if status == 0 else 'stopped'}.")
+            self.log(f"{run.name} {'is done' if status == 0 else 'stopped'}.")
 
     def pass_on_stop(self, finished: threading.Event) -> None:
         """Ask each of the children to stop once the sweep was asked; one that is just being started, a moment later."""
-        told: set[subprocess.Popen] = set()
+        asked_to_stop: set[subprocess.Popen] = set()
         while not finished.wait(0.1):
             if self.stop.requested is not None:
-                for child in self.children - told:
+                for child in self.children - asked_to_stop:
                     child.terminate()
-                    told.add(child)
+                    asked_to_stop.add(child)
 
 
 def run_all(
@@ -256,7 +256,7 @@ def run_all(
     workers: int | None,
     only: int | None,
     stop: interrupt.Stop,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Run what is not done, `workers` at a time: by default one for each core, each with its share of the cores."""
     if only is not None and not 0 <= only < len(sweep.runs):
@@ -268,8 +268,8 @@ def run_all(
         return
     at_once = min(workers or parallel.cores(), len(due))
     devices = max(parallel.cores() // at_once, 1)
-    say(f"{len(due)} of {len(sweep.runs)} runs to do, {at_once} at a time; logs beside the run folders in {sweep.out}.")
-    pool, finished = Pool(stop, say), threading.Event()
+    log(f"{len(due)} of {len(sweep.runs)} runs to do, {at_once} at a time; logs beside the run folders in {sweep.out}.")
+    pool, finished = Pool(stop, log), threading.Event()
     watcher = threading.Thread(target=pool.pass_on_stop, args=(finished,))
     watcher.start()
     try:
@@ -285,7 +285,7 @@ def slurm_script(path: Path, sweep: Sweep) -> str:
     here, name = shlex.quote(os.getcwd()), re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem)
     lolo = f"lolo sweep {shlex.quote(str(path))}"
     return f"""#!/bin/bash
-# Give this to sbatch. Each task goes on where it was stopped. Afterwards: {lolo} --table
+# Give this to sbatch. Each task resumes where it was stopped. Afterwards: {lolo} --table
 #SBATCH --job-name={name}
 #SBATCH --array=0-{len(sweep.runs) - 1}
 #SBATCH --ntasks=1
