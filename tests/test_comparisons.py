@@ -299,7 +299,7 @@ def test_start_steps_are_summed_over_meta_seeds_and_drawn_once_for_each_weights(
     def weights(value, **changes):
         card = {"start_steps_per_250": {"0": 8, "250": 2}}  # alike for every method without a buffer
         return pretrained.Weights(
-            {"w0": jnp.full(2, value)}, architecture.LearnerSettings(), changes | {"unroll": {"length": 9}}, card
+            {"w0": jnp.full(2, value)}, recipes.LOLO.learner, changes | {"unroll": {"length": 9}}, card
         )
 
     methods = {

@@ -45,7 +45,7 @@ def losses(make, setting):
 
 def meta_trained():
     result = loop.train(recipe(), None)
-    return losses(pretrained.architecture(result.weights.learner).optimizer, result.weights.meta_params)
+    return losses(pretrained.maker(result.weights.learner), result.weights.meta_params)
 
 
 @pytest.fixture(scope="module")

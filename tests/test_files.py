@@ -14,7 +14,7 @@ import pytest
 
 from lolo.files import disk, jsonl, tensors
 from lolo.files.disk import FileError
-from lolo.optimizers import small_fc_spec, weights_file
+from lolo.optimizers import pretrained, small_fc_spec, weights_file
 from lolo.training import checkpoints, run_folder
 
 LEARNER = {
@@ -124,18 +124,33 @@ def rewritten(path, **metadata):
         ({"format_version": "9"}, "format_version '9'"),
         ({"sha256": "0" * 64}, "damaged"),
         ({"learner": "{"}, "not JSON"),
-        ({"learner": json.dumps({**LEARNER, "name": "big_fc"})}, "unknown learned optimizer 'big_fc'"),
-        ({"learner": json.dumps({**LEARNER, "hidden": 5})}, "has tensors"),
-        ({"learner": json.dumps({**LEARNER, "hidden": 10**9})}, "hidden=1000000000"),
-        ({"learner": json.dumps({**LEARNER, "step_mult": "x"})}, "step_mult='x'"),
-        ({"learner": json.dumps({**LEARNER, "step_decay": 0.0})}, "step_decay=0.0; expected a positive number"),
-        ({"learner": json.dumps({**LEARNER, "step_decay": -3000})}, "step_decay=-3000; expected a positive number"),
     ],
 )
 def test_foreign_and_future_weights_are_refused_by_name(weights_path, metadata, words):
     rewritten(weights_path, **metadata)
     with pytest.raises(FileError, match=words):
         weights_file.read_weights(weights_path)
+
+
+@pytest.mark.parametrize(
+    ("learner", "words"),
+    [
+        ({"name": "big_fc"}, "unknown learner.name 'big_fc'"),
+        ({"hidden": 5}, "has tensors"),
+        ({"hidden": 10**9}, "hidden=1000000000"),
+        ({"hidden": True}, "'learner.hidden' can't be True"),
+        ({"step_mult": "x"}, "'learner.step_mult' can't be 'x'"),
+        ({"step_mult": float("nan")}, "step_mult=nan must be a positive number"),
+        ({"step_decay": 0.0}, "step_decay=0.0 must be a positive number"),
+        ({"step_decay": -3000}, "step_decay=-3000.0 must be a positive number"),
+        ({"width": 3}, "unknown recipe field 'learner.width'"),
+    ],
+)
+def test_weights_that_do_not_fit_their_architecture_are_refused_by_name(weights_path, learner, words):
+    rewritten(weights_path, learner=json.dumps({**LEARNER, **learner}))
+    weights_file.read_weights(weights_path)  # the file is whole
+    with pytest.raises(FileError, match=rf"w\.safetensors: .*{words}"):
+        pretrained.load(weights_path)
 
 
 def test_weights_with_nan_are_refused(tmp_path):

@@ -73,7 +73,7 @@ def test_apply_if_finite_skips_a_bad_step():
     updates, _ = optimizer.update(bad, optimizer.init(PARAMS), PARAMS)
     assert all(not x.any() for x in jax.tree.leaves(updates))
     updates, _ = BASE.update(bad, BASE.init(PARAMS), PARAMS)
-    assert not jnp.isfinite(updates["w"]).all(), "the optimizer in use repairs nothing"
+    assert not jnp.isfinite(updates["w"]).all(), "the optimizer repairs nothing"
 
 
 def steps_of(optimizer, params, n=3):
@@ -104,7 +104,7 @@ def test_bfloat16_parameters_keep_float32_accumulators():
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(updates))
 
 
-def test_settings_of_use_do_what_they_say():
+def test_deployment_settings_do_what_they_say():
     state = BASE.init(PARAMS)
     plain, _ = BASE.update(GRADS, state, PARAMS)
     half = WEIGHTS.optimizer(step_scale=0.5)

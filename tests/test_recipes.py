@@ -12,11 +12,11 @@ from helpers import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lolo.files.settings import ADDED, RecipeError, diff, fields, with_field
+from lolo.files.settings import RecipeError, diff, fields, with_field
 from lolo.method import experts, inner
-from lolo.optimizers import architecture
+from lolo.optimizers import architecture, base
 from lolo.tasks.small import quadratic
-from lolo.training import build, recipes
+from lolo.training import build, recipes, sweep
 from lolo.training.build import check
 from lolo.training.recipes import BC_ONLY, LOLO, NAIVE, from_dict, to_dict
 
@@ -61,7 +61,7 @@ def test_a_recipe_differs_from_itself_in_nothing_and_diff_finds_each_field():
     assert diff(LOLO, LOLO) == {}
     for name, value in fields(LOLO).items():
         others = {tuple: ("quadratic",), str: "other", bool: True, int: -7}
-        other = others.get(type(value), -7.0)
+        other = "sgd" if name == "learner.name" else others.get(type(value), -7.0)
         assert diff(LOLO, with_field(LOLO, name, other)) == {name: (value, other)}
 
 
@@ -141,7 +141,11 @@ def values_like(value):
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(st.fixed_dictionaries({name: values_like(value) for name, value in fields(LOLO).items()}))
+@given(
+    st.fixed_dictionaries(
+        {name: values_like(value) for name, value in fields(LOLO).items()} | {"learner.name": st.just("small_fc")}
+    )
+)
 def test_a_recipe_survives_json(values):
     recipe = changed(values)
     assert fields(recipe) == values
@@ -199,21 +203,80 @@ def test_foreign_recipes_are_refused_by_name(data, words):
 
 
 def test_every_field_must_be_there_but_for_those_added_later_which_mean_their_default():
+    added = ["learner.step_decay"]
     for name in fields(LOLO):
         section, _, field = name.rpartition(".")
         data = json.loads(json.dumps(to_dict(LOLO)))
         del (data[section] if section else data)[field]
-        if name in ADDED:
+        if name in added:
             assert from_dict(data) == LOLO
         else:
             assert f"{name!r} is missing" in message(from_dict, data)
-    assert set(ADDED) < set(fields(LOLO))
 
 
 def test_the_architecture_is_read_alone_and_names_its_source():
     stored = dataclasses.asdict(LOLO.learner)
     assert architecture.learner_from_dict(stored, "a.safetensors") == LOLO.learner
     assert message(architecture.learner_from_dict, stored | {"hiden": 3}, "a.safetensors").startswith("a.safetensors: ")
+
+
+# --- settings of one architecture are its own -----------------------------------------------------------------------
+
+
+SGD = with_field(LOLO, "learner.name", "sgd")
+FORMER = dataclasses.asdict(LOLO.learner) | {"name": "sgd"}  # sgd as it was written with small_fc's fields
+
+
+def test_the_name_of_an_architecture_brings_its_fields():
+    assert SGD.learner == base.SgdSettings() and to_dict(SGD)["learner"] == {"name": "sgd"}
+    assert set(fields(LOLO)) - set(fields(SGD)) == {name for name in fields(LOLO) if name.startswith("learner.")} - {
+        "learner.name"
+    }
+    assert with_field(SGD, "learner.name", "small_fc") == LOLO
+    wide = with_field(LOLO, "learner.hidden", 64)
+    assert with_field(wide, "learner.name", "small_fc") == wide
+    assert diff(LOLO, SGD) == {"learner.name": ("small_fc", "sgd")}
+    assert diff(SGD, wide) == {"learner.name": ("sgd", "small_fc"), "learner.hidden": (32, 64)}
+
+
+def test_small_fc_is_written_as_it_always_was():
+    assert list(to_dict(LOLO)["learner"].items()) == [
+        ("name", "small_fc"),
+        ("hidden", 32),
+        ("step_mult", 1e-3),
+        ("exp_mult", 1e-3),
+        ("learn_decays", False),
+        ("weight_decay", 0.0),
+        ("clock_limit", None),
+        ("step_decay", None),
+    ]
+
+
+def test_sgd_as_it_was_written_before_it_had_settings_of_its_own_is_read():
+    assert from_dict(to_dict(SGD)) == SGD
+    older = {name: value for name, value in FORMER.items() if name != "step_decay"}
+    for learner in (FORMER, older):
+        assert from_dict(to_dict(LOLO) | {"learner": learner}) == SGD
+
+
+@pytest.mark.parametrize(("name", "value"), [("hidden", 4), ("weight_decay", 0.1), ("clock_limit", 5.0)])
+def test_a_field_of_small_fc_given_to_sgd_is_an_error_that_says_so(name, value):
+    words = f"learner.name='sgd' has no {name}; leave it out, or use learner.name='small_fc'."
+    assert message(with_field, SGD, f"learner.{name}", value) == words
+    assert message(recipes.variant, f"lolo learner.name=sgd learner.{name}={value}") == words
+    assert message(from_dict, to_dict(LOLO) | {"learner": FORMER | {name: value}}) == words
+    assert message(sweep.changed, LOLO, {f"learner.{name}": value, "learner.name": "sgd"}) == words
+
+
+def test_a_name_that_is_not_of_the_settings_type_is_refused():
+    odd = dataclasses.replace(LOLO, learner=dataclasses.replace(LOLO.learner, name="sgd"))
+    assert "these settings are SmallFcSettings" in message(check, odd)
+
+
+@pytest.mark.parametrize("name", ["sgdd", ["sgd"], None, 3])
+def test_an_architecture_that_is_none_is_refused(name):
+    text = message(from_dict, to_dict(LOLO) | {"learner": FORMER | {"name": name}})
+    assert "learner.name" in text and repr(name) in text
 
 
 # --- fields ---------------------------------------------------------------------------------------------------------
@@ -251,7 +314,7 @@ def test_an_unknown_field_suggests_the_nearest(name, near):
     ],
 )
 def test_an_unknown_choice_suggests_the_nearest(name, value, near):
-    text = message(build.build, with_field(LOLO, name, value))
+    text = message(lambda: build.build(with_field(LOLO, name, value)))
     assert name in text and repr(value) in text and f"did you mean {near!r}?" in text
 
 
@@ -295,7 +358,7 @@ CONFLICTS = [
     ({"learner.weight_decay": -1.0}, ["learner.weight_decay=-1.0", "positive"]),
     ({"learner.clock_limit": -5.0}, ["learner.clock_limit=-5.0", "0 or more"]),
     ({"learner.step_decay": 3000.0}, ["learner.step_decay=3000.0", "optimizer(step_decay=...)"]),
-    ({"learner.name": "sgd", "learner.weight_decay": 0.1}, ["learner.name='sgd'", "use learner.name='small_fc'"]),
+    ({"learner.hidden": 5000}, ["learner.hidden=5000", "at most 4096"]),
     (
         {"imitation.expert": "adam-of-learner", "learner.name": "sgd"},
         ["imitation.expert='adam-of-learner'", "use imitation.expert='adam'"],

@@ -257,9 +257,9 @@ def test_missing_params_are_named():
         optimizer.update(params, optimizer.init(params))
 
 
-@pytest.mark.parametrize("name", architecture.LEARNERS)
+@pytest.mark.parametrize("name", architecture.ARCHITECTURES)
 def test_every_learner_is_an_optax_optimizer(name):
-    learner = architecture.LEARNERS[name]()
+    learner = architecture.build_learner(architecture.ARCHITECTURES[name].settings())
     optimizer = learner.optimizer(learner.init(jax.random.key(0)))
     params = draw_params(FEW_SHAPES, jax.random.key(1))
     state = optimizer.init(params)

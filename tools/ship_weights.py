@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lolo.evaluation import statistics
-from lolo.optimizers import pretrained, weights_file
+from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.studies import candidates
 from lolo.studies.rows import load_rows
 
@@ -32,7 +32,8 @@ def main() -> None:
         parser.error(f"--use {arguments.use}: a schedule ends at a step that only a user knows; leave it out.")
     if use.changes and dataclasses.asdict(weights.learner) != weights.recipe["learner"] | {"step_decay": None}:
         parser.error(f"{arguments.source} has settings of use already; give the weights as they were meta-trained.")
-    learner = pretrained.used(weights.learner, use.weight_decay, use.clock_limit, use.step_decay)
+    requested = {"weight_decay": use.weight_decay, "clock_limit": use.clock_limit, "step_decay": use.step_decay}
+    learner = architecture.deployed(weights.learner, requested)
     learner = dataclasses.replace(learner, step_mult=learner.step_mult * use.step_scale)
     results, sums = dict[str, Any](), dict[str, str]()
     for file in arguments.rows:

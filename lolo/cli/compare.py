@@ -11,12 +11,11 @@ from lolo.bench import speed
 from lolo.cli.arguments import call
 from lolo.cli.progress import log, progress_display
 from lolo.files import settings
-from lolo.optimizers import architecture
 from lolo.runtime import environment, interrupt
 from lolo.studies import comparison_report, comparisons, definitions, evaluation_folder, studies
 from lolo.studies.tables import table
 from lolo.tasks import by_name
-from lolo.training import plan
+from lolo.training import plan, recipes
 
 
 def eval_command(argv: list[str]) -> int:
@@ -53,7 +52,7 @@ def eval_command(argv: list[str]) -> int:
         by_name.pin(task)
         environment.set_up()
         if dry_run:
-            print(plan.report(plan.of_evaluation(task, architecture.LearnerSettings(), len(optimizers), seeds, steps)))
+            print(plan.report(plan.of_evaluation(task, recipes.LOLO.learner, len(optimizers), seeds, steps)))
             return 0
         splits = by_name.resolve(task)  # first: where data are missing, nothing is written
         if out is None:

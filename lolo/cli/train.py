@@ -66,11 +66,11 @@ def train_command(argv: list[str]) -> int:
                 f"name a recipe: {', '.join(recipes.RECIPES)}. For instance: lolo train lolo --task fashion-mlp"
             )
     name, *options = argv
-    recipe = settings.pick(recipes.RECIPES, "recipe", name)
+    recipe = with_alternatives(settings.pick(recipes.RECIPES, "recipe", name), options)
     arguments = one_line(
         lambda: tyro.cli(
             TrainArguments,
-            args=known_options(options, OPTIONS),
+            args=known_options(options, recipe, OPTIONS),
             default=TrainArguments(recipe),
             prog=f"lolo train {name}",
             config=(tyro.conf.FlagConversionOff,),
@@ -156,16 +156,26 @@ def in_words(progress: Progress) -> str:
     return f"loss {progress.task_loss:.4f}  α {progress.alpha:.2f}  K {progress.start_step:.0f}  {rate:.1f}/s"
 
 
-def known_options(options: list[str], more: list[str]) -> list[str]:
-    """Options with `--task` spelled as the field `--tasks`; raises for names that are no field."""
-    known = [*settings.fields(recipes.LOLO), *more, "help"]
+def with_alternatives(recipe: Recipe, options: list[str]) -> Recipe:
+    """The recipe with the learner that --learner.name names: its fields are the options then."""
+    for option, following in zip(options, [*options[1:], ""], strict=True):
+        name, separator, value = option.partition("=")
+        if name.startswith("--") and name[2:] in settings.fields(recipe) and name.endswith(".name"):
+            recipe = settings.with_field(recipe, name[2:], value if separator else following)
+    return recipe
+
+
+def known_options(options: list[str], recipe: Recipe, more: list[str]) -> list[str]:
+    """Options with `--task` spelled as the field `--tasks`; raises for names that are no field of the recipe."""
+    known = [*settings.fields(recipe), *more, "help"]
     spelled = []
     for option in options:
         if option.startswith("--"):
             name, separator, value = option[2:].partition("=")
             name = "tasks" if name == "task" else name.replace("-", "_")
             if name not in known:
-                raise settings.unknown("option", f"--{name}", [f"--{field}" for field in known])
+                another = settings.field_of_another(recipe, name)
+                raise another or settings.unknown("option", f"--{name}", [f"--{field}" for field in known])
             if option in ("--dry-run", "--offload", "--measure-blocks"):
                 separator, value = "=", "True"
             option = f"--{name}{separator}{value}"

@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 S = TypeVar("S")  # a frozen dataclass of settings, sections in it being dataclasses too
+NONE: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class RecipeError(ValueError):
     """A recipe that can't be built; says which field, which value, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternative:
+    """Settings of one of several alternatives, each a subclass with fields of its own; `name` says which one it is.
+
+    A subclass gives `name` its default. All its fields have one.
+    """
+
+    name: str
+
+    DROPPED: ClassVar[Mapping[str, Any]] = NONE  # former fields that old files have, with the values that they may have
+
+
+def alternatives(default: Alternative, kinds: Callable[[], Mapping[str, type[Alternative]]]) -> Any:
+    """A section whose type depends on its field `name`: `kinds` gives the types by name, as they are at the time."""
+    return dataclasses.field(default=default, metadata={"kinds": kinds})
+
+
+def added(default: Any) -> Any:
+    """A field that files written before there was one do not have; they mean the default."""
+    return dataclasses.field(default=default, metadata={"added": True})
 
 
 def fields(recipe: Any, prefix: str = "") -> dict[str, Any]:
@@ -28,20 +52,80 @@ def fields(recipe: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def kinds_of(recipe: Any, section: str) -> Mapping[str, type[Alternative]]:
+    """The types that a section of a recipe may have, by name; {} for one that has no alternatives."""
+    found = (field.metadata for field in dataclasses.fields(recipe) if field.name == section)
+    return next((metadata["kinds"]() for metadata in found if "kinds" in metadata), {})
+
+
 def diff(a: S, b: S) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two recipes differ: dotted name -> (value in a, value in b)."""
-    ours, theirs = fields(a), fields(b)
-    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+    """The fields in which two recipes differ: dotted name -> (value in a, value in b).
+
+    Where b has another alternative than a: its name, and the fields of b that differ from a's or, where a has none,
+    from their defaults.
+    """
+    ours, theirs = _defaults(b) | fields(a), fields(b)
+    return {name: (ours[name], value) for name, value in theirs.items() if ours[name] != value}
+
+
+def _defaults(recipe: Any, prefix: str = "") -> dict[str, Any]:
+    """Fields of the alternatives in a recipe, or of one that stands alone, with their default values."""
+    if isinstance(recipe, Alternative):
+        return fields(typing.cast(Any, type(recipe))(), prefix)
+    sections = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    found = [_defaults(x, f"{prefix}{name}.") for name, x in sections.items() if dataclasses.is_dataclass(x)]
+    return {name: value for flat in found for name, value in flat.items()}
 
 
 def with_field(recipe: S, name: str, value: Any) -> S:
-    """The recipe with one field, named by its dotted name, set to `value`."""
+    """The recipe with one field, named by its dotted name, set to `value`.
+
+    The name of another alternative changes the type of its section: fields that both have keep their values.
+    """
     if name not in fields(recipe):
-        raise unknown("recipe field", name, fields(recipe))
+        raise unknown_field(recipe, name)
     section, _, field = name.rpartition(".")
     if section:
-        value = dataclasses.replace(getattr(recipe, section), **{field: value})
+        kinds, old = kinds_of(recipe, section), getattr(recipe, section)
+        if kinds and field == "name":
+            value = _switched(old, kind_named(kinds, name, value))
+        else:
+            value = dataclasses.replace(old, **{field: value})
     return dataclasses.replace(typing.cast(Any, recipe), **{section or field: value})
+
+
+def _switched(old: Alternative, kind: type[Alternative]) -> Alternative:
+    shared = {field.name for field in dataclasses.fields(old)} & {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: getattr(old, name) for name in shared - {"name"}})
+
+
+def kind_named(kinds: Mapping[str, type[Alternative]], field: str, name: Any) -> type[Alternative]:
+    """The type of an alternative. Raises RecipeError, which names the nearest one that there is."""
+    if not isinstance(name, str):
+        raise RecipeError(f"recipe field {field!r} can't be {name!r}: expected str.")
+    return pick(dict(kinds), field, name)
+
+
+def unknown_field(recipe: Any, name: str) -> RecipeError:
+    """An error for a dotted name that is no field of a recipe: says which alternative has it, or what is near."""
+    return field_of_another(recipe, name) or unknown("recipe field", name, fields(recipe))
+
+
+def field_of_another(recipe: Any, name: str) -> RecipeError | None:
+    """An error for a field that another alternative than the recipe's has; None where none has it."""
+    section, _, field = name.rpartition(".")
+    kinds = kinds_of(recipe, section)
+    return _of_another(kinds, getattr(recipe, section).name, section, field) if kinds else None
+
+
+def _of_another(kinds: Mapping[str, type[Alternative]], mine: Any, section: str, field: str) -> RecipeError | None:
+    """An error for a field that this alternative lacks and another one has; None where none has it."""
+    owners = [name for name, kind in kinds.items() if field in {known.name for known in dataclasses.fields(kind)}]
+    if not owners:
+        return None
+    return RecipeError(
+        f"{section}.name={mine!r} has no {field}; leave it out, or use {section}.name={' or '.join(map(repr, owners))}."
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -67,21 +151,40 @@ def pick(table: dict[str, Any], field: str, name: str) -> Any:
     return table[name]
 
 
-def parse(kind: type, data: Any, prefix: str) -> Any:
+def parse(kind: type, data: Any, prefix: str, kinds: Mapping[str, type[Alternative]] = NONE) -> Any:
+    """Settings of this type, one of `kinds` if there are any, from JSON data. Raises RecipeError, which names fields by
+    `prefix` and their name."""
+    section = prefix.rstrip(".")
     if not isinstance(data, dict):
-        raise RecipeError(f"recipe field {prefix.rstrip('.')!r} must be an object, not {type(data).__name__}.")
-    hints = typing.get_type_hints(kind)
+        raise RecipeError(f"recipe field {section!r} must be an object, not {type(data).__name__}.")
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    dropped = kind.DROPPED if issubclass(kind, Alternative) else {}
+    data = {name: value for name, value in data.items() if name not in dropped or value != dropped[name]}
     for name in data:
-        if name not in hints:
-            raise unknown("recipe field", prefix + str(name), [prefix + known for known in hints])
-    missing = [prefix + name for name in hints if name not in data and prefix + name not in ADDED]
+        if name not in known:
+            raise _of_another(kinds, data.get("name"), section, str(name)) or unknown(
+                "recipe field", prefix + str(name), [prefix + field for field in known]
+            )
+    missing = [prefix + name for name, field in known.items() if name not in data and "added" not in field.metadata]
     if missing:
         raise RecipeError(f"recipe field {missing[0]!r} is missing.")
-    return kind(**{name: _value(hints[name], data[name], prefix + name) for name in hints if name in data})
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _field(known[name], hints[name], value, prefix + name) for name, value in data.items()})
 
 
-ADDED = ("learner.step_decay",)
-"""Fields that recipes and weights written before do not have; they mean the default."""
+def parse_alternative(kinds: Mapping[str, type[Alternative]], data: Any, section: str) -> Any:
+    """Settings of the alternative that the data name. Raises RecipeError."""
+    if not isinstance(data, dict):
+        return parse(Alternative, data, f"{section}.")
+    if "name" not in data:
+        raise RecipeError(f"recipe field '{section}.name' is missing.")
+    return parse(kind_named(kinds, f"{section}.name", data["name"]), data, f"{section}.", kinds)
+
+
+def _field(field: dataclasses.Field, hint: Any, value: Any, name: str) -> Any:
+    if "kinds" in field.metadata:
+        return parse_alternative(field.metadata["kinds"](), value, name)
+    return _value(hint, value, name)
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
@@ -102,3 +205,35 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise RecipeError(f"recipe field {name!r} can't be {value!r}: expected {getattr(hint, '__name__', hint)}.")
+
+
+def check_numbers(
+    values: Mapping[str, Any],
+    at_least_one: Collection[str] = (),
+    positive: Collection[str] = (),
+    not_negative: Collection[str] = (),
+) -> None:
+    """Raise RecipeError unless the named values are in their ranges; NaN and infinity are in none."""
+    for name in at_least_one:
+        if values[name] < 1:
+            raise RecipeError(f"{name}={values[name]} must be at least 1.")
+    for name in positive:
+        if not (math.isfinite(values[name]) and values[name] > 0):
+            raise RecipeError(f"{name}={values[name]} must be a positive number.")
+    for name in not_negative:
+        if not (math.isfinite(values[name]) and values[name] >= 0):
+            raise RecipeError(f"{name}={values[name]} must be 0 or a positive number.")
+
+
+def number(value: Any, *, positive: bool = False, endless: bool = False) -> float:
+    """The number that a value is, or a word of a command line. Raises ValueError, which says what it must be.
+
+    `positive`: not 0. `endless`: infinity counts as a number.
+    """
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        found = -1.0
+    if not found >= 0 or (positive and not found) or not (endless or math.isfinite(found)):
+        raise ValueError(f"must be {'0 or ' * (not positive)}a positive number.")
+    return found

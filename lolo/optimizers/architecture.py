@@ -1,46 +1,134 @@
-"""Architectures by name, their settings, and how settings become a learned optimizer."""
+"""Architectures by name: the one table of what the package asks of each, and how settings become a learned optimizer.
+
+A new architecture is a settings type, a function that builds it, and a row here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
-from lolo.files.settings import RecipeError, parse, pick
-from lolo.optimizers import base
-from lolo.optimizers.small_fc import small_fc
+import optax
 
-LEARNERS: dict[str, Callable[..., base.LearnedOptimizer]] = {"small_fc": small_fc, "sgd": base.learned_sgd}
+from lolo.files import settings
+from lolo.files.disk import FileError
+from lolo.files.settings import Alternative, RecipeError
+from lolo.files.tensors import Arrays
+from lolo.optimizers import base, small_fc, small_fc_spec, weights_file
+
+LearnerSettings: TypeAlias = Alternative  # of any architecture
 
 
-@dataclasses.dataclass(frozen=True)
-class LearnerSettings:
-    """The learned optimizer's architecture."""
+def _no_checks(learner: Any) -> None:
+    """Every value of the settings' types will do."""
 
-    name: str = "small_fc"  # small_fc or sgd
-    hidden: int = 32  # width of the two hidden layers
-    step_mult: float = 1e-3  # λ1 of Eq. 7
-    exp_mult: float = 1e-3  # λ2 of Eq. 7
-    learn_decays: bool = False  # meta-learn the accumulators' decays too
-    weight_decay: float = 0.0  # decoupled, times λ1; the expert gets the same
-    clock_limit: float | None = None  # the time features see min(t, this)
-    step_decay: float | None = None  # updates shrink as 1/√(1 + t/this); for use, not for meta-training
+
+class Architecture(NamedTuple):
+    """What the package asks of an architecture. `learner` is an instance of its settings type."""
+
+    settings: type[Any]  # a subclass of Alternative: all that a recipe says of the learner
+    build: Callable[..., base.LearnedOptimizer]  # (learner, axis_name, sharded_axis)
+    shapes: Callable[[Any], dict[str, tuple[int, ...]]]  # learner -> names and shapes of φ
+    check: Callable[[Any], None] = _no_checks  # raises RecipeError for a learner that can't be
+    check_meta_training: Callable[[Any], None] = _no_checks  # and for one that is for inference alone
+    # The settings that may differ at inference, and what reads each, from a value or a word of a command line; it
+    # raises ValueError, which says what there must be.
+    deployment: Mapping[str, Callable[[Any], Any]] = settings.NONE
+    expert_decay: Callable[[Any], float] = lambda learner: 0.0  # decay per step that its expert must have too
+    keeps_adam_moments: Callable[[Any], bool] = lambda learner: False  # so that adam-of-learner can be its expert
+    # The same optimizer, with its state in the form that users see.
+    present: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda optimizer: optimizer
+
+
+def _small_fc(
+    learner: small_fc_spec.SmallFcSettings, axis_name: str | None, sharded_axis: int
+) -> base.LearnedOptimizer:
+    arguments = {name: value for name, value in dataclasses.asdict(learner).items() if name != "name"}
+    return small_fc.small_fc(**arguments, axis_name=axis_name, sharded_axis=sharded_axis)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "small_fc": Architecture(
+        settings=small_fc_spec.SmallFcSettings,
+        build=_small_fc,
+        shapes=small_fc_spec.shapes_of,
+        check=small_fc_spec.check,
+        check_meta_training=small_fc_spec.check_meta_training,
+        deployment=small_fc_spec.DEPLOYMENT,
+        expert_decay=small_fc_spec.expert_decay,
+        keeps_adam_moments=small_fc_spec.keeps_adam_moments,
+        present=small_fc.one_tree_per_moment,
+    ),
+    "sgd": Architecture(
+        settings=base.SgdSettings,
+        build=lambda learner, axis_name, sharded_axis: base.learned_sgd(),
+        shapes=lambda learner: base.SGD_SHAPES,
+    ),
+}
+
+
+def of(learner: LearnerSettings) -> Architecture:
+    """The row of the architecture that these settings are of. Raises RecipeError."""
+    row: Architecture = settings.pick(ARCHITECTURES, "learner.name", learner.name)
+    if type(learner) is not row.settings:
+        raise RecipeError(
+            f"learner.name={learner.name!r} is of {row.settings.__name__}, and these settings are "
+            f"{type(learner).__name__}: leave the name as it is, or say {row.settings.__name__}(...)."
+        )
+    return row
+
+
+def settings_types() -> dict[str, type[LearnerSettings]]:
+    """What a recipe's section `learner` may hold, by its field `name`."""
+    return {name: row.settings for name, row in ARCHITECTURES.items()}
 
 
 def learner_from_dict(data: Any, source: str) -> LearnerSettings:
-    """The architecture stored with weights. Raises RecipeError, which names `source`."""
+    """The architecture stored with weights or a recipe. Raises RecipeError, which names `source`."""
     try:
-        return parse(LearnerSettings, data, "learner.")
+        return settings.parse_alternative(settings_types(), data, "learner")
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from error
+
+
+def check_weights(meta_params: Arrays, data: dict[str, Any], source: str) -> LearnerSettings:
+    """The architecture stored with weights. Raises FileError unless it can be, and φ fits it."""
+    try:
+        learner = settings.parse_alternative(settings_types(), data, "learner")
+        of(learner).check(learner)
+    except RecipeError as error:
+        raise FileError(f"{source}: {error}") from error
+    weights_file.check_meta_params(meta_params, learner.name, of(learner).shapes(learner), source)
+    return learner
+
+
+def deployed(learner: LearnerSettings, requested: Mapping[str, Any]) -> LearnerSettings:
+    """A learner with other deployment settings; None: as it is. Raises ValueError for one that it does not have."""
+    rules, changes = of(learner).deployment, dict[str, Any]()
+    for name, value in requested.items():
+        if value is None:
+            continue
+        if name not in rules:
+            raise ValueError(f"learner {learner.name!r} has no {name}; leave it out.")
+        try:
+            changes[name] = rules[name](value)
+        except ValueError as error:
+            raise ValueError(f"{name}={value!r} {error}") from error
+    return dataclasses.replace(learner, **changes)
 
 
 def build_learner(
     learner: LearnerSettings, axis_name: str | None = None, sharded_axis: int = 0
 ) -> base.LearnedOptimizer:
-    """The architecture that a recipe names; inside shard_map, for parameters cut over `axis_name` (see small_fc)."""
-    make = pick(LEARNERS, "learner.name", learner.name)
-    if make is base.learned_sgd:
-        return make()
-    settings = {name: value for name, value in dataclasses.asdict(learner).items() if name != "name"}
-    return make(**settings, axis_name=axis_name, sharded_axis=sharded_axis)
+    """The architecture that a recipe names; inside shard_map, for parameters cut over `axis_name` (see small_fc).
+
+    One object for equal arguments: what is compiled for it is found again.
+    """
+    return _built(learner, axis_name, sharded_axis)
+
+
+@functools.lru_cache(maxsize=64)
+def _built(learner: LearnerSettings, axis_name: str | None, sharded_axis: int) -> base.LearnedOptimizer:
+    return of(learner).build(learner, axis_name, sharded_axis)

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lolo.files.settings import Alternative
 from lolo.trees import PyTree
 
 
@@ -20,6 +22,22 @@ class LearnedOptimizer(NamedTuple):
 
     init: Callable[[jax.Array], PyTree]  # key -> meta_params
     optimizer: Callable[[PyTree], optax.GradientTransformation]  # meta_params -> optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class SgdSettings(Alternative):
+    """SGD with momentum, whose two numbers are meta-learned: it has nothing to set."""
+
+    name: str = "sgd"  # the architecture: --learner.name NAME --help lists the fields of another one
+
+    # Recipes and weights were written with small_fc's fields, which meant nothing.
+    DROPPED: ClassVar[Mapping[str, Any]] = {
+        **{"hidden": 32, "step_mult": 1e-3, "exp_mult": 1e-3, "learn_decays": False},
+        **{"weight_decay": 0.0, "clock_limit": None, "step_decay": None},
+    }
+
+
+SGD_SHAPES: dict[str, tuple[int, ...]] = {"log_learning_rate": (), "momentum_logit": ()}
 
 
 def learned_sgd() -> LearnedOptimizer:

@@ -135,11 +135,10 @@ def _checked(arrays: Mapping[str, Any], source: str | Path) -> MetaParams:
         raise FileError(f"{source}: has no {', '.join(missing)}; a small_fc has {', '.join(NETWORK)}.")
     if arrays["w1"].ndim != 2:
         raise FileError(f"{source}: 'w1' has shape {arrays['w1'].shape}; expected [hidden, hidden].")
-    learner = {
-        **{"name": "small_fc", "hidden": int(arrays["w1"].shape[0]), "step_mult": 1e-3, "exp_mult": 1e-3},
-        **{"weight_decay": 0.0, "learn_decays": any(name in arrays for name in spec.DECAY_OFFSETS)},
-    }
-    weights_file.check_meta_params(arrays, learner, str(source))
+    learner = spec.SmallFcSettings(
+        hidden=int(arrays["w1"].shape[0]), learn_decays=any(name in arrays for name in spec.DECAY_OFFSETS)
+    )
+    weights_file.check_meta_params(arrays, learner.name, spec.shapes_of(learner), str(source))
     return arrays
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lolo.optimizers import weights_file
-from lolo.optimizers.architecture import LearnerSettings, build_learner, learner_from_dict
-from lolo.optimizers.base import LearnedOptimizer
-from lolo.optimizers.features import Moments
-from lolo.optimizers.small_fc import SmallFcState
+from lolo.optimizers import architecture, weights_file
+from lolo.optimizers.architecture import LearnerSettings
 from lolo.trees import PyTree
 
 
@@ -50,63 +46,35 @@ class Weights(NamedTuple):
           sharded_axis: the axis along which they are cut, in equal parts.
           step_decay: updates are divided by √(1 + t/step_decay); None: as shipped; inf switches it off.
 
-        Raises ValueError for a setting that the architecture does not have. Its init and update raise ValueError,
-        inside shard_map, for parameters that are cut over another axis, and for gradients that were not averaged.
-        Under jit, whole arrays may lie on several devices without a word here.
+        Raises ValueError for a setting that the architecture does not have, and for a value that makes no sense. Its
+        init and update raise ValueError, inside shard_map, for parameters that are cut over another axis, and for
+        gradients that were not averaged. Under jit, whole arrays may lie on several devices without a word here.
         """
-        learner = used(self.learner, weight_decay, clock_limit, step_decay)
-        base = one_tree_per_moment(architecture(learner, axis_name, sharded_axis).optimizer(self.meta_params))
-        if isinstance(step_scale, int | float) and step_scale == 1.0:
-            return base
-        scale = optax.scale_by_schedule(step_scale) if callable(step_scale) else optax.scale(step_scale)
-        return optax.chain(base, scale)
+        requested = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
+        learner = architecture.deployed(self.learner, requested)
+        return maker(learner, step_scale, axis_name, sharded_axis, presented=True)(self.meta_params)
 
 
-def used(
+def maker(
     learner: LearnerSettings,
-    weight_decay: float | None = None,
-    clock_limit: float | None = None,
-    step_decay: float | None = None,
-) -> LearnerSettings:
-    """A learner with other settings of use; None: as it is. Raises ValueError for one that does not have them."""
-    if step_decay is not None and not step_decay > 0:
-        raise ValueError(f"step_decay={step_decay!r} must be a positive number of steps.")
-    asked = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
-    changes: dict[str, Any] = {name: float(value) for name, value in asked.items() if value is not None}
-    if changes and learner.name != "small_fc":
-        raise ValueError(f"learner {learner.name!r} has no {next(iter(changes))}; leave it out.")
-    return dataclasses.replace(learner, **changes)
+    step_scale: float | Callable[[jax.Array], jax.Array] = 1.0,
+    axis_name: str | None = None,
+    sharded_axis: int = 0,
+    *,
+    presented: bool = False,
+) -> Callable[[PyTree], optax.GradientTransformation]:
+    """φ -> the optimizer of these settings, updates multiplied by `step_scale`, a number or a schedule.
 
-
-def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """small_fc with its state as optax's own optimizers have it: a tree of arrays for each moment.
-
-    Inside, all moments of a parameter stand together in its place, where flax's `nnx.Optimizer` takes arrays only.
+    `presented`: with its state in the form that users see. Otherwise, and with a scale of 1, one object for equal
+    settings.
     """
-
-    def outside(state: Any) -> Any:
-        if not isinstance(state, SmallFcState):
-            return state
-        leaves, structure = jax.tree.flatten(state.moments, is_leaf=lambda node: isinstance(node, Moments))
-        fields = [[leaf[i] for leaf in leaves] for i in range(len(Moments._fields))]
-        return state._replace(moments=Moments(*(jax.tree.unflatten(structure, field) for field in fields)))
-
-    def inside(state: Any) -> Any:
-        if not isinstance(state, SmallFcState):
-            return state
-        return state._replace(moments=jax.tree.map(Moments, *state.moments))
-
-    def update(grads: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        updates, state = optimizer.update(grads, inside(state), params)
-        return updates, outside(state)
-
-    return optax.GradientTransformation(lambda params: outside(optimizer.init(params)), update)
-
-
-@functools.lru_cache(maxsize=64)
-def architecture(learner: LearnerSettings, axis_name: str | None = None, sharded_axis: int = 0) -> LearnedOptimizer:
-    """`recipes.build_learner`, one object for equal arguments: what is compiled for it is found again."""
-    return build_learner(learner, axis_name, sharded_axis)
+    built = architecture.build_learner(learner, axis_name, sharded_axis).optimizer
+    present = architecture.of(learner).present
+    make = (lambda meta_params: present(built(meta_params))) if presented else built
+    if isinstance(step_scale, int | float) and step_scale == 1.0:
+        return make
+    scale = optax.scale_by_schedule(step_scale) if callable(step_scale) else optax.scale(step_scale)
+    return lambda meta_params: optax.chain(make(meta_params), scale)
 
 
 def load(name_or_path: str | Path = weights_file.DEFAULT_WEIGHTS) -> Weights:
@@ -119,21 +87,16 @@ def load(name_or_path: str | Path = weights_file.DEFAULT_WEIGHTS) -> Weights:
     Raises files.FileError, a ValueError, for anything that is not a whole weights file of a known version.
     """
     file = weights_file.read_weights(name_or_path)
-    return Weights(
-        {name: jnp.asarray(x) for name, x in file.meta_params.items()},
-        learner_from_dict(file.learner, str(name_or_path)),
-        file.recipe,
-        file.card,
-    )
+    learner = architecture.check_weights(file.meta_params, file.learner, str(name_or_path))
+    return Weights({name: jnp.asarray(x) for name, x in file.meta_params.items()}, learner, file.recipe, file.card)
 
 
 def save(path: Path | str, weights: Weights) -> None:
     """Write weights as one safetensors file with architecture, recipe and card in its metadata.
 
-    A clock_limit or step_decay of inf is written as None, which means the same.
+    A limit of inf is written as None, which means the same.
     """
-    learner = dataclasses.asdict(weights.learner)
-    learner |= {name: None for name in ("clock_limit", "step_decay") if learner[name] == math.inf}
+    learner = {name: None if x == math.inf else x for name, x in dataclasses.asdict(weights.learner).items()}
     weights_file.write_weights(
         path,
         {name: np.asarray(x) for name, x in weights.meta_params.items()},

@@ -117,6 +117,27 @@ def small_fc(
     return base.LearnedOptimizer(init, optimizer)
 
 
+def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """small_fc with its state as optax's own optimizers have it: a tree of arrays for each moment.
+
+    Inside, all moments of a parameter stand together in its place, where flax's `nnx.Optimizer` takes arrays only.
+    """
+
+    def outside(state: SmallFcState) -> SmallFcState:
+        leaves, structure = jax.tree.flatten(state.moments, is_leaf=lambda node: isinstance(node, features.Moments))
+        fields = [[leaf[i] for leaf in leaves] for i in range(len(features.Moments._fields))]
+        return state._replace(moments=features.Moments(*(jax.tree.unflatten(structure, field) for field in fields)))
+
+    def inside(state: SmallFcState) -> SmallFcState:
+        return state._replace(moments=jax.tree.map(features.Moments, *state.moments))
+
+    def update(grads: PyTree, state: SmallFcState, params: PyTree = None) -> tuple[PyTree, SmallFcState]:
+        updates, state = optimizer.update(grads, inside(state), params)
+        return updates, outside(state)
+
+    return optax.GradientTransformation(lambda params: outside(optimizer.init(params)), update)
+
+
 def check_whole(params: PyTree, axis_name: str | None) -> None:
     """Raise ValueError, inside shard_map, for parameters that are cut over other mesh axes than `axis_name`."""
     if axis_name is not None and not sharding.types_vary(axis_name):

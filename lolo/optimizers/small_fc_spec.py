@@ -1,4 +1,4 @@
-"""What every backend of `small_fc` shares: decays, time scales, epsilons and the order of its 39 inputs.
+"""What every backend of `small_fc` shares: settings, decays, time scales, epsilons and the order of its 39 inputs.
 
 NumPy only, so that `lolo.torch` can read it where JAX is absent. The architecture is Metz et al.,
 "Practical tradeoffs between memory, compute, and performance in learned optimizers" (2022).
@@ -6,10 +6,16 @@ NumPy only, so that `lolo.torch` can read it where JAX is absent. The architectu
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from lolo.files import settings
+from lolo.files.settings import RecipeError
 
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 RMS_DECAY = 0.999
@@ -79,6 +85,66 @@ TIME_COLUMNS = np.r_[SLICES["time"]]
 DECAY_OFFSETS = {"momentum_decays": 3, "rms_decays": 1, "adafactor_decays": 3}
 
 
+MAX_HIDDEN = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallFcSettings(settings.Alternative):
+    """The per-parameter network of the paper (Eq. 7)."""
+
+    name: str = "small_fc"  # the architecture: --learner.name NAME --help lists the fields of another one
+    hidden: int = 32  # width of the two hidden layers
+    step_mult: float = 1e-3  # λ1 of Eq. 7
+    exp_mult: float = 1e-3  # λ2 of Eq. 7
+    learn_decays: bool = False  # meta-learn the accumulators' decays too
+    weight_decay: float = 0.0  # decoupled, times λ1; the expert gets the same
+    clock_limit: float | None = None  # the time features see min(t, this)
+    step_decay: float | None = settings.added(None)  # updates shrink as 1/√(1 + t/this); at inference only
+
+
+DEPLOYMENT: Mapping[str, Callable[[Any], float]] = {
+    "weight_decay": settings.number,
+    "clock_limit": partial(settings.number, endless=True),
+    "step_decay": partial(settings.number, positive=True, endless=True),
+}
+"""The settings that may differ at inference, and what reads each. Infinity switches a limit or a decay off."""
+
+
+def check(learner: SmallFcSettings) -> None:
+    """Raise RecipeError for values that can't be."""
+    settings.check_numbers(
+        settings.fields(learner, "learner."),
+        at_least_one=("learner.hidden",),
+        positive=("learner.step_mult",),
+        not_negative=("learner.exp_mult", "learner.weight_decay"),
+    )
+    if learner.hidden > MAX_HIDDEN:
+        raise RecipeError(f"learner.hidden={learner.hidden} must be at most {MAX_HIDDEN}.")
+    if learner.clock_limit is not None and not learner.clock_limit >= 0:
+        raise RecipeError(f"learner.clock_limit={learner.clock_limit} must be 0 or more, or None.")
+    if learner.step_decay is not None and not learner.step_decay > 0:
+        raise RecipeError(f"learner.step_decay={learner.step_decay} must be a positive number of steps, or None.")
+
+
+def check_meta_training(learner: SmallFcSettings) -> None:
+    """Raise RecipeError for settings that are for inference alone."""
+    if learner.step_decay is not None:
+        raise RecipeError(
+            f"learner.step_decay={learner.step_decay} is for inference: an expert has no such schedule, and imitation "
+            "would work against it. Leave it out, and say optimizer(step_decay=...) of the meta-trained weights."
+        )
+
+
+def expert_decay(learner: SmallFcSettings) -> float:
+    """What an expert's weights must decay by at each step, as the learner's do."""
+    return learner.step_mult * learner.weight_decay
+
+
+def keeps_adam_moments(learner: SmallFcSettings) -> bool:
+    """Whether the averages that Adam needs are among the accumulators."""
+    return not learner.learn_decays
+
+
 class FactoredAxes(NamedTuple):
     """The two largest axes of a tensor. Row moments are means over `largest`, column moments over `second`."""
 
@@ -92,6 +158,11 @@ def factored_axes(shape: tuple[int, ...]) -> FactoredAxes | None:
         return None
     order = sorted(range(len(shape)), key=lambda axis: shape[axis])  # stable, as argsort in the reference
     return FactoredAxes(largest=order[-1], second=order[-2])
+
+
+def shapes_of(learner: SmallFcSettings) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of φ."""
+    return weight_shapes(learner.hidden, learn_decays=learner.learn_decays)
 
 
 def weight_shapes(hidden: int, *, learn_decays: bool = False) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from lolo.files import disk, jsonl, tensors
 from lolo.files.disk import FileError
-from lolo.optimizers import hub, small_fc_spec
+from lolo.optimizers import hub
 from lolo.optimizers.hub import HubError
 
 WEIGHTS_FORMAT = "lolo-weights"
@@ -31,7 +30,7 @@ class WeightsFile(NamedTuple):
     """Meta-parameters φ and what is known about them."""
 
     meta_params: tensors.Arrays  # float32
-    learner: dict[str, Any]  # the architecture: name, hidden, step_mult, ...
+    learner: dict[str, Any]  # the architecture's settings: name, ...
     recipe: dict[str, Any]  # of the meta-training, {} if unknown
     card: dict[str, Any]  # what people should know: data, results, realised steps, ...
     sha256: str  # of the meta-parameters
@@ -70,8 +69,9 @@ def shipped_weights() -> list[str]:
 def read_weights(name_or_path: str | Path) -> WeightsFile:
     """Weights by the name of shipped ones, from a file, or from the Hub (`user/repo[@revision][/file.safetensors]`).
 
-    Raises FileError: no such file or name, not to be had from the Hub, not ours, another version, damaged, or shapes
-    that don't fit.
+    Whether φ fits the architecture is for `architecture.check_weights` to say.
+    Raises FileError: no such file or name, not to be had from the Hub, not ours, another version, damaged, or numbers
+    that are not finite.
     """
     path = _locate(name_or_path)
     size = path.stat().st_size
@@ -91,7 +91,7 @@ def read_weights(name_or_path: str | Path) -> WeightsFile:
     if version != "1" and metadata.get("about_sha256") != about_digest(metadata):
         raise FileError(f"{path}: the sha256 of learner, recipe and card is not the one it states: damaged.")
     learner, recipe, card = (_json_object(metadata, key, path) for key in ABOUT)
-    check_meta_params(arrays, learner, str(path))
+    check_finite(arrays, str(path))
     return WeightsFile(arrays, learner, recipe, card, metadata["sha256"])
 
 
@@ -124,38 +124,18 @@ def _json_object(metadata: dict[str, str], key: str, path: Path) -> dict[str, An
     return value
 
 
-def check_meta_params(arrays: tensors.Arrays, learner: dict[str, Any], source: str) -> None:
-    """Raise FileError unless the arrays are finite and have the names and shapes of the architecture."""
-    if learner.get("name") == "small_fc":
-        hidden, decays = learner.get("hidden"), bool(learner.get("learn_decays", False))
-        if not isinstance(hidden, int) or isinstance(hidden, bool) or not 1 <= hidden <= 4096:
-            raise FileError(f"{source}: hidden={hidden!r}; expected a whole number from 1 to 4096.")
-        for name in ("step_mult", "exp_mult", "weight_decay"):
-            _check_number(learner, name, source)
-        for name in ("clock_limit", "step_decay"):
-            if learner.get(name) is not None:
-                _check_number(learner, name, source)
-        if learner.get("step_decay") is not None and not learner["step_decay"] > 0:
-            raise FileError(f"{source}: step_decay={learner['step_decay']!r}; expected a positive number of steps.")
-        expected = small_fc_spec.weight_shapes(hidden, learn_decays=decays)
-    elif learner.get("name") == "sgd":
-        expected = {"log_learning_rate": (), "momentum_logit": ()}
-    else:
-        raise FileError(f"{source}: unknown learned optimizer {learner.get('name')!r}; known: small_fc, sgd.")
+def check_meta_params(arrays: tensors.Arrays, name: str, shapes: dict[str, tuple[int, ...]], source: str) -> None:
+    """Raise FileError unless the arrays are finite and have the names and shapes of the architecture `name`."""
     found = {name: tuple(x.shape) for name, x in arrays.items()}
-    if found != expected:
-        raise FileError(f"{source}: has tensors {found}; a {learner['name']} has {expected}.")
+    if found != shapes:
+        raise FileError(f"{source}: has tensors {found}; a {name} has {shapes}.")
+    check_finite(arrays, source)
+
+
+def check_finite(arrays: tensors.Arrays, source: str) -> None:
+    """Raise FileError unless all arrays are float32 and finite."""
     for name, array in arrays.items():
         if array.dtype != np.float32:
             raise FileError(f"{source}: tensor {name!r} is {array.dtype}; expected float32.")
         if not np.isfinite(array).all():
             raise FileError(f"{source}: tensor {name!r} has numbers that are not finite.")
-
-
-def _check_number(learner: dict[str, Any], name: str, source: str) -> None:
-    try:
-        finite = math.isfinite(jsonl.number(learner.get(name)))
-    except ValueError:
-        finite = False
-    if not finite:
-        raise FileError(f"{source}: {name}={str(learner.get(name))[:40]!r}; expected a finite number.")

@@ -21,7 +21,7 @@ from lolo.evaluation.long_runs import Candidate
 from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.method.task import Splits
-from lolo.optimizers import pretrained, weights_file
+from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.optimizers.architecture import LearnerSettings
 from lolo.training import recipes
 
@@ -108,7 +108,8 @@ def named_weights(
             path, words = name, ""
         use, loaded = parse_deployment(words, path), pretrained.load(path)
         try:
-            learner = pretrained.used(loaded.learner, use.weight_decay, use.clock_limit, use.step_decay)
+            requested = {"weight_decay": use.weight_decay, "clock_limit": use.clock_limit, "step_decay": use.step_decay}
+            learner = architecture.deployed(loaded.learner, requested)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         taken = {(other.label, other.meta_seed) for other in found.values()}
@@ -150,7 +151,7 @@ def _label(
 @functools.lru_cache(maxsize=64)
 def _make_of(learner: LearnerSettings, step_scale: float, cosine_steps: int | None) -> long_runs.Make:
     """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
-    optimizer = pretrained.architecture(learner).optimizer
+    optimizer = pretrained.maker(learner)
     if cosine_steps is not None:
         scale = optax.scale_by_schedule(optax.cosine_decay_schedule(step_scale, cosine_steps))
     elif step_scale != 1.0:

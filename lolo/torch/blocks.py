@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lolo.files import settings
+from lolo.files.disk import FileError
 from lolo.files.tensors import digest
 from lolo.optimizers import small_fc_spec as spec
 from lolo.optimizers import weights_file
@@ -18,6 +21,7 @@ from lolo.optimizers import weights_file
 # Entries per block: on a CPU the hidden activations of a block stay in cache; an accelerator wants few launches.
 CPU_BLOCK = 1 << 14
 ACCELERATOR_BLOCK = 1 << 18
+RUNS = {spec.SmallFcSettings.name: spec.SmallFcSettings}  # the architectures that there is a step for
 SMALLEST_ROW = 16  # a matrix with shorter rows is worked on transposed: inner loops of a few entries are slow
 
 
@@ -189,17 +193,19 @@ def as_weights(weights: str | Path | weights_file.WeightsFile | Mapping[str, Any
         found = weights
     elif isinstance(weights, Mapping):
         arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in weights.items()}
-        learner = {
-            **{"name": "small_fc", "hidden": arrays["b0"].size if "b0" in arrays else 0},
-            **{"step_mult": 1e-3, "exp_mult": 1e-3, "learn_decays": "momentum_decays" in arrays},
-            **{"weight_decay": 0.0, "clock_limit": None, "step_decay": None},
-        }
-        found = weights_file.WeightsFile(arrays, learner, {}, {}, digest(arrays))
+        hidden = arrays["b0"].size if "b0" in arrays else 0
+        default = spec.SmallFcSettings(hidden=hidden, learn_decays="momentum_decays" in arrays)
+        found = weights_file.WeightsFile(arrays, dataclasses.asdict(default), {}, {}, digest(arrays))
     else:
         found = weights_file.read_weights(weights)
-    if found.learner.get("name") != "small_fc":
-        raise ValueError(f"lolo.torch runs small_fc; these weights are of {found.learner.get('name')!r}.")
-    weights_file.check_meta_params(found.meta_params, found.learner, "weights")
+    if found.learner.get("name") not in list(RUNS):
+        raise ValueError(f"lolo.torch runs {', '.join(RUNS)}; these weights are of {found.learner.get('name')!r}.")
+    try:
+        learner: spec.SmallFcSettings = settings.parse_alternative(RUNS, found.learner, "learner")
+        spec.check(learner)
+    except settings.RecipeError as error:
+        raise FileError(f"weights: {error}") from error
+    weights_file.check_meta_params(found.meta_params, learner.name, spec.shapes_of(learner), "weights")
     return found
 
 

@@ -125,8 +125,8 @@ class LoLO(torch.optim.Optimizer):
     ):
         self._networks: dict[str, Network] = {}  # by the weights' sha256
         self._spaces: dict[torch.device, Workspace] = {}
-        of_use = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
-        super().__init__(params, {"lr": lr, "weights": weights, **of_use, "maximize": maximize})
+        deployment = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
+        super().__init__(params, {"lr": lr, "weights": weights, **deployment, "maximize": maximize})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own where given. See `torch.optim.Optimizer.add_param_group`."""

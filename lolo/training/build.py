@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lolo.files.settings import RecipeError, fields, pick
+from lolo.files.settings import RecipeError, check_numbers, fields, pick
 from lolo.method import estimators, experts, imitation, meta, replay
 from lolo.optimizers import architecture
 from lolo.training import recipes
 
 AT_LEAST_ONE = (
-    "learner.hidden",
     "replay.capacity",
     "unroll.truncation",
     "unroll.truncations_per_update",
@@ -25,10 +24,8 @@ AT_LEAST_ONE = (
     "outer.max_bad_steps",
     "validation.seeds",
 )
-POSITIVE = ("learner.step_mult", "imitation.lr", "estimator.sigma", "outer.lr", "outer.clip")
+POSITIVE = ("imitation.lr", "estimator.sigma", "outer.lr", "outer.clip")
 NOT_NEGATIVE = (
-    "learner.exp_mult",
-    "learner.weight_decay",
     "outer.final_lr",
     "outer.weight_decay",
     "validation.every",
@@ -40,27 +37,12 @@ SHARES = ("replay.threshold", "outer.warmup")
 def check(recipe: recipes.Recipe) -> None:
     """Raise RecipeError for values that can't be, or that don't go together."""
     values = fields(recipe)
-    for name in AT_LEAST_ONE:
-        if values[name] < 1:
-            raise RecipeError(f"{name}={values[name]} must be at least 1.")
-    for name in POSITIVE:
-        if not (math.isfinite(values[name]) and values[name] > 0):
-            raise RecipeError(f"{name}={values[name]} must be a positive number.")
-    for name in NOT_NEGATIVE:
-        if not (math.isfinite(values[name]) and values[name] >= 0):
-            raise RecipeError(f"{name}={values[name]} must be 0 or a positive number.")
+    check_numbers(values, at_least_one=AT_LEAST_ONE, positive=POSITIVE, not_negative=NOT_NEGATIVE)
     for name in SHARES:
         if not 0 <= values[name] <= 1:
             raise RecipeError(f"{name}={values[name]} is a share: give a number from 0 to 1.")
     if not 0 <= recipe.seed < 2**31:
         raise RecipeError(f"seed={recipe.seed} must be a whole number from 0 to {2**31 - 1}.")
-    if recipe.learner.clock_limit is not None and not recipe.learner.clock_limit >= 0:
-        raise RecipeError(f"learner.clock_limit={recipe.learner.clock_limit} must be 0 or more, or None.")
-    if recipe.learner.step_decay is not None:
-        raise RecipeError(
-            f"learner.step_decay={recipe.learner.step_decay} is for use: an expert has no such schedule, and imitation "
-            "would work against it. Leave it out, and say optimizer(step_decay=...) of the meta-trained weights."
-        )
     if not recipe.tasks or len(set(recipe.tasks)) < len(recipe.tasks):
         raise RecipeError(f"tasks={recipe.tasks} must name at least one task, none of them twice; see `lolo tasks`.")
     pick({"random": None}, "replay.push", recipe.replay.push)
@@ -92,14 +74,11 @@ def check_pairs(estimator: recipes.EstimatorSettings) -> None:
 
 
 def check_learner(recipe: recipes.Recipe) -> None:
-    """Raise RecipeError for a learner that lacks what other fields ask of it."""
-    learner = recipe.learner
-    if learner.name == "sgd" and (learner.weight_decay or learner.clock_limit is not None or learner.learn_decays):
-        raise RecipeError(
-            "learner.name='sgd' has no weight_decay, clock_limit or learn_decays; leave them as they are, or use "
-            "learner.name='small_fc'."
-        )
-    if recipe.imitation.expert == "adam-of-learner" and (learner.name != "small_fc" or learner.learn_decays):
+    """Raise RecipeError for a learner that can't be meta-trained, or that lacks what the expert asks of it."""
+    learner, row = recipe.learner, architecture.of(recipe.learner)
+    row.check(learner)
+    row.check_meta_training(learner)
+    if recipe.imitation.expert == "adam-of-learner" and not row.keeps_adam_moments(learner):
         raise RecipeError(
             "imitation.expert='adam-of-learner' reads small_fc's accumulators at the standard decays; "
             "use imitation.expert='adam'."
@@ -111,7 +90,7 @@ def build_expert(recipe: recipes.Recipe) -> experts.Expert | None:
     if recipe.imitation.alpha_mix == recipe.imitation.alpha_loss == "one":
         return None
     expert = pick(experts.EXPERTS, "imitation.expert", recipe.imitation.expert)(recipe.imitation.lr)
-    decay = recipe.learner.step_mult * recipe.learner.weight_decay
+    decay = architecture.of(recipe.learner).expert_decay(recipe.learner)
     return experts.with_decay(expert, decay) if decay else expert
 
 

@@ -220,7 +220,7 @@ def of_evaluation(name: str, learner: architecture.LearnerSettings, optimizers: 
     setup = build.build(dataclasses.replace(recipes.NAIVE, learner=learner, tasks=(name,)))
     splits = outline(name)
     task = segment(splits.train, long_runs.WINDOW)
-    make = pretrained.architecture(learner).optimizer
+    make = pretrained.maker(learner)
     phi = jax.eval_shape(setup.learned.init, jax.random.key(0))
     compiled, state = long_runs.compiled_window(task, splits.test, make, phi, 1 if task.stream else seeds)
     flops, seconds = _long_run(inner_step_cost(setup, task), splits.test, steps)

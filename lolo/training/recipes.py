@@ -8,8 +8,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lolo.files.settings import RecipeError, fields, parse, pick, unknown, with_field
+from lolo.files import settings
+from lolo.files.settings import RecipeError, fields, parse, pick, unknown_field, with_field
 from lolo.optimizers import architecture
+from lolo.optimizers.architecture import LearnerSettings
+from lolo.optimizers.small_fc_spec import SmallFcSettings
 
 FORMAT_VERSION = 1
 
@@ -84,7 +87,7 @@ class Recipe:
     """One meta-training. Equal recipes and versions give equal φ on the same kind of device, byte for byte."""
 
     tasks: tuple[str, ...] = ("fashion-mlp",)  # names of `lolo tasks`, or path.py:function
-    learner: architecture.LearnerSettings = architecture.LearnerSettings()
+    learner: LearnerSettings = settings.alternatives(SmallFcSettings(), architecture.settings_types)
     imitation: ImitationSettings = ImitationSettings()
     replay: ReplaySettings = ReplaySettings()
     unroll: UnrollSettings = UnrollSettings()
@@ -141,7 +144,7 @@ def variant(text: str) -> Recipe:
     for change in changes:
         field, _, value = change.partition("=")
         if field not in fields(recipe):
-            raise unknown("recipe field", field, fields(recipe))
+            raise unknown_field(recipe, field)
         kind = type(fields(recipe)[field])
         if kind not in (bool, int, float, str, type(None)):
             raise RecipeError(f"{field} can't be set in {text!r}.")

@@ -144,7 +144,7 @@ class Run:
         steps = settings.steps or 10 * self.recipe.unroll.length
         steps = max(steps // long_runs.WINDOW, 1) * long_runs.WINDOW
         seeds = [VALIDATION_SEEDS + i for i in range(settings.seeds)]
-        make = pretrained.architecture(self.recipe.learner).optimizer
+        make = pretrained.maker(self.recipe.learner)
         phi = [jax.device_get(self.state.meta_params)] * len(seeds)
         train, held = [], []
         for splits in self.tasks.values():
@@ -224,18 +224,17 @@ class Run:
 
 def check_init(init: weights_file.WeightsFile, learner: architecture.LearnerSettings) -> None:
     """Raise FileError unless φ of a weights file means the same in a recipe's learner."""
-    own = init.recipe.get("learner", init.learner)  # φ means what it was meta-trained as, however it is used
+    own = init.recipe.get("learner", init.learner)  # φ means what it was meta-trained as, however it is deployed
     given = architecture.learner_from_dict(own, "--init weights")
-    of_use: dict[str, Any] = {  # may differ
-        name: getattr(learner, name) for name in ("weight_decay", "clock_limit", "step_decay")
-    }
-    if dataclasses.replace(given, **of_use) != learner:
-        differs = [
-            f"learner.{name} is {theirs!r} there and {ours!r} in the recipe"
-            for name, theirs in dataclasses.asdict(given).items()
-            if name not in of_use and theirs != (ours := getattr(learner, name))
-        ]
+    row = architecture.of(learner)
+    differs = [
+        f"learner.{name} is {theirs!r} there and {ours!r} in the recipe"
+        for name, (theirs, ours) in settings.diff(given, learner).items()
+        if name not in row.deployment
+    ]
+    if differs:
         raise FileError(f"--init weights are of another learner: {', '.join(differs)}. Give the same values.")
+    weights_file.check_meta_params(init.meta_params, learner.name, row.shapes(learner), "--init weights")
 
 
 def prepare(

@@ -72,11 +72,13 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def changed(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
     """The recipe with these fields, each checked as one read from a file. Raises RecipeError."""
-    data = recipes.to_dict(recipe)
-    known = settings.fields(recipes.LOLO)
+    choices = {name: value for name, value in fields.items() if name.endswith(".name")}  # first: they bring fields
+    for name, value in choices.items():
+        recipe = settings.with_field(recipe, name, value)
+    data, known = recipes.to_dict(recipe), settings.fields(recipe)
     for name, value in fields.items():
         if name not in known:
-            raise settings.unknown("recipe field", name, known)
+            raise settings.unknown_field(recipe, name)
         *section, last = name.split(".")
         place = data
         for part in section:
