@@ -13,12 +13,14 @@ from helpers import small
 from test_files import LEARNER, meta_params, rewritten
 
 import lolo
+from lolo.cli import main as cli
 from lolo.files import settings
 from lolo.files.disk import FileError
 from lolo.files.settings import RecipeError, with_field
 from lolo.optimizers import architecture, base, pretrained, weights_file
 from lolo.optimizers.architecture import ARCHITECTURES, Architecture
 from lolo.optimizers.base import LearnedOptimizer
+from lolo.studies.rows import load_rows
 from lolo.training import loop, recipes, run_folder
 from lolo.training.recipes import LOLO
 
@@ -112,6 +114,49 @@ def test_what_a_row_says_is_heeded(sign, tmp_path):
     assert len(state) == 2 and state[1] == optax.EmptyState()  # as `present` has it
     with pytest.raises(ValueError, match="learner 'sign' has no clock_limit; leave it out"):
         lolo.load(tmp_path / "w.safetensors").optimizer(clock_limit=5.0)
+
+
+def test_a_row_is_all_that_the_command_line_takes(sign, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = "--task quadratic --learner.name sign --learner.nesterov True --unroll.length 6 --unroll.truncation 3"
+    command = [
+        "train",
+        "lolo",
+        *words.split(),
+        "--outer.steps",
+        "1",
+        "--validation.every",
+        "0",
+        "--estimator.pairs",
+        "2",
+    ]
+    assert cli.main([*command, "--learner.learning_rate=0.05", "--out", "run"]) == 0
+    learner = run_folder.read_recipe(tmp_path / "run").learner
+    assert learner == SignSettings(learning_rate=0.05, nesterov=True)
+    weights = "run/last.safetensors"
+    names = [weights, f"{weights}:learning_rate=0.1,nesterov=False,schedule=cosine"]
+    assert cli.main(["eval", *names, "--task", "quadratic", "--steps", "100", "--seeds", "1", "--out", "out"]) == 0
+    found = load_rows(tmp_path / "out" / "rows-quadratic.jsonl")
+    assert [row.optimizer for row in found] == ["lolo", "lolo learning_rate=0.1 nesterov=False schedule=cosine"]
+    assert found[0].train_loss != found[1].train_loss
+    capsys.readouterr()
+    for argv, words in (
+        (["eval", f"{weights}:learning_rate=0"], "learning_rate='0' must be a positive number."),
+        (["eval", f"{weights}:nesterov=yes"], "nesterov='yes' must be True or False."),
+        (["eval", f"{weights}:clock_limit=5"], "learner 'sign' has no clock_limit; leave it out."),
+        (["eval", f"{weights}:weight_decai=1"], "did you mean 'weight_decay'?"),
+        ([*command, "--learner.hidden", "4"], "learner.name='sign' has no hidden; leave it out, or use"),
+        ([*command, "--learner.nesterof", "True"], "did you mean '--learner.nesterov'?"),
+        (["train", "lolo", "--learner.nesterov", "True"], "'small_fc' has no nesterov; leave it out, or use"),
+        (["train", "lolo", "--learner.name", "sing"], "did you mean 'sign'?"),
+    ):
+        assert cli.main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and words in said, said
+    with pytest.raises(SystemExit):
+        cli.main(["train", "lolo", "--learner.name", "sign", "--help"])
+    text = capsys.readouterr().out
+    assert "--learner.nesterov" in text and "of every entry" in text and "--learner.hidden" not in text
 
 
 def test_one_object_is_built_for_equal_settings():

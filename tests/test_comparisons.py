@@ -30,9 +30,9 @@ def write(path, recipe, learner=None):
 
 
 def labels(*names):
-    named = candidates.named_weights(names)
-    entries = [candidates.candidate(name, named, QUADRATIC, 100) for name in names]
-    assert len(named) == sum("w0" in entry.setting for entry in entries)
+    named = candidates.read(names)
+    assert list(named) == list(names)
+    entries = [candidates.candidate(one, QUADRATIC, 100) for one in named.values()]
     return [(entry.label, entry.meta_seed) for entry in entries]
 
 
@@ -44,9 +44,9 @@ def test_meta_seeds_of_one_recipe_are_rows_of_one_method(tmp_path):
 
 def test_a_baseline_spelled_twice_is_evaluated_once():
     names = ["adamw:1e-3", "lolo-small", "adamw:0.001", "sgdm:1e-3", "adamw:grid", "lolo-small", "adamw:grid"]
-    assert candidates.distinct(names) == ["adamw:1e-3", "lolo-small", "sgdm:1e-3", "adamw:grid"]
+    assert list(candidates.read(names)) == ["adamw:1e-3", "lolo-small", "sgdm:1e-3", "adamw:grid"]
     with pytest.raises(ValueError, match="adamw:fast: give a learning rate"):
-        candidates.distinct(["adamw:fast"])
+        candidates.read(["adamw:fast"])
 
 
 @pytest.mark.parametrize("change", [{"outer.steps": 9}, {"tasks": ("books-mlp",)}, {"estimator.sigma": 0.02}])
@@ -58,9 +58,9 @@ def test_weights_of_another_recipe_are_no_meta_seed_of_the_first(tmp_path, chang
 
 def test_a_method_with_other_settings_than_in_meta_training_is_a_row_of_its_own(tmp_path):
     recipe = small("lolo")
-    mended = dataclasses.replace(recipe.learner, clock_limit=10.0)
-    a, b = write(tmp_path / "plain.safetensors", recipe), write(tmp_path / "mended.safetensors", recipe, mended)
-    assert labels(a, b) == [("lolo", 0), ("mended", 0)]
+    limited = dataclasses.replace(recipe.learner, clock_limit=10.0)
+    a, b = write(tmp_path / "plain.safetensors", recipe), write(tmp_path / "limited.safetensors", recipe, limited)
+    assert labels(a, b) == [("lolo", 0), ("limited", 0)]
 
 
 def test_weights_with_one_name_and_seed_are_told_apart(tmp_path):
@@ -78,14 +78,14 @@ def test_blocks_chosen_for_the_machine_make_no_other_recipe(tmp_path):
     assert labels(a, b) == [("lolo", 1), ("lolo", 2)]
 
 
-# --- weights in use with other settings -------------------------------------------------------------------------------
+# --- deployment settings ----------------------------------------------------------------------------------------------
 
 
-def test_weights_in_use_with_other_settings_are_rows_of_their_own(tmp_path):
+def test_weights_with_deployment_settings_are_rows_of_their_own(tmp_path):
     a, b = (write(tmp_path / f"{seed}.safetensors", small("lolo", seed=seed)) for seed in (0, 1))
-    mends = "clock_limit=10,weight_decay=0.1"
+    settings = "clock_limit=10,weight_decay=0.1"
     expected = "lolo weight_decay=0.1 clock_limit=10.0"
-    assert labels(a, f"{a}:{mends}", b, f"{b}:{mends}", f"{a}:schedule=cosine") == [
+    assert labels(a, f"{a}:{settings}", b, f"{b}:{settings}", f"{a}:schedule=cosine") == [
         ("lolo", 0),
         (expected, 0),
         ("lolo", 1),
@@ -96,7 +96,7 @@ def test_weights_in_use_with_other_settings_are_rows_of_their_own(tmp_path):
 
 def first_updates(path, steps):
     """The updates of the first `steps` steps on a constant gradient, as `compare` would make them."""
-    entry = candidates.candidate(path, candidates.named_weights([path]), QUADRATIC, steps)
+    entry = candidates.candidate(candidates.read([path])[path], QUADRATIC, steps)
     optimizer, params = entry.make(entry.setting), {"x": jnp.full(8, 0.5)}
     state, updates = optimizer.init(params), []
     for _ in range(steps):
@@ -105,7 +105,7 @@ def first_updates(path, steps):
     return np.stack(updates)
 
 
-def test_settings_in_use_do_what_they_say(tmp_path):
+def test_deployment_settings_do_what_they_say(tmp_path):
     path = write(tmp_path / "a.safetensors", small("lolo"))
     plain = first_updates(path, 8)
     cosine = first_updates(f"{path}:schedule=cosine", 8)
@@ -137,23 +137,23 @@ def test_settings_in_use_do_what_they_say(tmp_path):
         ("weight_decay=", "weight_decay='' must be"),
     ],
 )
-def test_unknown_settings_in_use_are_refused(tmp_path, words, message):
+def test_unknown_deployment_settings_are_refused(tmp_path, words, message):
     path = write(tmp_path / "a.safetensors", small("lolo"))
     with pytest.raises(ValueError, match=message):
-        candidates.named_weights([f"{path}:{words}"])
+        candidates.read([f"{path}:{words}"])
 
 
 def test_a_learner_without_a_clock_refuses_a_limit(tmp_path):
     path = write(tmp_path / "a.safetensors", small("lolo", **{"learner.name": "sgd"}))
     with pytest.raises(ValueError, match="'sgd' has no clock_limit"):
-        candidates.named_weights([f"{path}:clock_limit=3"])
+        candidates.read([f"{path}:clock_limit=3"])
 
 
 @pytest.mark.parametrize("name", ["adamw:fast", "adamw:0", "adamw:inf", "sgdm:-1", "lion:1e-3"])
 def test_a_bad_baseline_is_refused_before_the_first_run(name, monkeypatch):
     monkeypatch.setattr(long_runs, "compare", lambda *args, **kwargs: pytest.fail("ran"))
     with pytest.raises(ValueError, match=name.partition(":")[0]):
-        comparisons.evaluate(["adamw:1e-3", name], "quadratic", 100, 1)
+        comparisons.evaluate(candidates.read(["adamw:1e-3", name]), "quadratic", 100, 1)
 
 
 def test_rows_kept_from_before_are_not_made_again_unless_something_changed(tmp_path, monkeypatch):
@@ -171,7 +171,12 @@ def test_rows_kept_from_before_are_not_made_again_unless_something_changed(tmp_p
         made.clear()
         told.clear()
         rows, _ = comparisons.evaluate(
-            names, "quadratic", steps, 2, lambda what, done, total, word: told.append((done, total)), tmp_path / "parts"
+            candidates.read(names),
+            "quadratic",
+            steps,
+            2,
+            lambda what, done, total, word: told.append((done, total)),
+            tmp_path / "parts",
         )
         return rows
 
@@ -188,7 +193,7 @@ def test_rows_kept_from_before_are_not_made_again_unless_something_changed(tmp_p
 
 def test_rows_that_do_not_fit_are_made_again(tmp_path):
     path = write(tmp_path / "a.safetensors", small("lolo"))
-    named = candidates.named_weights([path])[path]
+    named = candidates.read([path])[path]
     file, rows = tmp_path / "part.jsonl", [row("lolo", 0, seed, 1.0) for seed in (0, 1)]
     save_rows(file, rows)
     assert evaluation_folder.kept_rows(file, "q", 200, 2, named) == rows
@@ -197,7 +202,7 @@ def test_rows_that_do_not_fit_are_made_again(tmp_path):
         ("q", 100, 2, named),
         ("q", 200, 1, named),
         ("q", 200, 3, named),
-        ("q", 200, 2, None),
+        ("q", 200, 2, candidates.NamedBaseline("adam", 0.1)),
         ("q", 200, 2, named._replace(meta_seed=1)),
         ("q", 200, 2, named._replace(label="bc-only")),
     ]
@@ -211,9 +216,7 @@ def test_rows_that_do_not_fit_are_made_again(tmp_path):
 
 
 def part_of(name):
-    (file,) = evaluation_folder.part_files(
-        Path("parts"), "quadratic", [name], candidates.named_weights([name])
-    ).values()
+    (file,) = evaluation_folder.part_files(Path("parts"), "quadratic", candidates.read([name])).values()
     return file.name
 
 
@@ -224,8 +227,8 @@ def test_names_of_parts_tell_weights_by_the_settings_they_came_with(tmp_path):
         name = f"{write(path, recipe, learner)}{use}"
         return part_of(name)
 
-    mended = [part("", dataclasses.replace(recipe.learner, clock_limit=limit)) for limit in (10.0, 20.0)]
-    assert len({part(""), *mended}) == 3
+    limited = [part("", dataclasses.replace(recipe.learner, clock_limit=limit)) for limit in (10.0, 20.0)]
+    assert len({part(""), *limited}) == 3
     assert part(":clock_limit=3,schedule=cosine") == part("").replace("lolo-", "lolo-clock_limit-3.0-schedule-cosine-")
     now, older = part(""), recipes.to_dict(recipe)
     del older["learner"]["step_decay"]  # as recipes were before there was one
@@ -240,14 +243,14 @@ def test_rows_of_a_users_task_are_not_kept_when_its_file_changes(tmp_path, monke
     file = tmp_path / "mine.py"
     for content in ("from lolo.tasks import quadratic", "from lolo.tasks import quadratic  # changed"):
         file.write_text(content)
-        comparisons.evaluate(["adam:0.1"], f"{file}:quadratic", 200, 1, parts=tmp_path / "parts")
+        comparisons.evaluate(candidates.read(["adam:0.1"]), f"{file}:quadratic", 200, 1, parts=tmp_path / "parts")
     assert len(made) == 2 and len(list((tmp_path / "parts").iterdir())) == 2
 
 
 def test_an_optimizer_that_is_named_twice_is_run_once(tmp_path, monkeypatch):
     path, run = write(tmp_path / "a.safetensors", small("lolo")), []
     monkeypatch.setattr(long_runs, "compare", lambda name, splits, entries, *args, **_: run.extend(entries) or [])
-    comparisons.evaluate([path, "adam:0.1", path, "adam:0.1"], "quadratic", 100, 1)
+    comparisons.evaluate(candidates.read([path, "adam:0.1", path, "adam:0.1"]), "quadratic", 100, 1)
     assert [entry.label for entry in run] == ["lolo", "adam 0.1"]
 
 

@@ -125,7 +125,7 @@ def test_the_wide_grid_tries_a_second_weight_decay_and_its_label_says_which():
     labels = [c.label for c in baselines.grid("adamw-cosine", "wide-grid", 100)]
     assert len(labels) == len(set(labels)) == 10 and "adamw-cosine 0.003 wd 0.1" in labels
     assert len(baselines.grid("adam", "wide-grid", 100)) == 5  # has none
-    assert baselines.grid_size("adamw:wide-grid") == 20 and baselines.grid_size("adamw:1e-3") == 0
+    assert baselines.grid_size("adamw", "wide-grid") == 20 and baselines.grid_size("adamw", 1e-3) == 0
 
 
 def test_a_run_that_diverged_counts_with_the_loss_limit():

@@ -52,9 +52,8 @@ def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, mo
     assert tables["quadratic"] in report and "The smallest study. Meta-training took 0.0" in report
     for picture in ("curves", "start-steps"):
         assert (tmp_path / f"{picture}-quadratic.png").stat().st_size > 5000 and f"{picture}-quadratic.png" in report
-    again, _ = comparisons.evaluate(
-        [str(tmp_path / "runs/quadratic-lolo-T3-seed1/last.safetensors"), "adamw:1e-2"], "quadratic", 100, 2
-    )
+    named = candidates.read([tmp_path / "runs/quadratic-lolo-T3-seed1/last.safetensors", "adamw:1e-2"])
+    again, _ = comparisons.evaluate(named, "quadratic", 100, 2)
     expected = [r for r in found if (r.optimizer, r.meta_seed) in (("lolo", 1), ("adamw 0.01", None))]
     assert again == expected
     assert statistics.paired_difference(again, "lolo", "adamw 0.01").unit == "seeds"
@@ -70,7 +69,7 @@ def test_a_study_refuses_runs_of_another_recipe(tmp_path, monkeypatch):
 
 def test_a_study_does_not_overwrite_an_evaluation(tmp_path, monkeypatch):
     monkeypatch.setitem(definitions.STUDIES, "tiny", TINY)
-    rows, _ = comparisons.evaluate(["adam:0.1"], "quadratic", 100, 1)
+    rows, _ = comparisons.evaluate(candidates.read(["adam:0.1"]), "quadratic", 100, 1)
     comparison_report.write_report(tmp_path, "quadratic", rows, {}, "lolo eval adam:0.1")
     with pytest.raises(RunError, match=r"holds an evaluation on quadratic.*another --out"):
         studies.reproduce("tiny", tmp_path)
@@ -78,9 +77,11 @@ def test_a_study_does_not_overwrite_an_evaluation(tmp_path, monkeypatch):
 
 
 def test_parts_of_a_study_share_their_meta_trainings(tmp_path, monkeypatch):
-    second = dataclasses.replace(TINY, methods=("lolo", "lolo replay.read=pop"), uses=(("lolo", "schedule=cosine"),))
+    second = dataclasses.replace(
+        TINY, methods=("lolo", "lolo replay.read=pop"), deployments=(("lolo", "schedule=cosine"),)
+    )
     second = dataclasses.replace(second, changes=(*TINY.changes, ("learner.name", "small_fc")), baselines=())
-    first = dataclasses.replace(second, methods=("lolo",), uses=(), eval_tasks=("quadratic:dimensions=3",))
+    first = dataclasses.replace(second, methods=("lolo",), deployments=(), eval_tasks=("quadratic:dimensions=3",))
     monkeypatch.setattr(definitions, "STUDY", {"a": first, "b": second})
     monkeypatch.setattr(studies, "META_LOSS_WINDOW", 1)
     heard = []
@@ -158,9 +159,8 @@ def test_every_recipe_of_the_study_can_be_built(part):
     for task in study.tasks:
         for method in study.methods:
             build.build(studies.recipe_of(study, method, task, 0))
-    assert all(method in study.methods for method, _ in study.uses)
+    assert all(method in study.methods for method, _ in study.deployments)
     for name in study.baselines:
-        candidates.learning_rate(name)
-        assert candidates.is_baseline(name)
-    for _, use in study.uses:
-        candidates.parse_deployment(use, "weights")
+        assert candidates.baseline(name) is not None
+    for _, words in study.deployments:
+        candidates.parse_deployment(words, "weights", recipes.LOLO.learner)

@@ -27,14 +27,14 @@ def main() -> None:
     parser.add_argument("--limits", required=True, help="what the weights are not for, in a sentence")
     arguments = parser.parse_args()
     weights = pretrained.load(arguments.source)
-    use = candidates.parse_deployment(arguments.use, arguments.name)
+    use = candidates.parse_deployment(arguments.use, arguments.name, weights.learner)
     if use.schedule != "constant":
         parser.error(f"--use {arguments.use}: a schedule ends at a step that only a user knows; leave it out.")
-    if use.changes and dataclasses.asdict(weights.learner) != weights.recipe["learner"] | {"step_decay": None}:
-        parser.error(f"{arguments.source} has settings of use already; give the weights as they were meta-trained.")
-    requested = {"weight_decay": use.weight_decay, "clock_limit": use.clock_limit, "step_decay": use.step_decay}
-    learner = architecture.deployed(weights.learner, requested)
-    learner = dataclasses.replace(learner, step_mult=learner.step_mult * use.step_scale)
+    if use.words and weights.learner != architecture.learner_from_dict(weights.recipe["learner"], arguments.source):
+        parser.error(f"{arguments.source} has deployment settings; give the weights as they were meta-trained.")
+    learner = architecture.deployed(weights.learner, use.learner)
+    if use.step_scale != 1.0:  # of small_fc
+        learner = dataclasses.replace(learner, step_mult=learner.step_mult * use.step_scale)
     results, sums = dict[str, Any](), dict[str, str]()
     for file in arguments.rows:
         heading, losses = measured(file)

@@ -62,7 +62,7 @@ def root_mean_square(tree: PyTree) -> jax.Array:
 def updates(name: str, steps: int) -> list[dict[str, float]]:
     """Loss, update and gradient of one run, means over the last 100 steps at 100, 300, 1,000, ... steps."""
     splits = by_name.resolve(f"{__file__}:mnist")
-    task, entry = splits.train, candidates.candidate(name, candidates.named_weights([name]), splits, steps)
+    task, entry = splits.train, candidates.candidate(candidates.read([name])[name], splits, steps)
     optimizer, key = entry.make(entry.setting), long_runs.seed_key(0)
     state = inner.begin(task, optimizer, None, jax.random.fold_in(key, 0))
 
@@ -100,7 +100,7 @@ def main() -> None:
     names = [*(asked.weights + use for use in uses), "adamw:1e-3", "adamw:3e-3", "adamw-cosine:3e-3"]
     task = f"{Path(__file__).relative_to(Path.cwd())}:mnist"
     command = f"python experiments/separable/mnist.py --weights {asked.weights} --out {asked.out}"
-    rows, loaded = comparisons.evaluate(names, task, STEPS, SEEDS)
+    rows, loaded = comparisons.evaluate(candidates.read(names), task, STEPS, SEEDS)
     print(comparison_report.write_report(asked.out, task, rows, loaded, command, "A task that can be fitted exactly."))
     seen = {name: updates(name, STEPS) for name in (*names[:2], "adamw:1e-3")}
     disk.write_json(asked.out / "updates.json", seen)

@@ -70,7 +70,7 @@ def run_one(name: str, optimizer: str, smoke: bool) -> dict:
     splits = by_name.resolve(job.task)
     if smoke:  # the whole split takes longer than five steps
         splits = splits._replace(test=dataclasses.replace(splits.test, size=splits.test.score_batch))
-    entries = [candidates.candidate(optimizer, candidates.named_weights([optimizer]), splits, steps)]
+    entries = [candidates.candidate(candidates.read([optimizer])[optimizer], splits, steps)]
     began, ticks = time.perf_counter(), list[float]()
 
     def on_steps(count: int) -> None:
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="5 steps of each job")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    names, optimizers = asked.only or list(JOBS), candidates.distinct([*asked.optimizers, ADAMW])
+    names, optimizers = asked.only or list(JOBS), list(dict.fromkeys([*asked.optimizers, ADAMW]))
     if asked.child:
         print(json.dumps(run_one(names[0], asked.child, asked.smoke)))
         return

@@ -12,7 +12,7 @@ from lolo.cli.arguments import call
 from lolo.cli.progress import log, progress_display
 from lolo.files import settings
 from lolo.runtime import environment, interrupt
-from lolo.studies import comparison_report, comparisons, definitions, evaluation_folder, studies
+from lolo.studies import candidates, comparison_report, comparisons, definitions, evaluation_folder, studies
 from lolo.studies.tables import table
 from lolo.tasks import by_name
 from lolo.training import plan, recipes
@@ -55,19 +55,20 @@ def eval_command(argv: list[str]) -> int:
             print(plan.report(plan.of_evaluation(task, recipes.LOLO.learner, len(optimizers), seeds, steps)))
             return 0
         splits = by_name.resolve(task)  # first: where data are missing, nothing is written
+        named = candidates.read(optimizers)
         if out is None:
             with progress_display() as display:
-                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, display, splits=splits)
+                rows, weights = comparisons.evaluate(named, task, steps, seeds, display, splits=splits)
             print(table(rows))
         else:
             stop = interrupt.Stop()
             with (
-                evaluation_folder.evaluation_folder(out, task, optimizers, steps, seeds) as parts,
+                evaluation_folder.evaluation_folder(out, task, named, steps, seeds) as parts,
                 progress_display() as display,
                 interrupt.stop_on_signals(stop),
             ):
                 on_progress = interrupt.interruptible(stop, display, out)
-                rows, weights = comparisons.evaluate(optimizers, task, steps, seeds, on_progress, parts, splits=splits)
+                rows, weights = comparisons.evaluate(named, task, steps, seeds, on_progress, parts, splits=splits)
                 command = shlex.join(["lolo", "eval", *argv])
                 print(comparison_report.write_report(out, task, rows, weights, command))
         return 0

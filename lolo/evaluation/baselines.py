@@ -63,10 +63,9 @@ def grid(kind: str, name: str, steps: int) -> list[long_runs.Candidate]:
     return [baseline(kind, lr, steps, decay) for decay in decays for lr in (SGD_GRID if kind == "sgdm" else GRID)]
 
 
-def grid_size(name: str) -> int:
-    """Runs that picking from "adamw:grid" takes; 0 for the name of anything else."""
-    kind, _, setting = name.partition(":")
-    return len(grid(kind, setting, 1)) * len(PICK_SEEDS) if kind in BASELINES and setting in GRIDS else 0
+def grid_size(kind: str, learning_rate: float | str) -> int:
+    """Runs that picking the learning rate of a baseline takes: those of a grid, by its name; 0 for a number."""
+    return len(grid(kind, learning_rate, 1)) * len(PICK_SEEDS) if isinstance(learning_rate, str) else 0
 
 
 def baseline(name: str, lr: float, steps: int, weight_decay: float = 1e-4) -> long_runs.Candidate:

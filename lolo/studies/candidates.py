@@ -1,4 +1,4 @@
-"""Optimizers by name, as `lolo eval` and studies take them: weights and how they are used, or a baseline.
+"""Optimizers by name, as `lolo eval` and studies take them: weights with deployment settings, or a baseline.
 
 `lolo-small`, `FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine`, `FILE:step_scale=2`, `adamw:1e-3`,
 `adamw-cosine:grid`, `sgdm:…`.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import optax
 
@@ -30,103 +28,144 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class DeploymentSettings:
-    """How weights are used: what stands after their name, `WEIGHTS:clock_limit=10000,schedule=cosine`."""
+    """How weights are deployed: what stands after their name, `WEIGHTS:clock_limit=10000,schedule=cosine`."""
 
-    weight_decay: float | None = None  # None: as they came
-    clock_limit: float | None = None
-    step_decay: float | None = None
+    learner: dict[str, Any]  # settings of the architecture that are others than the weights came with
     step_scale: float = 1.0  # what updates are multiplied by
     schedule: str = "constant"  # and this besides: 1, or half a cosine from 1 to 0
 
     @property
-    def changes(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if value != getattr(DeploymentSettings(), name)
-        }
+    def words(self) -> str:
+        """The settings that were given, for a row's label: " weight_decay=0.1 schedule=cosine"."""
+        given = dict(self.learner)
+        if self.step_scale != 1.0:
+            given["step_scale"] = self.step_scale
+        if self.schedule != "constant":
+            given["schedule"] = self.schedule
+        return "".join(f" {name}={value}" for name, value in given.items())
 
 
-def parse_deployment(words: str, name: str) -> DeploymentSettings:
+def parse_deployment(words: str, name: str, learner: LearnerSettings) -> DeploymentSettings:
     """Raises ValueError, which names the weights, the word and what could stand there."""
-    known, found = [field.name for field in dataclasses.fields(DeploymentSettings)], dict[str, Any]()
+    own = architecture.of(learner).deployment
+    rules: dict[str, Callable[[Any], Any]] = {
+        **own,
+        "step_scale": functools.partial(settings.number, positive=True),
+        "schedule": functools.partial(settings.pick, {word: word for word in SCHEDULES}, f"{name}: schedule"),
+    }
+    others = {field for row in architecture.ARCHITECTURES.values() for field in row.deployment}
+    found = dict[str, Any]()
     for word in words.split(",") if words else ():
         field, _, value = word.partition("=")
-        if field not in known:
-            raise settings.unknown(f"setting of {name}", field, known)
-        if field == "schedule":
-            settings.pick(dict.fromkeys(SCHEDULES), f"{name}: schedule", value)
-            found[field] = value
-            continue
+        if field in others - set(rules):
+            raise ValueError(f"{name}:{words}: learner {learner.name!r} has no {field}; leave it out.")
+        if field not in rules:
+            raise settings.unknown(f"setting of {name}", field, rules)
         try:
-            number = float(value)
-        except ValueError:
-            number = -1.0
-        positive = field in ("step_scale", "step_decay")
-        # A clock_limit or step_decay of inf switches off the one that weights came with.
-        finite = math.isfinite(number) or field in ("clock_limit", "step_decay")
-        if not number >= 0 or not finite or (positive and not number):
-            raise ValueError(f"{name}: {field}={value!r} must be {'0 or ' * (not positive)}a positive number.")
-        found[field] = number
-    return DeploymentSettings(**found)
+            found[field] = rules[field](value)
+        except RecipeError:  # a sentence by itself
+            raise
+        except ValueError as error:
+            raise ValueError(f"{name}: {field}={value!r} {error}") from error
+    inside = {field: found.pop(field) for field in own if field in found}
+    return DeploymentSettings(inside, **found)
 
 
 class NamedWeights(NamedTuple):
-    """Weights in use, and what their rows are called."""
+    """Weights as they are deployed, and what their rows are called."""
 
     label: str
     meta_seed: int | None
-    weights: pretrained.Weights
-    use: DeploymentSettings
+    weights: pretrained.Weights  # their learner has the deployment settings
+    deployment: DeploymentSettings
 
 
-def is_baseline(name: str) -> bool:
-    """Whether this names an optimizer made by hand, such as adamw:1e-3. Raises RecipeError for an unknown one."""
+class NamedBaseline(NamedTuple):
+    """An optimizer made by hand."""
+
+    kind: str  # of `baselines.BASELINES`
+    learning_rate: float | str  # a number, or a grid of `baselines.GRIDS`
+
+
+Named: TypeAlias = NamedWeights | NamedBaseline
+
+
+def read(names: Sequence[str | Path], methods: Mapping[str, str] = settings.NONE) -> dict[str, Named]:
+    """What optimizers' names mean, by name, in their order; weights are read here and nowhere else.
+
+    A name that says the same as one before it, as adamw:0.001 after adamw:1e-3, is left out.
+
+    Args:
+      methods: what rows of these weights files are called, where their recipe's imitation and replay do not tell.
+
+    Raises ValueError, FileError.
+    """
+    found: dict[str, Named] = {}
+    baseline_of = {name: baseline(name) for name in map(str, names)}  # first: reading weights takes longer
+    loaded: dict[str, pretrained.Weights] = {}  # by path: weights may be deployed in several ways
+    kinds: dict[str, Any] = {}
+    for name, by_hand in baseline_of.items():
+        if by_hand is None:
+            found[name] = _named_weights(name, methods, loaded, kinds, found)
+        elif by_hand not in found.values():
+            found[name] = by_hand
+    return found
+
+
+def baseline(name: str) -> NamedBaseline | None:
+    """What "adamw:1e-3" or "adamw:grid" names; None for weights. Raises ValueError, RecipeError."""
     kind, separator, setting = name.partition(":")
     if separator and kind in baselines.BASELINES:
-        return True
+        return NamedBaseline(kind, _learning_rate(name, kind, setting))
     weights = kind in weights_file.shipped_weights() or Path(name.rpartition(":")[0]).is_file()
     if separator and "=" not in setting and not weights and not Path(name).exists():
         raise settings.unknown("optimizer", kind, baselines.BASELINES)
-    return False
+    return None
 
 
-def named_weights(
-    names: Sequence[str | Path], methods: Mapping[str, str] = types.MappingProxyType({})
-) -> dict[str, NamedWeights]:
-    """Weights by the names that are no baselines'. Raises ValueError, FileError.
+def _learning_rate(name: str, kind: str, setting: str) -> float | str:
+    if setting in baselines.GRIDS:
+        return setting
+    try:
+        rate = float(setting)
+    except ValueError:
+        grids = " or ".join(f"{kind}:{grid}" for grid in baselines.GRIDS)
+        raise ValueError(f"{name}: give a learning rate ({kind}:1e-3), or {grids}.") from None
+    if not 0 < rate < float("inf"):
+        raise ValueError(f"{name}: the learning rate must be a positive number.")
+    return rate
 
-    `methods`: what rows of these weights files are called, where their recipe's imitation and replay do not tell.
-    """
-    found: dict[str, NamedWeights] = {}
-    kinds: dict[str, Any] = {}
-    for name in map(str, names):
-        if is_baseline(name):
-            continue
-        path, separator, words = name.rpartition(":")
-        if not separator or Path(name).exists():
-            path, words = name, ""
-        use, loaded = parse_deployment(words, path), pretrained.load(path)
-        try:
-            requested = {"weight_decay": use.weight_decay, "clock_limit": use.clock_limit, "step_decay": use.step_decay}
-            learner = architecture.deployed(loaded.learner, requested)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        taken = {(other.label, other.meta_seed) for other in found.values()}
-        label, seed = _label(loaded, use, path, methods.get(path), kinds, taken)
-        found[name] = NamedWeights(label, seed, loaded._replace(learner=learner), use)
-    return found
+
+def _named_weights(
+    name: str,
+    methods: Mapping[str, str],
+    loaded: dict[str, pretrained.Weights],
+    kinds: dict[str, Any],
+    before: Mapping[str, Named],
+) -> NamedWeights:
+    """Weights by name, deployed as it says. `kinds`: as `_label` has it."""
+    path, separator, words = name.rpartition(":")
+    if not separator or Path(name).exists():
+        path, words = name, ""
+    if path not in loaded:
+        loaded[path] = pretrained.load(path)
+    weights = loaded[path]
+    deployment = parse_deployment(words, path, weights.learner)
+    taken = {(other.label, other.meta_seed) for other in before.values() if isinstance(other, NamedWeights)}
+    label, seed = _label(weights, deployment, path, methods.get(path), kinds, taken)
+    learner = architecture.deployed(weights.learner, deployment.learner)
+    return NamedWeights(label, seed, weights._replace(learner=learner), deployment)
 
 
 def _label(
     weights: pretrained.Weights,
-    use: DeploymentSettings,
+    deployment: DeploymentSettings,
     name: str,
     method: str | None,
     kinds: dict[str, Any],
     taken: set[tuple[str, int | None]],
 ) -> tuple[str, int | None]:
-    """Method and meta-seed of weights, from their recipe, else the file's name; and how they are used.
+    """Method and meta-seed of weights as they came, from their recipe, else the file's name; and how they are deployed.
 
     `kinds` holds what each label stands for. Rows of one label are meta-seeds of one recipe: weights that differ from
     those before them in more than the seed, or came with other settings than in meta-training, get a row of their own.
@@ -143,61 +182,27 @@ def _label(
         seed, kind = recipe.seed, (plain, weights.learner)
         if weights.learner == recipe.learner:
             label = method or recipes.method_of(recipe) or label
-    words = "".join(f" {field}={value}" for field, value in use.changes.items())
+    words = deployment.words
     another = kinds.setdefault(label + words, kind) != kind or (label + words, seed) in taken
     return ((name if another else label) + words, seed)
 
 
 @functools.lru_cache(maxsize=64)
-def _make_of(learner: LearnerSettings, step_scale: float, cosine_steps: int | None) -> long_runs.Make:
+def _make(learner: LearnerSettings, step_scale: float, cosine_steps: int | None) -> long_runs.Make:
     """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
-    optimizer = pretrained.maker(learner)
-    if cosine_steps is not None:
-        scale = optax.scale_by_schedule(optax.cosine_decay_schedule(step_scale, cosine_steps))
-    elif step_scale != 1.0:
-        scale = optax.scale(step_scale)
-    else:
-        return optimizer
-    return lambda meta_params: optax.chain(optimizer(meta_params), scale)
+    cosine = None if cosine_steps is None else optax.cosine_decay_schedule(step_scale, cosine_steps)
+    return pretrained.maker(learner, step_scale if cosine is None else cosine)
 
 
 def candidate(
-    name: str,
-    named: dict[str, NamedWeights],
-    splits: Splits,
-    steps: int,
-    advanced: Callable[[int], None] = lambda count: None,
+    named: Named, splits: Splits, steps: int, on_steps: Callable[[int], None] = lambda count: None
 ) -> Candidate:
-    """What `compare` takes, by name: one of `named_weights`, `adamw:1e-3`, `adam:…`, `sgdm:…`, `adamw:grid`."""
-    if name in named:
-        label, seed, weights, use = named[name]
-        make = _make_of(weights.learner, use.step_scale, steps if use.schedule == "cosine" else None)
+    """What `long_runs.compare` takes. The best of a grid is found here; on_steps gets the number of steps done."""
+    if isinstance(named, NamedWeights):
+        label, seed, weights, deployment = named
+        make = _make(weights.learner, deployment.step_scale, steps if deployment.schedule == "cosine" else None)
         return Candidate(label, seed, make, weights.meta_params)
-    kind, lr = name.partition(":")[0], learning_rate(name)
-    if isinstance(lr, str):
-        return baselines.best_of_grid(splits, kind, steps, lr, on_steps=advanced)
-    return baselines.baseline(kind, lr, steps)
-
-
-def distinct(names: Sequence[str | Path]) -> list[str]:
-    """Names without those that say the same again: adamw:0.001 after adamw:1e-3. Raises ValueError."""
-    found: dict[tuple[str, float | str], str] = {}
-    for name in map(str, names):
-        key = (name.partition(":")[0], learning_rate(name)) if is_baseline(name) else (name, "")
-        found.setdefault(key, name)
-    return list(found.values())
-
-
-def learning_rate(name: str) -> float | str:
-    """Of a baseline's name: "adamw:1e-3" -> 1e-3, "adamw:grid" -> "grid". Raises ValueError."""
-    kind, _, setting = name.partition(":")
-    if setting in baselines.GRIDS:
-        return setting
-    try:
-        lr = float(setting)
-    except ValueError:
-        grids = " or ".join(f"{kind}:{grid}" for grid in baselines.GRIDS)
-        raise ValueError(f"{name}: give a learning rate ({kind}:1e-3), or {grids}.") from None
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"{name}: the learning rate must be a positive number.")
-    return lr
+    kind, rate = named
+    if isinstance(rate, str):
+        return baselines.best_of_grid(splits, kind, steps, rate, on_steps=on_steps)
+    return baselines.baseline(kind, rate, steps)

@@ -44,7 +44,7 @@ def write_report(
     seen = set()
     for label, one in weights.items():
         counts, key = one.card.get("start_steps_per_250"), (digests[label], repr(one.recipe))
-        if counts and key not in seen:  # the same weights may be there in several uses
+        if counts and key not in seen:  # the same weights may be deployed in several ways
             started.setdefault(label.partition(", meta-seed ")[0], Counter()).update(counts)
             seen.add(key)
     if 0 < len(started) <= len(plots.COLOURS):

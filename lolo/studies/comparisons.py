@@ -8,8 +8,7 @@ of work took.
 from __future__ import annotations
 
 import contextlib
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lolo.evaluation import baselines, long_runs
@@ -23,59 +22,62 @@ from lolo.tasks import by_name
 
 
 def evaluate(
-    names: Sequence[str | Path],
+    optimizers: Mapping[str, candidates.Named],
     task: str,
     steps: int,
     seeds: int,
-    told: interrupt.OnProgress = interrupt.no_progress,
+    on_progress: interrupt.OnProgress = interrupt.no_progress,
     parts: Path | None = None,
-    methods: Mapping[str, str] = types.MappingProxyType({}),
     splits: Splits | None = None,
 ) -> tuple[list[Row], dict[str, pretrained.Weights]]:
-    """Every named optimizer on a task, from the same inits and batches.
+    """Every optimizer on a task, from the same inits and batches.
 
     Args:
-      names: weights (a shipped name or a file, `:clock_limit=10000,weight_decay=0.1,schedule=cosine` after it for other
-        use than they came with), `adamw:1e-3`, `adam:…`, `sgdm:…`, `adamw:grid`.
+      optimizers: by name, as `candidates.read` gives them.
       parts: a folder that keeps the rows of each method as they come; those found there are not made again.
-      methods: as `named_weights` takes them.
       splits: of the task, by whoever has resolved it before: a user's task may take long to make.
 
     Returns: the rows, and the weights by label and meta-seed. Raises ValueError, FileError.
     """
-    unique = candidates.distinct(names)  # what is wrong with a name is said now rather than after hours
     long_runs.check_steps(steps)
-    named = candidates.named_weights(unique, methods)
     splits = splits or by_name.resolve(task)
-    files_of = {} if parts is None else evaluation_folder.part_files(parts, task, unique, named)
+    files_of = {} if parts is None else evaluation_folder.part_files(parts, task, optimizers)
     for file in files_of.values():
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def size(name: str) -> int:
-        return (seeds + baselines.grid_size(name)) * steps
+        named = optimizers[name]
+        picking = baselines.grid_size(*named) if isinstance(named, candidates.NamedBaseline) else 0
+        return (seeds + picking) * steps
 
     found = {
-        name: evaluation_folder.kept_rows(file, task, steps, seeds, named.get(name)) for name, file in files_of.items()
+        name: evaluation_folder.kept_rows(file, task, steps, seeds, optimizers[name]) for name, file in files_of.items()
     }
     rows_of = {name: rows for name, rows in found.items() if rows}
-    total, done = sum(map(size, unique)), sum(map(size, rows_of))
+    total, done = sum(map(size, optimizers)), sum(map(size, rows_of))
 
-    def advanced(count: int) -> None:
+    def on_steps(count: int) -> None:
         nonlocal done
         done += count
-        told(f"evaluating on {task}", done, total, "")
+        on_progress(f"evaluating on {task}", done, total, "")
 
-    groups: dict[str, list[str]] = {}  # those of one label run together
-    for name in unique:
-        if name not in rows_of:
-            groups.setdefault(named[name].label if name in named else name, []).append(name)
-    for members in groups.values():
+    for members in together(optimizers, rows_of):
         with time_spent.timed(parts.parent, f"evaluating {file_name(task)}") if parts else contextlib.nullcontext():
-            entries = [candidates.candidate(name, named, splits, steps, advanced) for name in members]
-            made = long_runs.compare(task, splits, entries, range(seeds), steps, on_steps=advanced)
+            entries = [candidates.candidate(optimizers[name], splits, steps, on_steps) for name in members]
+            made = long_runs.compare(task, splits, entries, range(seeds), steps, on_steps=on_steps)
         for name, entry in zip(members, entries, strict=True):
             rows_of[name] = [row for row in made if (row.optimizer, row.meta_seed) == (entry.label, entry.meta_seed)]
             if name in files_of:
                 save_rows(files_of[name], rows_of[name])
-    rows = [row for name in unique for row in rows_of[name]]
-    return rows, {f"{label}, meta-seed {seed}": weights for label, seed, weights, _ in named.values()}
+    rows = [row for name in optimizers for row in rows_of[name]]
+    learned = [named for named in optimizers.values() if isinstance(named, candidates.NamedWeights)]
+    return rows, {f"{named.label}, meta-seed {named.meta_seed}": named.weights for named in learned}
+
+
+def together(optimizers: Mapping[str, candidates.Named], there: Collection[str]) -> list[list[str]]:
+    """The names whose rows are not there; those of one label, which are meta-seeds of one method, run together."""
+    groups: dict[str, list[str]] = {}
+    for name, named in optimizers.items():
+        if name not in there:
+            groups.setdefault(named.label if isinstance(named, candidates.NamedWeights) else name, []).append(name)
+    return list(groups.values())

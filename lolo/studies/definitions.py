@@ -18,7 +18,7 @@ class Study:
     eval_steps: int = 10_000
     eval_seeds: int = 5
     baselines: tuple[str, ...] = ("adamw:1e-3", "adamw:grid")
-    uses: tuple[tuple[str, str], ...] = ()  # (method, settings of weights in use): further rows
+    deployments: tuple[tuple[str, str], ...] = ()  # (method, deployment settings of its weights): further rows
     changes: tuple[tuple[str, Any], ...] = ()  # recipe fields of every method that does not set them itself
     fixed: tuple[tuple[str, Any], ...] = ()  # recipe fields, whatever a method says
 
@@ -65,7 +65,7 @@ STABILISERS = "clock_limit=10000,weight_decay=0.1"
 # 100,000 steps. (`lolo-anytime` has half of it, which its own φ bears.)
 ANYTIME = "clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000"
 COSINE = "step_scale=2,schedule=cosine"
-DEPLOYED = tuple(("lolo", use) for use in ("schedule=cosine", COSINE, ANYTIME))
+DEPLOYED = tuple(("lolo", words) for words in ("schedule=cosine", COSINE, ANYTIME))
 SHORT = (("outer.steps", 1000), ("validation.every", 0))
 TUNED = Study(
     about="LoLO against naive-LO at the best outer learning rate that `settings` found so far",
@@ -77,7 +77,7 @@ TUNED = Study(
 )
 LONG_DEPLOYED = (STABILISERS, ANYTIME, f"clock_limit=10000,weight_decay=0.02,{COSINE}")
 LONG = Study(
-    about="ten times past the evaluation: 100 times the unroll, with and without mends",
+    about="ten times past the evaluation: 100 times the unroll, with and without stabilisers",
     tasks=(),
     methods=("naive", "bc-only", "lolo"),
     meta_seeds=3,
@@ -91,7 +91,7 @@ LONG = Study(
         "adamw-rsqrt:3e-3",
         "adamw-rsqrt:1e-2",
     ),
-    uses=(("naive", STABILISERS), *(("lolo", use) for use in LONG_DEPLOYED)),
+    deployments=(("naive", STABILISERS), *(("lolo", words) for words in LONG_DEPLOYED)),
     changes=(("outer.steps", 2000),),
 )
 
@@ -102,7 +102,7 @@ STUDY: dict[str, Study] = {
         methods=FIGURE2,
         meta_seeds=5,
         baselines=BASELINES,
-        uses=DEPLOYED,
+        deployments=DEPLOYED,
         changes=(("outer.steps", 2000), ("validation.every", 0)),
     ),
     "figure2-books": Study(
@@ -111,7 +111,7 @@ STUDY: dict[str, Study] = {
         methods=FIGURE2,
         meta_seeds=3,
         baselines=BASELINES,
-        uses=DEPLOYED,
+        deployments=DEPLOYED,
         changes=(("outer.steps", 2000),),
     ),
     "naive-tuned": dataclasses.replace(
@@ -123,7 +123,7 @@ STUDY: dict[str, Study] = {
         LONG,
         tasks=("books-mlp",),
         methods=("naive", "lolo"),
-        uses=tuple(("lolo", use) for use in LONG_DEPLOYED),
+        deployments=tuple(("lolo", words) for words in LONG_DEPLOYED),
     ),
     "settings": Study(
         about="what matters: one setting of LoLO changed at a time, short meta-trainings, one meta-seed",
@@ -182,7 +182,7 @@ STUDY: dict[str, Study] = {
             "adamw-rsqrt:3e-3",
             "adamw-rsqrt:1e-2",
         ),
-        uses=(("lolo", COSINE), ("lolo", ANYTIME)),
+        deployments=(("lolo", COSINE), ("lolo", ANYTIME)),
         changes=(("outer.steps", 2000),),
     ),
 }

@@ -25,20 +25,18 @@ from lolo.training import run_folder
 from lolo.training.run_folder import RunError
 
 
-def part_files(
-    parts: Path, task: str, names: Sequence[str], named: Mapping[str, candidates.NamedWeights]
-) -> dict[str, Path]:
+def part_files(parts: Path, task: str, optimizers: Mapping[str, candidates.Named]) -> dict[str, Path]:
     """Where the rows of each name are kept: weights by what is in them, a baseline by what it is."""
     place = file_name(task) + "".join(by_name.pin(task).partition("@")[1:])[:9]  # of a user's file: how its sum begins
 
-    def part(name: str) -> str:
-        if name in named:
-            digest = hashlib.sha256(_contents(named[name]).encode()).hexdigest()[:8]
-            return f"{slug(named[name].label)[:160]}-{digest}.jsonl"
-        lr = candidates.learning_rate(name)
-        return slug(f"{name.partition(':')[0]}-{lr if isinstance(lr, str) else f'{lr:g}'}") + ".jsonl"
+    def part(named: candidates.Named) -> str:
+        if isinstance(named, candidates.NamedWeights):
+            digest = hashlib.sha256(_contents(named).encode()).hexdigest()[:8]
+            return f"{slug(named.label)[:160]}-{digest}.jsonl"
+        kind, rate = named
+        return slug(f"{kind}-{rate if isinstance(rate, str) else f'{rate:g}'}") + ".jsonl"
 
-    return {name: parts / place / part(name) for name in names}
+    return {name: parts / place / part(named) for name, named in optimizers.items()}
 
 
 def phi_digest(weights: pretrained.Weights) -> str:
@@ -47,8 +45,8 @@ def phi_digest(weights: pretrained.Weights) -> str:
 
 
 def _contents(named: candidates.NamedWeights) -> str:
-    """A digest of weights in use: φ, and the settings that they came with where these are not their recipe's."""
-    weights, changes = named.weights, named.use.changes
+    """A digest of deployed weights: φ, and the settings that they came with where these are not their recipe's."""
+    weights, changes = named.weights, named.deployment.learner
     digest = phi_digest(weights)
     learner, own = dataclasses.asdict(weights.learner), weights.recipe.get("learner", {})
     meta_trained = dataclasses.asdict(architecture.learner_from_dict(own, "recipe")) if own else {}
@@ -62,27 +60,29 @@ def _part_rows(file: Path) -> list[Row]:
         raise FileError(f"{error} Remove it, and its rows are made again.") from error
 
 
-def kept_rows(file: Path, task: str, steps: int, seeds: int, named: candidates.NamedWeights | None) -> list[Row] | None:
-    """Rows of a part, if it is there and holds this task's, so many steps long, one for each seed, of these weights."""
+def kept_rows(file: Path, task: str, steps: int, seeds: int, named: candidates.Named) -> list[Row] | None:
+    """Rows of a part, if it is there and holds this task's, `steps` long, one for each seed, of this optimizer."""
     if not file.exists():
         return None
     rows = _part_rows(file)
-    label, meta_seed = (rows[0].optimizer, None) if named is None else (named.label, named.meta_seed)
+    label, meta_seed = rows[0].optimizer, None  # of a grid's best, which is not known before
+    if isinstance(named, candidates.NamedWeights):
+        label, meta_seed = named.label, named.meta_seed
     wanted = [(task, steps, label, meta_seed, seed) for seed in range(seeds)]
     there = [(row.task, row.steps, row.optimizer, row.meta_seed, row.seed) for row in rows]
     return rows if sorted(there, key=lambda of: of[-1]) == wanted else None
 
 
 @contextlib.contextmanager
-def evaluation_folder(out: Path, task: str, names: Sequence[str], steps: int, seeds: int) -> Iterator[Path]:
+def evaluation_folder(
+    out: Path, task: str, optimizers: Mapping[str, candidates.Named], steps: int, seeds: int
+) -> Iterator[Path]:
     """Keep a folder to one evaluation by `lolo eval`. Gives the folder of its parts.
 
-    The folder may be empty, or hold an evaluation of the same task, steps and seeds: this one goes on with it, and
-    further optimizers come to it. Raises RunError where rows would be lost or mixed with others, FileError for damaged
+    The folder may be empty, or hold an evaluation of the same task, steps and seeds: this one resumes it, and further
+    optimizers come to it. Raises RunError where rows would be lost or mixed with others, FileError for damaged
     ones. What a user's task reads besides its own file is not looked at.
     """
-    unique = candidates.distinct(names)
-    named = candidates.named_weights(unique)
     long_runs.check_steps(steps)
     if (out / "recipe.json").exists():
         raise RunError(f"{out} already holds recipe.json of a run; give another --out.")
@@ -93,7 +93,7 @@ def evaluation_folder(out: Path, task: str, names: Sequence[str], steps: int, se
     with run_folder.exclusive(out, ALONE):
         if (command := command_of(out, task)) and not command.startswith("lolo eval "):
             raise RunError(f"{out} already holds what {command!r} wrote; give another --out.")
-        kept = part_files(out / "parts", task, unique, named)
+        kept = part_files(out / "parts", task, optimizers)
         path = out / f"rows-{file_name(task)}.jsonl"
         before = [file for file in kept.values() if file.exists()]
         found = [*map(_part_rows, before), *([load_rows(path)] if path.exists() else ())]

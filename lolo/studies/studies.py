@@ -16,7 +16,7 @@ from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
 from lolo.runtime import interrupt
-from lolo.studies import comparison_report, comparisons, definitions, plots, time_spent
+from lolo.studies import candidates, comparison_report, comparisons, definitions, plots, time_spent
 from lolo.studies.rows import command_of, file_name, slug
 from lolo.tasks import by_name
 from lolo.training import loop, recipes, run_folder, run_log
@@ -159,11 +159,13 @@ def run_study(
         losses = out / f"meta-loss-{slug(task)}.png"
         picture_meta_losses(losses, task, {key: path.parent for key, path in made.items()})
         pictures = [f"![loss in meta-training]({losses.name})"] * losses.is_file()
-        used = [f"{made[method, seed]}:{use}" for method, use in study.uses for seed in range(study.meta_seeds)]
+        deployed = [
+            f"{made[method, seed]}:{words}" for method, words in study.deployments for seed in range(study.meta_seeds)
+        ]
+        optimizers = candidates.read([*map(str, made.values()), *deployed, *study.baselines], methods)
         for where in study.eval_tasks or (task,):
-            names = [*map(str, made.values()), *used, *study.baselines]
             rows, loaded = comparisons.evaluate(
-                names, where, study.eval_steps, study.eval_seeds, checked, out / "parts", methods
+                optimizers, where, study.eval_steps, study.eval_seeds, checked, out / "parts"
             )
             took = [
                 f"Meta-training took {time_spent.hours(runs.parent, trained)}",
