@@ -34,6 +34,7 @@ _NAMES = {
     "load": "optimizers.pretrained",
     "meta_init": "method.meta",
     "meta_step": "method.meta",
+    "norm_fc": "optimizers.norm_fc",
     "nres": "method.estimators",
     "pes": "method.estimators",
     "resume": "training.loop",

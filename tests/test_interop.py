@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 
 from lolo.files.disk import FileError
 from lolo.files.tensors import pack, unpack
-from lolo.optimizers import interop, weights_file
+from lolo.optimizers import interop, norm_fc_spec, weights_file
 from lolo.optimizers import small_fc_spec as spec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "small_fc.npz"
+CELO2 = np.load(pathlib.Path(__file__).parent / "golden" / "celo2.npz")
 FLAX = (interop.import_learned_optimization, interop.export_learned_optimization)
 PYLO = (interop.import_pylo, interop.export_pylo)
+CELO2_FILES = (interop.import_celo2, interop.export_celo2)
+ALL = pytest.mark.parametrize(
+    ("read", "write"), [FLAX, PYLO, CELO2_FILES], ids=["learned_optimization", "pylo", "celo2"]
+)
 
 
 @pytest.fixture
@@ -27,6 +32,14 @@ def draw(hidden=32, learn_decays=False, seed=0):
     rng = np.random.default_rng(seed)
     shapes = spec.weight_shapes(hidden, learn_decays=learn_decays)
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def draw_for(write, hidden):
+    """Meta-parameters of the architecture that `write` takes."""
+    if write is not interop.export_celo2:
+        return draw(hidden)
+    rng = np.random.default_rng(0)
+    return {n: rng.normal(size=s).astype(np.float32) for n, s in norm_fc_spec.weight_shapes(hidden).items()}
 
 
 def assert_equal(ours, theirs):
@@ -185,13 +198,13 @@ def test_wrong_pylo_files_say_what_is_wrong(tmp_path):
             interop.import_pylo(path)
 
 
-@pytest.mark.parametrize(("read", "write"), [FLAX, PYLO], ids=["learned_optimization", "pylo"])
+@ALL
 def test_missing_and_large_files_are_refused(tmp_path, msgpack, monkeypatch, read, write):
     with pytest.raises(FileError, match="can't be read"):
         read(tmp_path / "nowhere")
     with pytest.raises(FileError, match="can't be read"):
         read(tmp_path)
-    write(draw(4), tmp_path / "w")
+    write(draw_for(write, 4), tmp_path / "w")
     monkeypatch.setattr(weights_file, "MAX_WEIGHTS_BYTES", 100)
     with pytest.raises(FileError, match="at most 100"):
         read(tmp_path / "w")
@@ -205,9 +218,9 @@ def test_only_small_fc_is_written(tmp_path, msgpack, write):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(("read", "write"), [FLAX, PYLO], ids=["learned_optimization", "pylo"])
+@ALL
 def test_truncated_files_are_refused(tmp_path, msgpack, read, write):
-    write(draw(3), tmp_path / "w")
+    write(draw_for(write, 3), tmp_path / "w")
     content = (tmp_path / "w").read_bytes()
     for length in range(0, len(content), 7):
         (tmp_path / "cut").write_bytes(content[:length])
@@ -218,11 +231,11 @@ def test_truncated_files_are_refused(tmp_path, msgpack, read, write):
 FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.parametrize(("read", "write"), [FLAX, PYLO], ids=["learned_optimization", "pylo"])
+@ALL
 @FUZZ
 @given(edits=st.lists(st.tuples(st.integers(0, 1 << 20), st.binary(min_size=1, max_size=4)), min_size=1, max_size=8))
 def test_damaged_files_are_read_or_refused(tmp_path, msgpack, read, write, edits):
-    write(draw(2), tmp_path / "w")
+    write(draw_for(write, 2), tmp_path / "w")
     content = bytearray((tmp_path / "w").read_bytes())
     for place, data in edits:
         # Mostly among names and sizes: half of the edits hit the first 400 bytes.
@@ -232,7 +245,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, msgpack, read, write, edits
     expect_arrays_or_file_error(read, tmp_path / "bad")
 
 
-@pytest.mark.parametrize("read", [FLAX[0], PYLO[0]], ids=["learned_optimization", "pylo"])
+@pytest.mark.parametrize("read", [FLAX[0], PYLO[0], CELO2_FILES[0]], ids=["learned_optimization", "pylo", "celo2"])
 @FUZZ
 @given(content=st.binary(max_size=200))
 def test_random_bytes_are_refused(tmp_path, msgpack, read, content):
@@ -265,6 +278,70 @@ def test_deep_and_greedy_msgpack_is_refused(tmp_path, msgpack):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(FileError):
             interop.import_learned_optimization(tmp_path / name)
+
+
+def celo2_checkpoint(path, hidden=8, seed=0):
+    """Tensors as PyLO's CELO2MLP names and shapes them, written to a file."""
+    rng, counts = np.random.default_rng(seed), (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
+    shapes = {f"w0.{i}": (count, hidden) for i, count in enumerate(counts)}
+    shapes |= {"b0": (hidden,), "dense_w.0": (hidden, hidden), "dense_b.0": (hidden,)}
+    shapes |= {"dense_w.1": (hidden, 3), "dense_b.1": (3,)}
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    path.write_bytes(pack(tensors, {"format": "pt"}))
+    return tensors
+
+
+@pytest.mark.parametrize("hidden", [1, 8])
+def test_celo2_files_come_back_byte_for_byte(tmp_path, hidden):
+    tensors = celo2_checkpoint(tmp_path / "celo2", hidden)
+    phi = interop.import_celo2(tmp_path / "celo2")
+    assert {n: x.shape for n, x in phi.items()} == norm_fc_spec.weight_shapes(hidden)
+    interop.export_celo2(phi, tmp_path / "again", unused_from=tmp_path / "celo2")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "celo2").read_bytes()
+
+    interop.export_celo2(phi, tmp_path / "zeros")
+    zeros, _ = unpack((tmp_path / "zeros").read_bytes(), "zeros")
+    assert not zeros["dense_w.1"][:, 1:].any() and not zeros["dense_b.1"][1:].any()
+    assert_equal(interop.import_celo2(tmp_path / "zeros"), phi)
+    np.testing.assert_array_equal(zeros["w0.13"], tensors["w0.13"])
+
+
+def test_the_celo2_reference_weights_travel(tmp_path):
+    # golden/celo2.npz: w0 is PyLO's fourteen pieces one below the other, w2 and b2 have all three outputs
+    theta = {k.removeprefix("theta/"): CELO2[k] for k in CELO2 if k.startswith("theta/")}
+    tensors, start = {"b0": theta["b0"], "dense_w.0": theta["w1"], "dense_b.0": theta["b1"]}, 0
+    for i, count in enumerate((1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)):
+        tensors[f"w0.{i}"] = theta["w0"][start : start + count]
+        start += count
+    tensors |= {"dense_w.1": theta["w2"], "dense_b.1": theta["b2"]}
+    (tmp_path / "celo2").write_bytes(pack(tensors))
+    expected = theta | {"w2": theta["w2"][:, :1], "b2": theta["b2"][:1]}
+    assert_equal(interop.import_celo2(tmp_path / "celo2"), expected)
+
+
+def test_wrong_celo2_files_say_what_is_wrong(tmp_path):
+    path = tmp_path / "celo2"
+    good = celo2_checkpoint(path, 4)
+    for message, tensors in {
+        "a CELO2MLP of PyLO has": {n: x for n, x in good.items() if n != "w0.13"},
+        "a CELO2MLP has": {n: x for n, x in good.items() if n != "b0"},
+        "dense_w.2": good | {"dense_w.2": np.zeros((4, 4), np.float32)},
+        "'w0.3': \\(3, 4\\)": good | {"w0.3": np.zeros((4, 3), np.float32)},
+        "'dense_w.1': \\(4, 3\\)": good | {"dense_w.1": np.zeros((4, 1), np.float32)},
+        "'b0' is float64; expected float32": good | {"b0": np.zeros(4)},
+        "not finite": good | {"b0": np.full(4, np.inf, np.float32)},
+    }.items():
+        path.write_bytes(pack(tensors))
+        with pytest.raises(FileError, match=message):
+            interop.import_celo2(path)
+    celo2_checkpoint(path, 4)
+    with pytest.raises(FileError, match="has hidden=4; the meta-parameters have 8"):
+        celo2_checkpoint(tmp_path / "wide", 8)
+        interop.export_celo2(interop.import_celo2(tmp_path / "wide"), tmp_path / "x", unused_from=path)
+    for phi in ({}, {"w0": np.zeros(3)}, draw(4)):
+        with pytest.raises(ValueError, match="meta_params: has tensors .*; a norm_fc has"):
+            interop.export_celo2(phi, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_without_msgpack_the_error_says_what_to_install(tmp_path, monkeypatch):

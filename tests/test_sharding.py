@@ -1,6 +1,6 @@
-"""The optimizer on tensors that lie on several devices: under jit, and in parts inside shard_map.
+"""The optimizers on tensors that lie on several devices: under jit, and in parts inside shard_map.
 
-JAX counts its devices once per process, so the checks of `sharded.py` run in one of their own.
+JAX counts its devices once per process, so the checks of these scripts run in one of their own.
 """
 
 import pathlib
@@ -11,8 +11,9 @@ import pytest
 
 
 @pytest.mark.slow
-def test_four_devices_give_what_one_gives_and_partial_tensors_are_refused_or_named():
-    script = pathlib.Path(__file__).parent / "sharded.py"
+@pytest.mark.parametrize("name", ["sharded.py", "sharded_norm_fc.py"])
+def test_four_devices_give_what_one_gives_and_partial_tensors_are_refused_or_named(name):
+    script = pathlib.Path(__file__).parent / name
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "all passed"

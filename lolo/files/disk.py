@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,3 +109,14 @@ def sha256_of(path: Path, on_progress: Callable[[int], None] = lambda done: None
             digest.update(content)
             on_progress(stream.tell())
     return digest.hexdigest()
+
+
+def json_safe(value: Any) -> Any:
+    """The value with strings instead of numbers that JSON can't hold."""
+    if isinstance(value, dict):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from lolo.files import disk
 from lolo.files.disk import FileError
 
 MAX_LOG_BYTES = 1 << 30
@@ -16,24 +15,13 @@ MAX_LOG_BYTES = 1 << 30
 
 def json_line(row: dict[str, Any]) -> str:
     """One JSON object as a line. A number that JSON can't hold (NaN, inf) is written as a string."""
-    return json.dumps(json_safe(row), allow_nan=False)
+    return json.dumps(disk.json_safe(row), allow_nan=False)
 
 
 def append_json_line(path: Path, row: dict[str, Any]) -> None:
     """Add one JSON object to a log."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json_line(row) + "\n")
-
-
-def json_safe(value: Any) -> Any:
-    """The value with strings instead of numbers that JSON can't hold."""
-    if isinstance(value, dict):
-        return {key: json_safe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(item) for item in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return str(value)
-    return value
 
 
 def number(value: Any) -> float:

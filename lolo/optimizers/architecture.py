@@ -16,7 +16,7 @@ from lolo.files import settings
 from lolo.files.disk import FileError
 from lolo.files.settings import Alternative, RecipeError
 from lolo.files.tensors import Arrays
-from lolo.optimizers import base, small_fc, small_fc_spec, weights_file
+from lolo.optimizers import base, norm_fc, norm_fc_spec, small_fc, small_fc_spec, weights_file
 
 LearnerSettings: TypeAlias = Alternative  # of any architecture
 
@@ -49,6 +49,11 @@ def _small_fc(
     return small_fc.small_fc(**arguments, axis_name=axis_name, sharded_axis=sharded_axis)
 
 
+def _norm_fc(learner: norm_fc_spec.NormFcSettings, axis_name: str | None, sharded_axis: int) -> base.LearnedOptimizer:
+    arguments = {name: value for name, value in vars(learner).items() if name != "name"}
+    return norm_fc.norm_fc(**arguments, axis_name=axis_name, sharded_axis=sharded_axis)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "small_fc": Architecture(
         settings=small_fc_spec.SmallFcSettings,
@@ -60,6 +65,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         expert_decay=small_fc_spec.expert_decay,
         keeps_adam_moments=small_fc_spec.keeps_adam_moments,
         present=small_fc.one_tree_per_moment,
+    ),
+    "norm_fc": Architecture(
+        settings=norm_fc_spec.NormFcSettings,
+        build=_norm_fc,
+        shapes=norm_fc_spec.shapes_of,
+        check=norm_fc_spec.check,
+        deployment=norm_fc_spec.DEPLOYMENT,
+        expert_decay=norm_fc_spec.expert_decay,
     ),
     "sgd": Architecture(
         settings=base.SgdSettings,

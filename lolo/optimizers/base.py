@@ -1,4 +1,4 @@
-"""Learned optimizers: functions from meta-parameters φ to an `optax.GradientTransformation`.
+"""What learned optimizers have in common: their interface, the draw of their weights, and what they refuse.
 
 `learned_sgd` is the smallest member of the family.
 """
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from lolo.files.settings import Alternative
+from lolo.optimizers import sharding
 from lolo.trees import PyTree
 
 
@@ -55,4 +56,77 @@ def learned_sgd() -> LearnedOptimizer:
 
 def truncated_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     """Normal with σ = 1/√fan_in, truncated at ±2σ, variance not corrected."""
-    return jax.random.truncated_normal(key, -2.0, 2.0, shape) / jnp.sqrt(jnp.float32(fan_in))
+    return jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32) / jnp.sqrt(jnp.float32(fan_in))
+
+
+def check_whole(params: PyTree, axis_name: str | None) -> None:
+    """Raise ValueError, inside shard_map, for parameters that are cut over other mesh axes than `axis_name`."""
+    if axis_name is not None and not sharding.types_vary(axis_name):
+        raise ValueError(
+            f"axis_name={axis_name!r} needs jax.shard_map(..., check_vma=True), which is its default: JAX's types then "
+            "tell a parameter that is cut over the mesh axis from one that is equal on all devices."
+        )
+    for path, param in jax.tree_util.tree_leaves_with_path(params):
+        for other in sorted(sharding.varying_axes(param) - {axis_name}):
+            raise ValueError(
+                f"the parameter params{jax.tree_util.keystr(path)} of shape {param.shape} differs between the devices "
+                f"of mesh axis {other!r}, and the optimizer's means must see whole tensors. If it is cut over this "
+                f"axis, say so: axis_name={other!r}, sharded_axis=... (one mesh axis only). If every device trains a "
+                "model of its own, use shard_map(..., check_vma=False)."
+            )
+
+
+def check_reduced(grads: PyTree, params: PyTree) -> None:
+    """Raise ValueError, inside shard_map, for gradients that differ where their parameter doesn't."""
+    for (path, param), grad in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(grads), strict=True):
+        for other in sorted(sharding.varying_axes(grad) - sharding.varying_axes(param)):
+            raise ValueError(
+                f"the gradient of params{jax.tree_util.keystr(path)} differs between the devices of mesh axis "
+                f"{other!r} and the parameter does not: average gradients first, jax.lax.pmean(grads, {other!r})."
+            )
+
+
+def check_params(params: PyTree, optimizer: str) -> None:
+    """Raise TypeError for leaves that are not arrays of real numbers, and ValueError for complex ones."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = f"params{jax.tree_util.keystr(path)}"
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not hasattr(leaf, "shape"):
+            raise TypeError(
+                f"{name} is a {type(leaf).__name__}, and {optimizer} moves arrays only. Filter first: "
+                "equinox.filter(model, equinox.is_inexact_array), or optax.masked; a number becomes one by jnp.asarray."
+            )
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ValueError(
+                f"{name} is {dtype}, and {optimizer} is for real numbers: wrap it, "
+                "optax.contrib.split_real_and_imaginary(optimizer)."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name} is {dtype}, which has no gradient. Filter first: "
+                "equinox.filter(model, equinox.is_inexact_array), or optax.masked."
+            )
+
+
+def check_gradients(grads: PyTree, params: PyTree, optimizer: str) -> None:
+    """Raise ValueError unless every parameter has a gradient of its shape, and nothing else has one."""
+    params_at, grads_at = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, grads)
+    )
+    for name in [name for name in params_at if name not in grads_at]:
+        raise ValueError(f"{optimizer}: params{name} has no gradient; gradients are there for: {names(grads_at)}.")
+    for name in [name for name in grads_at if name not in params_at]:
+        raise ValueError(f"{optimizer}: grads{name} belongs to no parameter; parameters: {names(params_at)}.")
+    theirs, ours = (str(jax.tree.structure(tree)) for tree in (grads, params))
+    if theirs != ours:
+        raise ValueError(f"{optimizer}: the gradients' tree {theirs} is not the parameters' tree {ours}.")
+    for name, param in params_at.items():
+        shape = getattr(grads_at[name], "shape", None)
+        if shape != param.shape:
+            raise ValueError(f"{optimizer}: the gradient of params{name} has shape {shape}; expected {param.shape}.")
+
+
+def names(leaves: dict[str, object], most: int = 8) -> str:
+    """The first of them, for an error message."""
+    return ", ".join([*list(leaves)[:most], *(["..."] if len(leaves) > most else [])]) or "none"

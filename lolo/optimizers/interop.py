@@ -1,8 +1,8 @@
 """Meta-parameters in the files of other tool chains: learned_optimization (flax msgpack) and PyLO (safetensors).
 
-They hold numbers only, not λ1, λ2 or the clock's limit: those are the caller's to know (docs/interop.md). What is read
-is untrusted: sizes, names and dtypes are checked before use, nothing is unpickled, and everything wrong is a
-`files.FileError`.
+`small_fc` goes to both, `norm_fc` to PyLO's Celo2. They hold numbers only, not λ1, λ2 or the clock's limit: those are
+the caller's to know (docs/interop.md). What is read is untrusted: sizes, names and dtypes are checked before use,
+nothing is unpickled, and everything wrong is a `FileError`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from numpy.typing import NDArray
 from lolo.files import disk
 from lolo.files.disk import FileError
 from lolo.files.tensors import pack, unpack
+from lolo.optimizers import norm_fc_spec, weights_file
 from lolo.optimizers import small_fc_spec as spec
-from lolo.optimizers import weights_file
 
 # PyLO's name of each layer -> (our weight, our bias). Its weights are stored [out, in], ours [in, out].
 PYLO_LAYERS = {"network.input": ("w0", "b0"), "network.linear_0": ("w1", "b1"), "network.output": ("w2", "b2")}
 NETWORK = tuple(spec.weight_shapes(1))
+# PyLO's Celo2 stores [in, out] as we do, the first matrix in one piece per group of inputs, in our order.
+CELO2_GROUPS = tuple(f"w0.{i}" for i in range(len(norm_fc_spec.GROUPS)))
+CELO2_LAYERS = {"b0": "b0", "dense_w.0": "w1", "dense_b.0": "b1", "dense_w.1": "w2", "dense_b.1": "b2"}
+CELO2_OUTPUTS = 3  # of which its optimizer reads the first
 
 # flax writes an array as msgpack's extension type 1: a packed (shape, dtype name, bytes in C order).
 FLAX_ARRAY = 1
@@ -126,6 +130,69 @@ def export_pylo(meta_params: Mapping[str, Any], path: str | Path) -> None:
     for layer, (weight, bias) in PYLO_LAYERS.items():
         tensors[f"{layer}.weight"], tensors[f"{layer}.bias"] = arrays[weight].T, arrays[bias]
     disk.write_bytes(Path(path), pack(tensors, {"format": "pt"}))
+
+
+def import_celo2(path: str | Path) -> MetaParams:
+    """Meta-parameters of `norm_fc` from a Celo2 or ELO-Celo2 checkpoint of PyLO in safetensors (its `CELO2MLP`).
+
+    Celo2 is norm_fc(orthogonal=True, baseline="none"). Its second and third output, which the optimizer does not read,
+    are left out; `export_celo2` can put them back.
+
+    Args:
+      path: tensors `w0.0` ... `w0.13` [inputs of the group, H], `b0`, `dense_w.0` [H, H], `dense_b.0`, `dense_w.1`
+        [H, 3], `dense_b.1`.
+
+    Returns: float32 arrays by our names. Raises FileError.
+
+    >>> phi = import_celo2("celo2.safetensors")  # doctest: +SKIP
+    >>> optimizer = norm_fc(baseline="none").optimizer(phi)  # doctest: +SKIP
+    """
+    tensors = _read_celo2(path)
+    arrays = {"w0": np.concatenate([tensors[name] for name in CELO2_GROUPS])}
+    arrays |= {ours: tensors[theirs] for theirs, ours in CELO2_LAYERS.items()}
+    return {**arrays, "w2": np.ascontiguousarray(arrays["w2"][:, :1]), "b2": arrays["b2"][:1].copy()}
+
+
+def export_celo2(meta_params: Mapping[str, Any], path: str | Path, unused_from: str | Path | None = None) -> None:
+    """Write meta-parameters of `norm_fc` as a checkpoint that PyLO's CELO2_naive and ELO_CELO2_naive read.
+
+    It has no place for the momentum baseline: weights that were meta-trained with it are another optimizer there.
+
+    Args:
+      unused_from: a Celo2 checkpoint of the same width, whose two unused outputs are kept: what `import_celo2` read
+        from it is then written back bit for bit. None: zeros.
+
+    Raises FileError, a ValueError, for arrays that are no `norm_fc`.
+    """
+    arrays = {name: np.asarray(array) for name, array in meta_params.items()}
+    hidden = arrays["w1"].shape[0] if "w1" in arrays and arrays["w1"].ndim == 2 else 1
+    weights_file.check_meta_params(arrays, "norm_fc", norm_fc_spec.weight_shapes(hidden), "meta_params")
+    unused = CELO2_OUTPUTS - 1
+    w2, b2 = np.zeros((hidden, unused), np.float32), np.zeros(unused, np.float32)
+    if unused_from is not None:
+        kept = _read_celo2(unused_from)
+        w2, b2 = kept["dense_w.1"][:, 1:], kept["dense_b.1"][1:]
+        if len(w2) != hidden:
+            raise FileError(f"{unused_from}: has hidden={len(w2)}; the meta-parameters have {hidden}.")
+    whole = arrays | {"w2": np.concatenate([arrays["w2"], w2], axis=1), "b2": np.concatenate([arrays["b2"], b2])}
+    tensors = {name: whole["w0"][rows] for name, rows in zip(CELO2_GROUPS, norm_fc_spec.SLICES.values(), strict=True)}
+    tensors |= {theirs: whole[ours] for theirs, ours in CELO2_LAYERS.items()}
+    disk.write_bytes(Path(path), pack(tensors, {"format": "pt"}))
+
+
+def _read_celo2(path: str | Path) -> MetaParams:
+    """The tensors of a CELO2MLP, once names, dtypes and shapes are right. Raises FileError."""
+    tensors, _ = unpack(_read(Path(path)), str(path))
+    hidden = tensors["b0"].size if "b0" in tensors else 0
+    expected: dict[str, tuple[int, ...]] = {
+        name: (count, hidden) for name, (_, count) in zip(CELO2_GROUPS, norm_fc_spec.GROUPS, strict=True)
+    }
+    expected |= {"b0": (hidden,), "dense_w.0": (hidden, hidden), "dense_b.0": (hidden,)}
+    expected |= {"dense_w.1": (hidden, CELO2_OUTPUTS), "dense_b.1": (CELO2_OUTPUTS,)}
+    if hidden < 1:
+        raise FileError(f"{path}: has tensors {sorted(tensors)}; a CELO2MLP has {sorted(expected)}.")
+    weights_file.check_meta_params(tensors, "CELO2MLP of PyLO", expected, str(path))
+    return tensors
 
 
 def _checked(arrays: Mapping[str, Any], source: str | Path) -> MetaParams:

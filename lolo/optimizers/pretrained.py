@@ -34,23 +34,30 @@ class Weights(NamedTuple):
         axis_name: str | None = None,
         sharded_axis: int = 0,
         step_decay: float | None = None,
+        *,
+        learning_rate: float | Callable[[jax.Array], jax.Array] | None = None,
+        adam_scale: float | None = None,
     ) -> optax.GradientTransformation:
         """The optimizer for optax.
 
         Args:
           step_scale: multiplies every update; a float, or a schedule step -> float.
-          weight_decay: decoupled, times λ1; None: as shipped; 0 switches it off.
+          weight_decay: decoupled, times λ1 (small_fc) or the learning rate (norm_fc); None: as shipped; 0 switches it
+            off.
           clock_limit: the time features see min(t, clock_limit); None: as shipped; inf switches it off.
           axis_name: inside shard_map, the mesh axis over whose devices parameters are cut. Those that are equal on all
             of its devices may stand beside them.
           sharded_axis: the axis along which they are cut, in equal parts.
           step_decay: updates are divided by √(1 + t/step_decay); None: as shipped; inf switches it off.
+          learning_rate: of norm_fc, a float or a schedule step -> float; None: as shipped.
+          adam_scale: of norm_fc, the learning rate of vectors in units of learning_rate; None: as shipped.
 
         Raises ValueError for a setting that the architecture does not have, and for a value that makes no sense. Its
         init and update raise ValueError, inside shard_map, for parameters that are cut over another axis, and for
         gradients that were not averaged. Under jit, whole arrays may lie on several devices without a word here.
         """
-        requested = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
+        requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
+        requested |= {"learning_rate": learning_rate, "adam_scale": adam_scale}
         learner = architecture.deployed(self.learner, requested)
         return maker(learner, step_scale, axis_name, sharded_axis, presented=True)(self.meta_params)
 

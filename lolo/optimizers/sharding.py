@@ -28,16 +28,18 @@ def types_vary(axis_name: str) -> bool:
         return True
 
 
-def zeros_beside(x: Any, axes: tuple[int, ...], lead: tuple[int, ...] = ()) -> jax.Array:
-    """float32 zeros with the extents of `axes` of x, distributed as x is along them. Returns: [*lead, *axes]."""
+def zeros_beside(
+    x: Any, axes: tuple[int, ...], lead: tuple[int, ...] = (), dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+    """Zeros with the extents of `axes` of x, distributed as x is along them. Returns: [*lead, *axes]."""
     shape = (*lead, *(x.shape[axis] for axis in axes))
     traced = isinstance(x, jax.core.Tracer)
     sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or (traced and not any(sharding.spec)):
-        return jnp.zeros(shape)
+        return jnp.zeros(shape, dtype)
     spec = (*sharding.spec, *(None,) * x.ndim)
     places = PartitionSpec(*(None,) * len(lead), *(spec[axis] for axis in axes))
-    return jnp.zeros(shape, device=NamedSharding(sharding.mesh, places))
+    return jnp.zeros(shape, dtype, device=NamedSharding(sharding.mesh, places))
 
 
 def in_auto_mode(update: Update) -> Update:

@@ -80,15 +80,15 @@ def small_fc(
             return features.layout(param, axis_name, sharded_axis)
 
         def init_state(params: PyTree) -> SmallFcState:
-            check_whole(params, axis_name)
+            base.check_whole(params, axis_name)
             moments = jax.tree.map(lambda param: features.init_moments(param, layout(param)), params)
             return SmallFcState(moments, jnp.zeros((), jnp.int32))
 
         def update(grads: PyTree, state: SmallFcState, params: PyTree = None) -> tuple[PyTree, SmallFcState]:
             if params is None:
                 raise ValueError("small_fc reads the parameters: call update(grads, state, params).")
-            check_whole(params, axis_name)
-            check_reduced(grads, params)
+            base.check_whole(params, axis_name)
+            base.check_reduced(grads, params)
             leaves, structure = jax.tree.flatten(params)
             layouts = [layout(leaf) for leaf in leaves]
             params32, grads32 = ([x.astype(jnp.float32) for x in xs] for xs in (leaves, jax.tree.leaves(grads)))
@@ -136,33 +136,6 @@ def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.Gradie
         return updates, outside(state)
 
     return optax.GradientTransformation(lambda params: outside(optimizer.init(params)), update)
-
-
-def check_whole(params: PyTree, axis_name: str | None) -> None:
-    """Raise ValueError, inside shard_map, for parameters that are cut over other mesh axes than `axis_name`."""
-    if axis_name is not None and not sharding.types_vary(axis_name):
-        raise ValueError(
-            f"axis_name={axis_name!r} needs jax.shard_map(..., check_vma=True), which is its default: JAX's types then "
-            "tell a parameter that is cut over the mesh axis from one that is equal on all devices."
-        )
-    for path, param in jax.tree_util.tree_leaves_with_path(params):
-        for other in sorted(sharding.varying_axes(param) - {axis_name}):
-            raise ValueError(
-                f"the parameter params{jax.tree_util.keystr(path)} of shape {param.shape} differs between the devices "
-                f"of mesh axis {other!r}, and small_fc's means must see whole tensors. If it is cut over this axis, "
-                f"say so: axis_name={other!r}, sharded_axis=... (one mesh axis only). If every device trains a model "
-                "of its own, use shard_map(..., check_vma=False)."
-            )
-
-
-def check_reduced(grads: PyTree, params: PyTree) -> None:
-    """Raise ValueError, inside shard_map, for gradients that differ where their parameter doesn't."""
-    for (path, param), grad in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(grads), strict=True):
-        for other in sorted(sharding.varying_axes(grad) - sharding.varying_axes(param)):
-            raise ValueError(
-                f"the gradient of params{jax.tree_util.keystr(path)} differs between the devices of mesh axis "
-                f"{other!r} and the parameter does not: average gradients first, jax.lax.pmean(grads, {other!r})."
-            )
 
 
 class Matrices(NamedTuple):

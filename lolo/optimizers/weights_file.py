@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lolo.files import disk, jsonl, tensors
+from lolo.files import disk, tensors
 from lolo.files.disk import FileError
 from lolo.optimizers import hub
 from lolo.optimizers.hub import HubError
@@ -46,7 +46,7 @@ def write_weights(
 ) -> None:
     """Write meta-parameters with their architecture, recipe and card as one safetensors file."""
     arrays = {name: tensors.contiguous(np.asarray(x, np.float32)) for name, x in meta_params.items()}
-    about = {"learner": learner, "recipe": recipe or {}, "card": jsonl.json_safe(card or {})}
+    about = {"learner": learner, "recipe": recipe or {}, "card": disk.json_safe(card or {})}
     metadata = {
         "format": WEIGHTS_FORMAT,
         "format_version": str(WEIGHTS_VERSION),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
-from lolo.files import disk, jsonl
+from lolo.files import disk
 from lolo.optimizers import pretrained
 from lolo.runtime import environment
 from lolo.studies import evaluation_folder, plots, tables
@@ -52,7 +52,7 @@ def write_report(
         pictures.append(f"![realised start steps](start-steps-{name}.png)")
     about = {"command": command, "note": note, "unroll": unroll, **environment.provenance()}
     kept = {label: {"sha256": digests[label], "card": w.card} for label, w in weights.items()}
-    disk.write_json(out / f"about-{name}.json", jsonl.json_safe({**about, "weights": kept}))
+    disk.write_json(out / f"about-{name}.json", disk.json_safe({**about, "weights": kept}))
     diverged = sum(row.diverged for row in rows)
     paragraphs = [
         f"# {task}, {rows[0].steps:,} inner steps",

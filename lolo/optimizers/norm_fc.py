@@ -1,0 +1,358 @@
+"""`norm_fc`: a per-parameter network that chooses the direction of a step; the learning rate is its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from lolo.optimizers import norm_fc_features as nf
+from lolo.optimizers import norm_fc_spec as spec
+from lolo.optimizers import sharding
+from lolo.optimizers.base import (
+    LearnedOptimizer,
+    check_gradients,
+    check_params,
+    check_reduced,
+    check_whole,
+    truncated_normal,
+)
+from lolo.optimizers.features import Layout
+from lolo.optimizers.norm_fc_features import Moments, product
+from lolo.trees import PyTree
+
+Number: TypeAlias = float | jax.Array
+Schedule: TypeAlias = Callable[[jax.Array], Number]
+STATE_DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+class NormFcState(NamedTuple):
+    """State of `norm_fc`: the step count, and for each moment a tree like the parameters' (shapes: see `Moments`)."""
+
+    step: jax.Array  # [] int32, steps done so far
+    momentum: PyTree
+    rms: PyTree
+    row: PyTree
+    column: PyTree
+
+
+class Settings(NamedTuple):
+    """The arguments of `norm_fc` that its optimizer reads."""
+
+    learning_rate: Number | Schedule
+    weight_decay: Number
+    orthogonal: bool
+    baseline: str
+    adam_scale: Number
+    is_matrix: Any
+    state_dtype: Any
+    axis_name: str | None
+    sharded_axis: int
+
+
+class Part(NamedTuple):
+    """How one parameter is treated."""
+
+    layout: Layout
+    learned: bool  # by the network; otherwise by AdamW
+    axes: tuple[tuple[int, ...], ...] | None  # batch, input and output axes for Newton-Schulz; None: without it
+
+
+def norm_fc(
+    hidden: int = 8,
+    learning_rate: Number | Schedule = 1e-3,
+    weight_decay: Number = 0.0,
+    orthogonal: bool = True,
+    baseline: str = "momentum",
+    adam_scale: Number = 1.0,
+    is_matrix: Callable[[str, Any], bool | MuonDimensionNumbers] | PyTree = None,
+    state_dtype: jax.typing.DTypeLike = jnp.float32,
+    axis_name: str | None = None,
+    sharded_axis: int = 0,
+) -> LearnedOptimizer:
+    """A learned direction with a step of fixed size, 30 → hidden → hidden → 1 (Celo2; ELO-Celo2, LoLO's successor).
+
+    θ ← θ − learning_rate·(step + weight_decay·θ). For matrices step is the network's direction, orthogonalised if asked
+    for, divided by its root mean square over the tensor. For all other tensors it is AdamW's (.9, .95, 1e-8) times
+    adam_scale. Entries that never had a gradient get no step.
+
+    Args:
+      hidden: width of the two hidden layers; 8 gives 329 meta-parameters.
+      learning_rate: root mean square of a matrix's step; a number, or a schedule: step count -> number. It may be
+        traced, and so may weight_decay and adam_scale: `optax.inject_hyperparams` works.
+      weight_decay: decoupled, times the learning rate (`small_fc` has λ1 in its place).
+      orthogonal: orthogonalise the direction by five Newton-Schulz iterations, as Muon does.
+      baseline: "momentum": the network's output is added to Nesterov momentum (decay .9) of root mean square 1, and its
+        last layer starts at zero, so that an untrained φ is Muon, or momentum of fixed step size if not orthogonal;
+        "none": the network alone.
+      adam_scale: AdamW's learning rate is adam_scale·learning_rate.
+      is_matrix: which tensors the network moves. None: all of two axes or more. A function (path, param) -> answer,
+        path as in "decoder/embedding", or a tree of answers, which may be a prefix of the parameters' tree. An answer
+        is False or None: AdamW, as advised for embeddings and output layers; True: the last axis is the output, all
+        others are inputs; or optax.contrib.MuonDimensionNumbers: axes that it does not name count matrices, each of
+        which is orthogonalised by itself. A vector that is said to be a matrix goes through the network, 15 inputs.
+      state_dtype: of the momenta, float32 or bfloat16. In bfloat16 the average with decay .999 misses changes below
+        0.4 % of its value. All other accumulators are float32.
+      axis_name: inside shard_map, the mesh axis over whose devices parameters are cut; those that JAX's types show to
+        be equal on all of its devices are taken as whole. Newton-Schulz gathers whole matrices, one after the other.
+      sharded_axis: the axis along which parameters are cut, in equal parts.
+
+    Returns: a LearnedOptimizer whose φ is the dict `w0 [30, hidden], b0, w1 [hidden, hidden], b1, w2 [hidden, 1], b2`.
+      Its optimizer takes any tree of real arrays of any rank; its state is a NormFcState; updates have the parameters'
+      dtype. Gradients beyond ±2²⁴ count as ±2²⁴; one that is not finite shows as NaN in its tensor's update.
+
+    Raises: ValueError for settings that are none of the above, without parameters, for gradients of another tree or
+      shape, for complex parameters, for a state that was made with another is_matrix, and inside shard_map as
+      `small_fc` does; TypeError for leaves that are not arrays of real numbers.
+
+    >>> learner = norm_fc(learning_rate=optax.cosine_decay_schedule(1e-3, 1000), weight_decay=0.1)
+    >>> optimizer = learner.optimizer(learner.init(jax.random.key(0)))
+    >>> params = {"weight": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> params = optax.apply_updates(params, updates)
+    """
+    settings = Settings(
+        learning_rate,
+        weight_decay,
+        orthogonal,
+        baseline,
+        adam_scale,
+        is_matrix,
+        jnp.dtype(state_dtype),
+        axis_name,
+        sharded_axis,
+    )
+    check_settings(hidden, settings)
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        zero = {"b0", "b1", "b2"} | ({"w2"} if baseline == "momentum" else set())
+        keys = dict(zip(("w0", "w1", "w2"), jax.random.split(key, 3), strict=True))
+        return {
+            name: jnp.zeros(shape, jnp.float32) if name in zero else truncated_normal(keys[name], shape, shape[0])
+            for name, shape in spec.weight_shapes(hidden).items()
+        }
+
+    def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
+        weights = nf.arrange(meta_params)
+
+        def update(
+            grads: PyTree, state: NormFcState, params: PyTree = None, **extra_args: Any
+        ) -> tuple[PyTree, NormFcState]:
+            if params is None:
+                raise ValueError("norm_fc reads the parameters: call update(grads, state, params).")
+            check_params(params, "norm_fc")
+            check_gradients(grads, params, "norm_fc")
+
+            def step(grads: PyTree, state: NormFcState, params: PyTree) -> tuple[PyTree, NormFcState]:
+                return update_all(weights, settings, grads, state, params)
+
+            return sharding.in_auto_mode(step)(grads, state, params)
+
+        return optax.GradientTransformationExtraArgs(lambda params: zero_state(settings, params), update)
+
+    return LearnedOptimizer(init, optimizer)
+
+
+def check_settings(hidden: int, settings: Settings) -> None:
+    """Raise ValueError for values that no norm_fc has."""
+    if not isinstance(hidden, int) or hidden < 1:
+        raise ValueError(f"hidden={hidden!r} must be a whole number of at least 1.")
+    if settings.baseline not in spec.BASELINES:
+        raise ValueError(f"baseline={settings.baseline!r} must be one of {', '.join(map(repr, spec.BASELINES))}.")
+    if settings.state_dtype not in STATE_DTYPES:
+        raise ValueError(f"state_dtype={settings.state_dtype} must be float32 or bfloat16.")
+
+
+def zero_state(settings: Settings, params: PyTree) -> NormFcState:
+    leaves, structure = jax.tree.flatten(params)
+    parts = zip(leaves, parts_of(settings, params), strict=True)
+    moments = [nf.zero_moments(param, of.layout, of.learned, settings.state_dtype) for param, of in parts]
+    return as_state(jnp.zeros((), jnp.int32), moments, structure)
+
+
+def update_all(
+    weights: nf.Weights, settings: Settings, grads: PyTree, state: NormFcState, params: PyTree
+) -> tuple[PyTree, NormFcState]:
+    """One step of all tensors."""
+    parts, (leaves, structure) = parts_of(settings, params), jax.tree.flatten(params)
+    check_reduced(grads, params)
+    rate = settings.learning_rate
+    rate, decay, adam_scale = (
+        jnp.asarray(x, jnp.float32)
+        for x in (rate(state.step) if callable(rate) else rate, settings.weight_decay, settings.adam_scale)
+    )
+    updates, moments = [], []
+    for grad, param, old, of in zip(
+        jax.tree.leaves(grads), leaves, moments_of(state, params, parts), parts, strict=True
+    ):
+        g, p = limited(grad), param.astype(jnp.float32)
+        new = nf.accumulate(old, g, of.layout)
+        if of.learned:
+            step = learned_step(weights, g, p, new, of, settings.baseline)
+        else:
+            step = adam_scale * adam_step(new, state.step + 1)
+        updates.append((-rate * (step + decay * p)).astype(param.dtype))
+        moments.append(new._replace(momentum=new.momentum.astype(settings.state_dtype)))
+    return jax.tree.unflatten(structure, updates), as_state(state.step + 1, moments, structure)
+
+
+def learned_step(
+    weights: nf.Weights, grad: jax.Array, param: jax.Array, moments: Moments, of: Part, baseline: str
+) -> jax.Array:
+    """The step of one matrix, of root mean square 1. grad, param: [*shape] float32; moments: after this gradient."""
+    if grad.size == 0:
+        return jnp.zeros_like(grad)
+    step = nf.direction(weights, grad, param, moments, of.layout)
+    if baseline == "momentum":
+        decay = spec.MOMENTUM_DECAYS[0]
+        # The average already holds this gradient, as Nesterov's look-ahead wants it.
+        step = step + unit((1 - decay) * grad + decay * moments.momentum[0], of.layout, spec.BASELINE_EPSILON)
+    if of.axes is not None:
+        step = on_whole(step, of.layout, partial(orthogonalize, axes=of.axes))
+    # A product and no jnp.where: NaN stays NaN.
+    return unit(step * (moments.rms > 0), of.layout, spec.NORMALIZE_EPSILON)
+
+
+def adam_step(moments: Moments, count: jax.Array) -> jax.Array:
+    """AdamW's step before learning rate and decay, from moments after `count` gradients. Returns: [*shape]."""
+    decays, t = (spec.MOMENTUM_DECAYS[0], spec.RMS_DECAY), count.astype(jnp.float32)
+    mean, square = (x / (1 - d**t) for x, d in zip((moments.momentum[0], moments.rms), decays, strict=True))
+    return mean / (jnp.sqrt(square) + spec.ADAM_EPSILON)
+
+
+def limited(grad: jax.Array) -> jax.Array:
+    """The gradient in float32, finite entries within ±LARGEST_GRADIENT; infinite ones become NaN, to be seen."""
+    grad = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
+    inside = jnp.clip(grad, -spec.LARGEST_GRADIENT, spec.LARGEST_GRADIENT)
+    return jnp.where(jnp.isinf(grad), jnp.nan, inside).astype(jnp.float32)
+
+
+def unit(x: jax.Array, of: Layout, epsilon: float) -> jax.Array:
+    """x divided by its root mean square over the whole tensor."""
+    return x * jax.lax.rsqrt(epsilon + nf.over_parts(jnp.mean(x * x), of))
+
+
+def on_whole(x: jax.Array, of: Layout, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """function(x) for a function of the whole tensor: its parts are gathered first, and the own one is cut out."""
+    if of.sharded is None:
+        return function(x)
+    size = x.shape[of.sharded]
+    whole = function(jax.lax.all_gather(x, of.axis_name, axis=of.sharded, tiled=True))
+    start = jax.lax.axis_index(of.axis_name) * size
+    return jax.lax.dynamic_slice_in_dim(whole, start, size, axis=of.sharded)
+
+
+def orthogonalize(x: jax.Array, axes: tuple[tuple[int, ...], ...]) -> jax.Array:
+    """Newton-Schulz on the matrices [input axes, output axes] of a tensor. axes: batch, input, output."""
+    order = [axis for kind in axes for axis in kind]
+    extents = [[x.shape[axis] for axis in kind] for kind in axes]
+    matrices = jnp.transpose(x, order).reshape([int(np.prod(kind)) for kind in extents])
+    alone = len(matrices) == 1
+    done = newton_schulz(matrices[0] if alone else matrices)
+    done = done.reshape([extent for kind in extents for extent in kind])
+    return jnp.transpose(done, [order.index(axis) for axis in range(x.ndim)])
+
+
+def newton_schulz(x: jax.Array) -> jax.Array:
+    """Five iterations that bring all singular values near 1. x: [..., m, n] -> [..., m, n]."""
+    a, b, c = spec.NEWTON_SCHULZ
+    tall = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if tall else x
+    one = jnp.eye(x.shape[-2], dtype=jnp.float32)
+
+    def polynomial(gram: jax.Array) -> jax.Array:
+        return a * one + b * gram + c * product(gram, gram)
+
+    # The trace of x·xᵀ is the squared Frobenius norm. x enters products only, so XLA computes it once.
+    gram = product(x, jnp.swapaxes(x, -1, -2))
+    norm = jnp.sqrt(jnp.trace(gram, axis1=-2, axis2=-1))[..., None, None] + spec.NEWTON_SCHULZ_EPSILON
+    x = product(polynomial(gram / norm / norm) / norm, x)
+    for _ in range(spec.NEWTON_SCHULZ_STEPS - 1):
+        x = product(polynomial(product(x, jnp.swapaxes(x, -1, -2))), x)
+    return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def parts_of(settings: Settings, params: PyTree) -> list[Part]:
+    """How each parameter is treated. Raises what `norm_fc` says of parameters and of is_matrix."""
+    check_params(params, "norm_fc")
+    check_whole(params, settings.axis_name)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    leaves, answers = jax.tree.leaves(params), answers_of(settings.is_matrix, names, params)
+    return [part(*each, settings) for each in zip(names, leaves, answers, strict=True)]
+
+
+def answers_of(is_matrix: Any, names: list[str], params: PyTree) -> list[Any]:
+    """The user's answer for each parameter, or what holds without one."""
+    leaves = jax.tree.leaves(params)
+    if is_matrix is None:
+        return [leaf.ndim > 1 for leaf in leaves]
+    if callable(is_matrix):
+        return [is_matrix(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    try:
+        answers: list[Any] = []
+        jax.tree.map(
+            lambda answer, below: answers.extend([answer] * len(jax.tree.leaves(below))),
+            is_matrix,
+            params,
+            is_leaf=is_answer,
+        )
+        return answers
+    except ValueError as error:
+        raise ValueError(f"is_matrix is neither the parameters' tree nor a prefix of it: {error}") from error
+
+
+def is_answer(x: Any) -> bool:
+    return x is None or isinstance(x, MuonDimensionNumbers)
+
+
+def part(name: str, param: jax.Array, answer: Any, settings: Settings) -> Part:
+    """How one parameter is treated, given the answer of is_matrix. Raises ValueError for an answer without sense."""
+    where = settings.axis_name, settings.sharded_axis
+    if not (is_answer(answer) or isinstance(answer, bool | np.bool_)):
+        raise ValueError(f"is_matrix says {answer!r} of {name!r}; expected True, False or MuonDimensionNumbers.")
+    named = (
+        answer
+        if isinstance(answer, MuonDimensionNumbers)
+        else MuonDimensionNumbers(tuple(range(param.ndim - 1)), param.ndim - 1)
+    )
+    if not answer or param.ndim < 2:
+        if isinstance(answer, MuonDimensionNumbers):
+            raise ValueError(f"is_matrix gives {answer} to {name!r}, which has shape {param.shape} and no two axes.")
+        return Part(nf.layout(param, range(param.ndim), *where), bool(answer), None)
+    inputs, outputs = (tuple(np.atleast_1d(axes).astype(int).tolist()) for axes in named)
+    known = {axis % param.ndim for axis in (*inputs, *outputs) if -param.ndim <= axis < param.ndim}
+    if len(known) != len(inputs) + len(outputs) or not inputs or not outputs:
+        raise ValueError(f"is_matrix gives {answer} to {name!r} of shape {param.shape}; name different axes of it.")
+    inputs, outputs = (tuple(axis % param.ndim for axis in axes) for axes in (inputs, outputs))
+    axes = tuple(axis for axis in range(param.ndim) if axis not in known), inputs, outputs
+    layout = nf.layout(param, [axis for kind in axes for axis in kind], *where)
+    return Part(layout, True, axes if settings.orthogonal else None)
+
+
+def as_state(step: jax.Array, moments: list[Moments], structure: Any) -> NormFcState:
+    """One tree for each moment, as optax's own optimizers have it."""
+    fields = [[each[i] for each in moments] for i in range(len(Moments._fields))]
+    return NormFcState(step, *(jax.tree.unflatten(structure, field) for field in fields))
+
+
+def moments_of(state: NormFcState, params: PyTree, parts: list[Part]) -> list[Moments]:
+    """The moments of each parameter. Raises ValueError for a state of other parameters or of another is_matrix."""
+    if str(jax.tree.structure(state.momentum)) != str(jax.tree.structure(params)):
+        raise ValueError("norm_fc: the state belongs to parameters of another tree; make it with init(params).")
+    moments = [Moments(*each) for each in zip(*map(jax.tree.leaves, state[1:]), strict=True)]
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for (path, param), of, old in zip(paths, parts, moments, strict=True):
+        expected = (len(spec.MOMENTUM_DECAYS) if of.learned else 1, *param.shape)
+        if old.momentum.shape != expected:
+            raise ValueError(
+                f"norm_fc: the state of params{jax.tree_util.keystr(path)} has momenta of shape {old.momentum.shape}; "
+                f"expected {expected}. It was made for other parameters, or with another is_matrix."
+            )
+    return moments

@@ -1,0 +1,166 @@
+"""What every backend of `norm_fc` shares: decays, epsilons, the order of its 30 inputs, the Newton-Schulz iteration.
+
+NumPy only, so that `lolo.torch` can read it where JAX is absent. The architecture is that of Celo2 (arXiv 2602.19142)
+and ELO-Celo2 (arXiv 2607.06772).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lolo.files import settings
+from lolo.files.settings import RecipeError
+from lolo.optimizers.small_fc_spec import FactoredAxes
+
+MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
+RMS_DECAY = 0.95
+FACTORED_DECAYS = (0.9, 0.99, 0.999)
+
+# AdamW of vectors and scalars reads the first momentum and the second moment, so its decays are theirs.
+ADAM_EPSILON = 1e-8
+
+GRADIENT_CLIP = 0.1  # of the second input
+FACTORED_EPSILON = 1e-30  # added to g² before it enters the factored moments
+FACTOR_MEAN_EPSILON = 1e-9  # added to the mean of the row moments, and to the diagonal moment
+FACTOR_FLOOR = 1e-9  # smallest argument of the factors' inverse square roots
+MOMENT_EPSILON = 1e-8  # in rsqrt(v + ε), rsqrt(R + ε) and rsqrt(C + ε)
+NORMALIZE_EPSILON = 1e-9  # in x · rsqrt(ε + mean x²), of every input and of the step
+BASELINE_EPSILON = 1e-30  # the same in the momentum baseline, so that it has root mean square 1 for small gradients too
+
+# Entries beyond it count as ±LARGEST_GRADIENT: the mean of v², that is of g⁴, over 10⁹ entries still fits a float32.
+# (The reference stops at 1,000.)
+LARGEST_GRADIENT = 2.0**24
+
+BASELINES = ("momentum", "none")
+MAX_HIDDEN = 64  # all sums over hidden units are written out
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_EPSILON = 1e-8  # added to the Frobenius norm
+
+# Order of the rows of the first weight matrix, as (name, rows). Below two axes a tensor has the first nine only.
+GROUPS = (
+    ("gradient", 1),
+    ("clipped_gradient", 1),
+    ("parameter", 1),
+    ("momentum", 3),
+    ("second_moment", 1),
+    ("scaled_momentum", 3),
+    ("inverse_root", 1),
+    ("factored_gradient", 3),
+    ("scaled_gradient", 1),
+    ("row", 3),
+    ("column", 3),
+    ("inverse_root_row", 3),
+    ("inverse_root_column", 3),
+    ("factored_momentum", 3),
+)
+INPUTS = sum(count for _, count in GROUPS)
+DIAGONAL_INPUTS = sum(count for _, count in GROUPS[:9])
+
+
+def group_slices() -> dict[str, slice]:
+    """Where each group lies in the rows of `w0`."""
+    slices, start = {}, 0
+    for name, count in GROUPS:
+        slices[name] = slice(start, start + count)
+        start += count
+    return slices
+
+
+SLICES = group_slices()
+
+# Inputs that differ from entry to entry, the diagonal ones first, and those that are constant along an axis.
+ENTRY_ROWS = np.r_[0:DIAGONAL_INPUTS, SLICES["factored_momentum"]]
+ROW_ROWS = np.r_[SLICES["row"], SLICES["inverse_root_row"]]
+COLUMN_ROWS = np.r_[SLICES["column"], SLICES["inverse_root_column"]]
+
+
+def factored_axes(shape: Sequence[int], order: Sequence[int] | None = None) -> FactoredAxes | None:
+    """The axes that the second moment is factored over, the two largest ones; None below two axes.
+
+    Args:
+      shape: of the whole tensor.
+      order: its axes, inputs before outputs; None: as they lie. Among equals the later in this order is the larger, so
+        that a square matrix is treated alike in JAX's [in, out] and in PyTorch's [out, in].
+    """
+    if len(shape) < 2:
+        return None
+    *_, second, largest = sorted(order if order is not None else range(len(shape)), key=lambda axis: shape[axis])
+    return FactoredAxes(largest=largest, second=second)
+
+
+def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the meta-parameters φ."""
+    return {
+        "w0": (INPUTS, hidden),
+        "b0": (hidden,),
+        "w1": (hidden, hidden),
+        "b1": (hidden,),
+        "w2": (hidden, 1),
+        "b2": (1,),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class NormFcSettings(settings.Alternative):
+    """A learned direction with a step of fixed size."""
+
+    name: str = "norm_fc"  # the architecture: --learner.name NAME --help lists the fields of another one
+    hidden: int = 8  # width of the two hidden layers
+    learning_rate: float = 1e-3  # root mean square of a matrix's step
+    weight_decay: float = 0.0  # decoupled, times the learning rate; the expert gets the same
+    orthogonal: bool = True  # orthogonalise directions by Newton-Schulz, as Muon does
+    baseline: str = "momentum"  # what the network corrects: momentum or none
+    adam_scale: float = 1.0  # learning rate of vectors' AdamW, in learning rates of matrices
+
+
+def learning_rate(value: Any) -> Any:
+    """A positive number, or a schedule as it is. Raises ValueError."""
+    return value if callable(value) else settings.number(value, positive=True)
+
+
+DEPLOYMENT: Mapping[str, Callable[[Any], Any]] = {
+    "learning_rate": learning_rate,
+    "weight_decay": settings.number,
+    "adam_scale": settings.number,
+}
+"""The settings that may differ at inference, and what reads each."""
+
+
+def shapes_of(learner: NormFcSettings) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the meta-parameters φ."""
+    return weight_shapes(learner.hidden)
+
+
+def check(learner: NormFcSettings) -> None:
+    """Raise RecipeError for values that can't be."""
+    values = settings.fields(learner, "learner.")
+    if callable(learner.learning_rate):
+        values["learner.learning_rate"] = 1.0
+    settings.check_numbers(
+        values,
+        at_least_one=("learner.hidden",),
+        positive=("learner.learning_rate",),
+        not_negative=("learner.weight_decay", "learner.adam_scale"),
+    )
+    if learner.hidden > MAX_HIDDEN:
+        raise RecipeError(f"learner.hidden={learner.hidden} must be at most {MAX_HIDDEN}.")
+    settings.pick(dict.fromkeys(BASELINES), "learner.baseline", learner.baseline)
+
+
+def expert_decay(learner: NormFcSettings) -> float:
+    """What an expert's weights must decay by at each step, as the learner's do."""
+    return learner.learning_rate * learner.weight_decay
+
+
+def accumulators_per_parameter(shape: Sequence[int]) -> float:
+    """Numbers of optimizer state per parameter of one matrix: momenta, second moment, factored moments."""
+    axes = factored_axes(shape)
+    if axes is None:
+        return 7.0
+    return 4.0 + 3.0 / shape[axes.largest] + 3.0 / shape[axes.second] if math.prod(shape) else 4.0
