@@ -80,7 +80,7 @@ def _defaults(recipe: Any, prefix: str = "") -> dict[str, Any]:
 def with_field(recipe: S, name: str, value: Any) -> S:
     """The recipe with one field, named by its dotted name, set to `value`.
 
-    The name of another alternative changes the type of its section: fields that both have keep their values.
+    The name of another alternative changes the type of its section, whose fields then have their defaults.
     """
     if name not in fields(recipe):
         raise unknown_field(recipe, name)
@@ -88,15 +88,10 @@ def with_field(recipe: S, name: str, value: Any) -> S:
     if section:
         kinds, old = kinds_of(recipe, section), getattr(recipe, section)
         if kinds and field == "name":
-            value = _switched(old, kind_named(kinds, name, value))
+            value = old if value == old.name else typing.cast(Any, kind_named(kinds, name, value))()
         else:
             value = dataclasses.replace(old, **{field: value})
     return dataclasses.replace(typing.cast(Any, recipe), **{section or field: value})
-
-
-def _switched(old: Alternative, kind: type[Alternative]) -> Alternative:
-    shared = {field.name for field in dataclasses.fields(old)} & {field.name for field in dataclasses.fields(kind)}
-    return kind(**{name: getattr(old, name) for name in shared - {"name"}})
 
 
 def kind_named(kinds: Mapping[str, type[Alternative]], field: str, name: Any) -> type[Alternative]:

@@ -161,8 +161,8 @@ def norm_fc(
 
 def check_settings(hidden: int, settings: Settings) -> None:
     """Raise ValueError for values that no norm_fc has."""
-    if not isinstance(hidden, int) or hidden < 1:
-        raise ValueError(f"hidden={hidden!r} must be a whole number of at least 1.")
+    if not isinstance(hidden, int) or not 1 <= hidden <= spec.MAX_HIDDEN:
+        raise ValueError(f"hidden={hidden!r} must be a whole number from 1 to {spec.MAX_HIDDEN}.")
     if settings.baseline not in spec.BASELINES:
         raise ValueError(f"baseline={settings.baseline!r} must be one of {', '.join(map(repr, spec.BASELINES))}.")
     if settings.state_dtype not in STATE_DTYPES:
