@@ -18,7 +18,7 @@ PROGRAM = """
 import hashlib, json, sys
 from lolo.runtime import parallel
 
-devices, asked, seed = int(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+devices, counts, seed = int(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
 parallel.use_cores(devices)
 
 import jax, numpy as np
@@ -35,7 +35,7 @@ task_group = tuple(by_name.resolve(name).train for name in recipe.tasks)
 digest = lambda tree: hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))).hexdigest()
 
 results = {}
-for count in asked:
+for count in counts:
     over = parallel.mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, count)
     assert over.devices.size == count, over
     state = jax.jit(lambda key: meta.meta_init(setup, task_group, key))(jax.random.key(seed))
@@ -46,9 +46,9 @@ for count in asked:
         state, metrics = step(placed, state)
     assert step._cache_size() == 1
     assert digest(state.meta_params) != before
-    found = jax.device_get(state.slots)
-    assert max(found[0].replay.size) > 0
-    results[count] = [digest(state.meta_params), digest(jax.device_get((state.outer, found))), digest(metrics)]
+    on_host = jax.device_get(state.slots)
+    assert max(on_host[0].local.replay.size) > 0
+    results[count] = [digest(state.meta_params), digest(jax.device_get((state.outer, on_host))), digest(metrics)]
 meshes = {blocks: parallel.mesh(blocks).devices.size for blocks in (1, 3, 4, 5, 6, 8)}
 parallel.use_cores(1 + devices)
 late = len(jax.devices())
@@ -92,8 +92,8 @@ SMALL = {
 }
 
 
-def run(devices, asked, changes, steps, seed=0):
-    return python(PROGRAM, str(devices), json.dumps(asked), str(seed), json.dumps(changes), str(steps))
+def run(devices, counts, changes, steps, seed=0):
+    return python(PROGRAM, str(devices), json.dumps(counts), str(seed), json.dumps(changes), str(steps))
 
 
 def python(program, *argv):

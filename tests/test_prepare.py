@@ -16,7 +16,7 @@ from test_readers import rng, write_bin
 from lolo.data import npy, prepare
 from lolo.data import tokens as gpt2
 from lolo.data.errors import DataError
-from lolo.data.read_plan import Part, ReadPlan
+from lolo.data.read_plan import ReadPart, ReadPlan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -221,7 +221,7 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path, monkeypatch):
     def rows(values):
         return lambda scratch: iter([("train", {"images": values})])
 
-    parts = [Part("a", 1, rows(np.zeros((2, 3), np.uint8))), Part("b", 1, rows(np.zeros((2, 4), np.uint8)))]
+    parts = [ReadPart("a", 1, rows(np.zeros((2, 3), np.uint8))), ReadPart("b", 1, rows(np.zeros((2, 4), np.uint8)))]
     monkeypatch.setitem(prepare.PLANS, "books", lambda source: ReadPlan(parts, {}))
     with pytest.raises(DataError, match="b: images of type uint8 and shape"):
         prepare.prepare("books", None, tmp_path)

@@ -11,7 +11,7 @@ from helpers import assert_close, make_task
 
 from lolo.data import imagenet, prepare, stream
 from lolo.data.errors import DataError
-from lolo.data.read_plan import Part, ReadPlan
+from lolo.data.read_plan import ReadPart, ReadPlan
 from lolo.method import inner
 from lolo.method.task import TaskError
 from lolo.tasks import by_name, prepared
@@ -31,7 +31,7 @@ def write_prepared(folder, name, splits):
         yield from splits.items()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(prepare.PLANS, name, lambda source: ReadPlan([Part("all", 1, rows)], {"kind": "test"}))
+        patch.setitem(prepare.PLANS, name, lambda source: ReadPlan([ReadPart("all", 1, rows)], {"kind": "test"}))
         prepare.prepare(name, None, folder / name)
 
 

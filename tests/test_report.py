@@ -243,7 +243,7 @@ def test_the_command_that_is_shown_makes_the_same_recipe(tmp_path, monkeypatch):
         recipe = settings.with_field(recipe, name, value)
     asked = []
 
-    def train(recipe, out, **rest):
+    def train(recipe, *args, **rest):
         asked.append(recipe)
         raise RunError("enough")
 

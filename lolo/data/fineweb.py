@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lolo.data import encoded, npy, sandbox, tokens
 from lolo.data.errors import DataError
-from lolo.data.read_plan import VALIDATION_STRIDE, Part, ReadPlan, SplitRows, existing, grouped, untrusted
+from lolo.data.read_plan import VALIDATION_STRIDE, ReadPart, ReadPlan, SplitRows, existing, grouped, untrusted
 
 MAGIC = 20_240_520
 VERSION = 1
@@ -137,11 +137,11 @@ def _plan_shards(train: list[Path], held_out: list[Path]) -> ReadPlan:
     parts = []
     start = 0
     for shard in shards:
-        parts.append(Part(shard.path.name, 2 * shard.tokens, functools.partial(_train_rows, shard, start, ends)))
+        parts.append(ReadPart(shard.path.name, 2 * shard.tokens, functools.partial(_train_rows, shard, start, ends)))
         start += shard.tokens
     for path in held_out:
         shard = read_shard(path)
-        parts.append(Part(path.name, 2 * shard.tokens, functools.partial(_test_rows, shard)))
+        parts.append(ReadPart(path.name, 2 * shard.tokens, functools.partial(_test_rows, shard)))
     return ReadPlan(parts, {"notes": [f"{len(train)} train shards, {len(held_out)} validation shards"]})
 
 
@@ -172,7 +172,7 @@ def _plan_parquet(train: list[Path], held_out: list[Path]) -> ReadPlan:
         start = 0
         for piece in grouped(groups, rows=1 << 20, unpacked_bytes=CHILD_BYTES):
             rows = functools.partial(_parquet_rows, path, piece, start, which)
-            parts.append(Part(f"{path.name}[{piece[0]}:{piece[-1] + 1}]", sum(groups[i][1] for i in piece), rows))
+            parts.append(ReadPart(f"{path.name}[{piece[0]}:{piece[-1] + 1}]", sum(groups[i][1] for i in piece), rows))
             start += sum(groups[i][0] for i in piece)
     return ReadPlan(parts, {"notes": [f"tokenised from {len(train)} train files, {len(held_out)} validation files"]})
 

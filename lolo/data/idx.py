@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lolo.data.errors import DataError
 from lolo.data.npy import ByteStream
-from lolo.data.read_plan import Part, ReadPlan, SplitRows, existing, split_examples, untrusted
+from lolo.data.read_plan import ReadPart, ReadPlan, SplitRows, existing, split_examples, untrusted
 
 UNSIGNED_BYTES = b"\x00\x00\x08"
 MAX_AXES = 4
@@ -116,7 +116,7 @@ def plan(source: Path | None) -> ReadPlan:
     return ReadPlan(parts, {"kind": "images", "format": "idx", "label_order": "as in the files"})
 
 
-def _part(split: str, pair: dict[str, Path]) -> Part:
+def _part(split: str, pair: dict[str, Path]) -> ReadPart:
     images, labels = read_shape(pair["images"]), read_shape(pair["labels"])
     if len(images) < 2 or labels != images[:1]:
         problem = f"labels of shape {labels} for images of shape {images}"
@@ -130,4 +130,4 @@ def _part(split: str, pair: dict[str, Path]) -> Part:
             yield from split_examples(arrays, start) if split == "train" else [(split, arrays)]
             start += len(piece)
 
-    return Part(pair["images"].name, pair["images"].stat().st_size, rows)
+    return ReadPart(pair["images"].name, pair["images"].stat().st_size, rows)

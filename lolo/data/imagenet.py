@@ -22,7 +22,16 @@ from numpy.typing import NDArray
 
 from lolo.data import batch_pickle, encoded, npy, rgb32, sandbox
 from lolo.data.errors import DataError
-from lolo.data.read_plan import Part, ReadPlan, SplitRows, check_labels, existing, grouped, split_examples, untrusted
+from lolo.data.read_plan import (
+    ReadPart,
+    ReadPlan,
+    SplitRows,
+    check_labels,
+    existing,
+    grouped,
+    split_examples,
+    untrusted,
+)
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -77,7 +86,7 @@ def _plan_batches(form: str, paths: list[Path]) -> ReadPlan:
             if n != OFFICIAL_BATCHES.get(k):
                 notes.append(f"{path.name} has {n:,} examples, the published file {OFFICIAL_BATCHES.get(k, 0):,}")
         rows = functools.partial(_npz_rows if form == "npz" else _pickle_rows, path, k != 0)
-        parts.append(Part(path.name, path.stat().st_size, rows))
+        parts.append(ReadPart(path.name, path.stat().st_size, rows))
     return ReadPlan(parts, {"format": form, "label_order": DEVKIT_ORDER, "notes": notes})
 
 
@@ -202,7 +211,7 @@ def _plan_hdf5(paths: list[Path]) -> ReadPlan:
     ]
     weight = path.stat().st_size // len(pieces)
     parts = [
-        Part(f"{path.name}[{first}:{last}]", weight, functools.partial(_hdf5_rows, path, first, last, is_train))
+        ReadPart(f"{path.name}[{first}:{last}]", weight, functools.partial(_hdf5_rows, path, first, last, is_train))
         for first, last, is_train in pieces
     ]
     notes = []
@@ -233,7 +242,7 @@ def _plan_parquet(paths: list[Path]) -> ReadPlan:
         start = 0
         for piece in grouped(groups, CHILD_ROWS):
             rows = functools.partial(_parquet_rows, path, piece, start, path in train)
-            parts.append(Part(f"{path.name}[{piece[0]}:{piece[-1] + 1}]", sum(groups[i][1] for i in piece), rows))
+            parts.append(ReadPart(f"{path.name}[{piece[0]}:{piece[-1] + 1}]", sum(groups[i][1] for i in piece), rows))
             start += sum(groups[i][0] for i in piece)
         total[path in train] += start
     notes = []

@@ -26,7 +26,7 @@ import numpy as np
 
 from lolo.data import fineweb, idx, imagenet, npy, text, textures, tokens
 from lolo.data.errors import DataError
-from lolo.data.read_plan import Part, ReadPlan
+from lolo.data.read_plan import ReadPart, ReadPlan
 from lolo.files import disk
 from lolo.files.disk import FileError
 from lolo.files.settings import did_you_mean
@@ -152,7 +152,7 @@ def _begin(name: str, plan: ReadPlan, target: Path) -> dict[str, Any]:
     return journal
 
 
-def _append_part(part: Part, target: Path, journal: dict[str, Any]) -> None:
+def _append_part(part: ReadPart, target: Path, journal: dict[str, Any]) -> None:
     """Append the rows of one part, sync them, then count them in the journal."""
     with contextlib.ExitStack() as stack:
         scratch = Path(

@@ -19,7 +19,7 @@ SplitRows = tuple[str, dict[str, NDArray[Any]]]
 """The name of a split, and the rows to append to each of its arrays."""
 
 
-class Part(NamedTuple):
+class ReadPart(NamedTuple):
     """A part of a data set, such as one archive, read completely or not at all. Rows are in the order of parts."""
 
     name: str  # the same in every run on the same source
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 class ReadPlan(NamedTuple):
     """All parts of a data set. `info` goes into the manifest: format, kind, classes or vocabulary, notes."""
 
-    parts: list[Part]
+    parts: list[ReadPart]
     info: dict[str, Any]
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lolo.data import embedded, sandbox, tokens
 from lolo.data.errors import DataError
-from lolo.data.read_plan import Part, ReadPlan, SplitRows, existing
+from lolo.data.read_plan import ReadPart, ReadPlan, SplitRows, existing
 
 MAX_BYTES = 1 << 30
 SPLITS = embedded.SPLITS
@@ -67,7 +67,7 @@ def plan_tokens(source: Path | None) -> ReadPlan:
     """Any text as GPT-2 tokens, each split one document. Arrays: tokens uint16 [n]."""
     place = existing(source, "text")
     texts = splits(place)
-    parts = [Part(split, len(texts[split]), functools.partial(_token_rows, place, split)) for split in SPLITS]
+    parts = [ReadPart(split, len(texts[split]), functools.partial(_token_rows, place, split)) for split in SPLITS]
     return ReadPlan(parts, {"kind": "tokens", "format": "text", "vocabulary": tokens.VOCABULARY})
 
 
@@ -105,7 +105,7 @@ def plan_characters(source: Path | None) -> ReadPlan:
         for start in range(0, len(text), CHUNK_CHARACTERS):
             yield split, {"symbols": symbol_of[_code_points(text[start : start + CHUNK_CHARACTERS])]}
 
-    parts = [Part(split, len(texts[split]), functools.partial(rows, split)) for split in SPLITS]
+    parts = [ReadPart(split, len(texts[split]), functools.partial(rows, split)) for split in SPLITS]
     return ReadPlan(parts, {"kind": "symbols", "format": "text", "vocabulary": SYMBOLS, "alphabet": letters})
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lolo.data import rgb32, sandbox
 from lolo.data.errors import DataError
-from lolo.data.read_plan import Part, ReadPlan, SplitRows
+from lolo.data.read_plan import ReadPart, ReadPlan, SplitRows
 
 FOLDER = Path("/usr/share/games/openarena/baseoa")
 """Where Debian installs the package."""
@@ -147,4 +147,4 @@ def plan(source: Path | None) -> ReadPlan:
                     yield split, {"images": images, "labels": labels}
 
     info = {"kind": "images", "format": "pk3", "classes": CLASSES, "label_order": "names of the textures"}
-    return ReadPlan([Part("textures", sum(path.stat().st_size for path in paths), rows)], info)
+    return ReadPlan([ReadPart("textures", sum(path.stat().st_size for path in paths), rows)], info)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lolo.data import embedded
 from lolo.data.errors import DataError, library_missing
-from lolo.data.read_plan import Part, ReadPlan, SplitRows
+from lolo.data.read_plan import ReadPart, ReadPlan, SplitRows
 
 VOCABULARY = 50_257
 END_OF_TEXT = 50_256
@@ -116,5 +116,5 @@ def plan_books(source: Path | None) -> ReadPlan:
         yield split, {"tokens": books()[split]}
 
     texts = embedded.books_text()
-    parts = [Part(split, len(texts[split]), functools.partial(rows, split)) for split in embedded.SPLITS]
+    parts = [ReadPart(split, len(texts[split]), functools.partial(rows, split)) for split in embedded.SPLITS]
     return ReadPlan(parts, {"kind": "tokens", "format": "embedded", "vocabulary": VOCABULARY})
