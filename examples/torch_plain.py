@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lolo.data import embedded
-from lolo.torch.optimizer import LoLO
+from lolo.torch import LoLO
 
 
 def main(steps: int = 300, weights="lolo-anytime") -> tuple[float, float]:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lolo.data import embedded
-from lolo.torch.optimizer import LoLO
+from lolo.torch import LoLO
 
 
 class Classifier(nn.Module):

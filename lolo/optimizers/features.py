@@ -11,21 +11,25 @@ Inside shard_map a tensor may be here in part: `Layout` says so, and means are t
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from lolo.optimizers import sharding
 from lolo.optimizers import small_fc_spec as spec
+
+Entries: TypeAlias = Float[Array, "*shape"]
+"""A number for each entry of one tensor."""
 
 
 class Decays(NamedTuple):
     """Decay of each accumulator; floats, or arrays when learned."""
 
-    momentum: jax.Array  # [3]
-    rms: jax.Array  # []
-    factored: jax.Array  # [3]
+    momentum: Float[Array, "3"]
+    rms: Float[Array, ""]
+    factored: Float[Array, "3"]
 
 
 class Layout(NamedTuple):
@@ -40,18 +44,20 @@ class Layout(NamedTuple):
 class Moments(NamedTuple):
     """Running averages of one tensor of shape [*shape], none bias-corrected."""
 
-    momentum: jax.Array  # [3, *shape] of g
-    rms: jax.Array  # [*shape] of g²
-    row: jax.Array  # [3, *shape less the largest axis] of the mean of g² over it; [3, *shape] below two axes
-    column: jax.Array  # [3, *shape less the second largest axis]; [3, 0] below two axes
+    momentum: Float[Array, "3 *shape"]  # of g
+    rms: Entries  # of g²
+    row: Float[
+        Array, "3 ..."
+    ]  # [3, *shape less the largest axis] of the mean of g² over it; [3, *shape] below two axes
+    column: Float[Array, "3 ..."]  # the same for the second largest axis; [3, 0] below two axes
 
 
 class Inputs(NamedTuple):
     """The inputs of one tensor before normalisation, each in the space where it varies."""
 
-    entry: jax.Array  # [16, k·a·b], in the order of spec.ENTRY_COLUMNS
-    row: jax.Array  # [6, k, a, b] with extent 1 along the largest axis, in the order of spec.ROW_COLUMNS
-    column: jax.Array  # [6, k, a, b] with extent 1 along the second largest axis; equal to row below two axes
+    entry: Float[Array, "16 kab"]  # in the order of spec.ENTRY_COLUMNS
+    row: Float[Array, "6 k a b"]  # with extent 1 along the largest axis, in the order of spec.ROW_COLUMNS
+    column: Float[Array, "6 k a b"]  # with extent 1 along the second largest axis; equal to row below two axes
 
 
 def decays(meta_params: dict[str, jax.Array]) -> Decays:
@@ -116,8 +122,8 @@ def _over_parts(mean: jax.Array, of: Layout, along: int | None = None) -> jax.Ar
     return jax.lax.pmean(mean, of.axis_name) if crosses else mean
 
 
-def accumulate(moments: Moments, grad: jax.Array, decay: Decays, of: Layout) -> Moments:
-    """One step of all moments. grad: [*shape] float32."""
+def accumulate(moments: Moments, grad: Entries, decay: Decays, of: Layout) -> Moments:
+    """One step of all moments, in float32."""
     if grad.size == 0:
         return moments
     squared = grad**2
@@ -150,7 +156,7 @@ def matrix_shape(of: Layout) -> tuple[int, int, int]:
     return math.prod(kept), a, b
 
 
-def as_matrices(x: jax.Array, of: Layout) -> jax.Array:
+def as_matrices(x: Float[Array, "..."], of: Layout) -> Float[Array, "*lead k a b"]:
     """[*lead, *shape] -> [*lead, k, a, b]. Axes of `x` may have extent 1 where the tensor has more."""
     lead = x.ndim - len(of.shape)
     x = jnp.transpose(x, [*range(lead), *(lead + axis for axis in _matrix_order(of))])
@@ -158,15 +164,15 @@ def as_matrices(x: jax.Array, of: Layout) -> jax.Array:
     return x.reshape(*x.shape[:lead], math.prod(x.shape[lead:-2]) if of.axes else 1, *last)
 
 
-def from_matrices(x: jax.Array, of: Layout) -> jax.Array:
+def from_matrices(x: Float[Array, "kab"], of: Layout) -> Entries:
     """The inverse, of flat entries: [k·a·b] -> [*shape]."""
     order = _matrix_order(of)
     x = x.reshape([of.shape[axis] for axis in order])
     return jnp.transpose(x, [order.index(axis) for axis in range(len(of.shape))])
 
 
-def inputs(grad: jax.Array, param: jax.Array, moments: Moments, of: Layout) -> Inputs:
-    """Everything but the time features, from the updated moments. grad, param: [*shape] float32."""
+def inputs(grad: Entries, param: Entries, moments: Moments, of: Layout) -> Inputs:
+    """Everything but the time features, from the updated moments, in float32."""
     axes, row, column = of.axes, moments.row, moments.column
     if axes is None:
         row = column = as_matrices(row, of)
@@ -201,20 +207,20 @@ def inputs(grad: jax.Array, param: jax.Array, moments: Moments, of: Layout) -> I
     return Inputs(entry.reshape(len(entry), -1), with_root(row), with_root(column))
 
 
-def normalizer(x: jax.Array, of: Layout) -> jax.Array:
-    """One over the root mean square of each input, over the tensor. x: [F, *space] -> [F]."""
+def normalizer(x: Float[Array, "F *space"], of: Layout) -> Float[Array, "F"]:
+    """One over the root mean square of each input, over the tensor."""
     x = x.reshape(x.shape[0], -1)
     return jax.lax.rsqrt(spec.NORMALIZE_EPSILON + _over_parts(jnp.sum(x * x, axis=1) / max(x.shape[1], 1), of))
 
 
-def normalized_inputs(grad: jax.Array, param: jax.Array, moments: Moments, of: Layout) -> jax.Array:
-    """The same inputs entry by entry, normalised: [28, k·a·b], the rows in the order of spec.NETWORK_COLUMNS."""
+def normalized_inputs(grad: Entries, param: Entries, moments: Moments, of: Layout) -> Float[Array, "28 kab"]:
+    """The same inputs entry by entry, normalised, the rows in the order of spec.NETWORK_COLUMNS."""
     x, shape = inputs(grad, param, moments, of), matrix_shape(of)
     row, column = (jnp.broadcast_to(y, (len(y), *shape)).reshape(len(y), -1) for y in (x.row, x.column))
     full = jnp.concatenate([x.entry, row, column])
     return full * normalizer(full, of)[:, None]
 
 
-def time_inputs(step: jax.Array) -> jax.Array:
-    """tanh(t/τ − 1), [11]; `step` counts from 0."""
+def time_inputs(step: Int[Array, ""] | Float[Array, ""]) -> Float[Array, "11"]:
+    """tanh(t/τ − 1); `step` counts from 0."""
     return jnp.tanh(step.astype(jnp.float32) / jnp.array(spec.TIMESCALES) - 1.0)

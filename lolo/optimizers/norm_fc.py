@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers
 
 from lolo.optimizers import norm_fc_features as nf
@@ -23,8 +24,8 @@ from lolo.optimizers.base import (
     check_whole,
     truncated_normal,
 )
-from lolo.optimizers.features import Layout
-from lolo.optimizers.norm_fc_features import Moments, product
+from lolo.optimizers.features import Entries, Layout
+from lolo.optimizers.norm_fc_features import NormFcMoments, product
 from lolo.trees import PyTree
 
 Number: TypeAlias = float | jax.Array
@@ -33,9 +34,9 @@ STATE_DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 class NormFcState(NamedTuple):
-    """State of `norm_fc`: the step count, and for each moment a tree like the parameters' (shapes: see `Moments`)."""
+    """State of `norm_fc`: the step count, and for each moment a tree like the parameters'. Shapes: `NormFcMoments`."""
 
-    step: jax.Array  # [] int32, steps done so far
+    step: Int[Array, ""]  # steps done so far
     momentum: PyTree
     rms: PyTree
     row: PyTree
@@ -177,7 +178,7 @@ def zero_state(settings: Settings, params: PyTree) -> NormFcState:
 
 
 def update_all(
-    weights: nf.Weights, settings: Settings, grads: PyTree, state: NormFcState, params: PyTree
+    weights: nf.NormFcMatrices, settings: Settings, grads: PyTree, state: NormFcState, params: PyTree
 ) -> tuple[PyTree, NormFcState]:
     """One step of all tensors."""
     parts, (leaves, structure) = parts_of(settings, params), jax.tree.flatten(params)
@@ -203,9 +204,14 @@ def update_all(
 
 
 def learned_step(
-    weights: nf.Weights, grad: jax.Array, param: jax.Array, moments: Moments, of: Part, baseline: str
-) -> jax.Array:
-    """The step of one matrix, of root mean square 1. grad, param: [*shape] float32; moments: after this gradient."""
+    weights: nf.NormFcMatrices,
+    grad: Entries,
+    param: Entries,
+    moments: NormFcMoments,
+    of: Part,
+    baseline: str,
+) -> Entries:
+    """The step of one matrix, of root mean square 1. moments: after this gradient."""
     if grad.size == 0:
         return jnp.zeros_like(grad)
     step = nf.direction(weights, grad, param, moments, of.layout)
@@ -219,21 +225,21 @@ def learned_step(
     return unit(step * (moments.rms > 0), of.layout, spec.NORMALIZE_EPSILON)
 
 
-def adam_step(moments: Moments, count: jax.Array) -> jax.Array:
-    """AdamW's step before learning rate and decay, from moments after `count` gradients. Returns: [*shape]."""
+def adam_step(moments: NormFcMoments, count: Int[Array, ""]) -> Entries:
+    """AdamW's step before learning rate and decay, from moments after `count` gradients."""
     decays, t = (spec.MOMENTUM_DECAYS[0], spec.RMS_DECAY), count.astype(jnp.float32)
     mean, square = (x / (1 - d**t) for x, d in zip((moments.momentum[0], moments.rms), decays, strict=True))
     return mean / (jnp.sqrt(square) + spec.ADAM_EPSILON)
 
 
-def limited(grad: jax.Array) -> jax.Array:
+def limited(grad: Entries) -> Entries:
     """The gradient in float32, finite entries within ±LARGEST_GRADIENT; infinite ones become NaN, to be seen."""
     grad = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
     inside = jnp.clip(grad, -spec.LARGEST_GRADIENT, spec.LARGEST_GRADIENT)
     return jnp.where(jnp.isinf(grad), jnp.nan, inside).astype(jnp.float32)
 
 
-def unit(x: jax.Array, of: Layout, epsilon: float) -> jax.Array:
+def unit(x: Entries, of: Layout, epsilon: float) -> Entries:
     """x divided by its root mean square over the whole tensor."""
     return x * jax.lax.rsqrt(epsilon + nf.over_parts(jnp.mean(x * x), of))
 
@@ -248,7 +254,7 @@ def on_whole(x: jax.Array, of: Layout, function: Callable[[jax.Array], jax.Array
     return jax.lax.dynamic_slice_in_dim(whole, start, size, axis=of.sharded)
 
 
-def orthogonalize(x: jax.Array, axes: tuple[tuple[int, ...], ...]) -> jax.Array:
+def orthogonalize(x: Entries, axes: tuple[tuple[int, ...], ...]) -> jax.Array:
     """Newton-Schulz on the matrices [input axes, output axes] of a tensor. axes: batch, input, output."""
     order = [axis for kind in axes for axis in kind]
     extents = [[x.shape[axis] for axis in kind] for kind in axes]
@@ -259,8 +265,8 @@ def orthogonalize(x: jax.Array, axes: tuple[tuple[int, ...], ...]) -> jax.Array:
     return jnp.transpose(done, [order.index(axis) for axis in range(x.ndim)])
 
 
-def newton_schulz(x: jax.Array) -> jax.Array:
-    """Five iterations that bring all singular values near 1. x: [..., m, n] -> [..., m, n]."""
+def newton_schulz(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+    """Five iterations that bring all singular values near 1."""
     a, b, c = spec.NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
@@ -336,17 +342,17 @@ def part(name: str, param: jax.Array, answer: Any, settings: Settings) -> Part:
     return Part(layout, True, axes if settings.orthogonal else None)
 
 
-def as_state(step: jax.Array, moments: list[Moments], structure: Any) -> NormFcState:
+def as_state(step: jax.Array, moments: list[NormFcMoments], structure: Any) -> NormFcState:
     """One tree for each moment, as optax's own optimizers have it."""
-    fields = [[each[i] for each in moments] for i in range(len(Moments._fields))]
+    fields = [[each[i] for each in moments] for i in range(len(NormFcMoments._fields))]
     return NormFcState(step, *(jax.tree.unflatten(structure, field) for field in fields))
 
 
-def moments_of(state: NormFcState, params: PyTree, parts: list[Part]) -> list[Moments]:
+def moments_of(state: NormFcState, params: PyTree, parts: list[Part]) -> list[NormFcMoments]:
     """The moments of each parameter. Raises ValueError for a state of other parameters or of another is_matrix."""
     if str(jax.tree.structure(state.momentum)) != str(jax.tree.structure(params)):
         raise ValueError("norm_fc: the state belongs to parameters of another tree; make it with init(params).")
-    moments = [Moments(*each) for each in zip(*map(jax.tree.leaves, state[1:]), strict=True)]
+    moments = [NormFcMoments(*each) for each in zip(*map(jax.tree.leaves, state[1:]), strict=True)]
     paths = jax.tree_util.tree_leaves_with_path(params)
     for (path, param), of, old in zip(paths, parts, moments, strict=True):
         expected = (len(spec.MOMENTUM_DECAYS) if of.learned else 1, *param.shape)

@@ -16,35 +16,36 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lolo.optimizers import features, sharding
 from lolo.optimizers import norm_fc_spec as spec
-from lolo.optimizers.features import Layout
+from lolo.optimizers.features import Entries, Layout
 
 # On GPUs the default precision of a float32 matrix product is lower than float32.
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-class Moments(NamedTuple):
+class NormFcMoments(NamedTuple):
     """Running averages of one tensor of shape [*shape], none bias-corrected; float32, the momentum as the user says."""
 
-    momentum: jax.Array  # [3, *shape] of g; [1, *shape] under AdamW
-    rms: jax.Array  # [*shape] of g²
+    momentum: Float[Array, "D *shape"]  # of g; D = 3, under AdamW 1
+    rms: Entries  # of g²
     row: jax.Array  # [3, *shape less the largest axis] of g²'s mean over it; [3, *shape] below two axes; else [1]
     column: jax.Array  # [3, *shape less the second largest axis]; [1] where there is none
 
 
-class Weights(NamedTuple):
+class NormFcMatrices(NamedTuple):
     """The network's matrices, transposed, the first one by the space in which its inputs vary."""
 
-    entry: jax.Array  # [H, 18], in the order of spec.ENTRY_ROWS
-    row: jax.Array  # [H, 6]
-    column: jax.Array  # [H, 6]
-    b0: jax.Array  # [H]
-    w1: jax.Array  # [H, H]
-    b1: jax.Array  # [H]
-    w2: jax.Array  # [H]
-    b2: jax.Array  # []
+    entry: Float[Array, "H 18"]  # in the order of spec.ENTRY_ROWS
+    row: Float[Array, "H 6"]
+    column: Float[Array, "H 6"]
+    b0: Float[Array, "H"]
+    w1: Float[Array, "H H"]
+    b1: Float[Array, "H"]
+    w2: Float[Array, "H"]
+    b2: Float[Array, ""]
 
 
 class Tensor(NamedTuple):
@@ -60,12 +61,12 @@ class Tensor(NamedTuple):
     column: jax.Array  # [H, ...]
 
 
-def arrange(meta_params: dict[str, jax.Array]) -> Weights:
+def arrange(meta_params: dict[str, jax.Array]) -> NormFcMatrices:
     """φ as the sums take it."""
     w0, w1, w2, b0, b1, b2 = (meta_params[name].astype(jnp.float32) for name in ("w0", "w1", "w2", "b0", "b1", "b2"))
     rows = (spec.ENTRY_ROWS, spec.ROW_ROWS, spec.COLUMN_ROWS)
     entry, row, column = (w0[of].T for of in rows)
-    return Weights(entry, row, column, b0, w1.T, b1, w2[:, 0], b2[0])
+    return NormFcMatrices(entry, row, column, b0, w1.T, b1, w2[:, 0], b2[0])
 
 
 def layout(param: jax.Array, order: Sequence[int], axis_name: str | None, sharded_axis: int) -> Layout:
@@ -77,7 +78,7 @@ def layout(param: jax.Array, order: Sequence[int], axis_name: str | None, sharde
     return of._replace(axes=spec.factored_axes(whole, order))
 
 
-def zero_moments(param: jax.Array, of: Layout, learned: bool, momentum_dtype: jax.typing.DTypeLike) -> Moments:
+def zero_moments(param: jax.Array, of: Layout, learned: bool, momentum_dtype: jax.typing.DTypeLike) -> NormFcMoments:
     """Distributed over devices as the parameter is. Without the network (`learned`) only what AdamW needs."""
 
     def zeros(*lead: int, without: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
@@ -89,10 +90,10 @@ def zero_moments(param: jax.Array, of: Layout, learned: bool, momentum_dtype: ja
     none = jnp.zeros(1, jnp.float32)
     momentum, rms = zeros(3 if learned else 1, dtype=momentum_dtype), zeros()
     if not learned:
-        return Moments(momentum, rms, none, none)
+        return NormFcMoments(momentum, rms, none, none)
     if of.axes is None:
-        return Moments(momentum, rms, zeros(3), none)
-    return Moments(momentum, rms, zeros(3, without=of.axes.largest), zeros(3, without=of.axes.second))
+        return NormFcMoments(momentum, rms, zeros(3), none)
+    return NormFcMoments(momentum, rms, zeros(3, without=of.axes.largest), zeros(3, without=of.axes.second))
 
 
 def average(decays: Sequence[float], old: jax.Array, new: jax.Array) -> jax.Array:
@@ -107,8 +108,8 @@ def over_parts(mean: jax.Array, of: Layout, along: int | None = None) -> jax.Arr
     return jax.lax.pmean(mean, of.axis_name) if crosses else mean
 
 
-def accumulate(moments: Moments, grad: jax.Array, of: Layout) -> Moments:
-    """One step of all moments that the tensor has. grad: [*shape] float32."""
+def accumulate(moments: NormFcMoments, grad: Entries, of: Layout) -> NormFcMoments:
+    """One step of all moments that the tensor has, in float32."""
     if grad.size == 0:
         return moments
     squared = grad * grad
@@ -123,7 +124,7 @@ def accumulate(moments: Moments, grad: jax.Array, of: Layout) -> Moments:
         )
     momentum = average(spec.MOMENTUM_DECAYS[: len(moments.momentum)], moments.momentum, grad)
     rms = spec.RMS_DECAY * moments.rms + (1 - spec.RMS_DECAY) * squared
-    return Moments(momentum, rms, row, column)
+    return NormFcMoments(momentum, rms, row, column)
 
 
 def floored_rsqrt(x: jax.Array) -> jax.Array:
@@ -134,7 +135,13 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
-def tensor(weights: Weights, grad: jax.Array, param: jax.Array, moments: Moments, of: Layout) -> Tensor:
+def tensor(
+    weights: NormFcMatrices,
+    grad: Entries,
+    param: Entries,
+    moments: NormFcMoments,
+    of: Layout,
+) -> Tensor:
     """What the network reads of one tensor. grad, param: [*shape] float32; moments: after this gradient."""
     axes, row, column = of.axes, moments.row, moments.column
     bias = weights.b0.reshape(-1, *(1,) * grad.ndim)
@@ -183,7 +190,7 @@ def entry_squares(x: Tensor, of: Layout) -> list[jax.Array]:
     return [y * y for y in groups]
 
 
-def network(weights: Weights, entry: jax.Array, x: Tensor) -> jax.Array:
+def network(weights: NormFcMatrices, entry: jax.Array, x: Tensor) -> jax.Array:
     """The network's output for every entry. entry: [H, 18 or 15], the normalisers folded in. Returns: [*shape].
 
     All sums are written out: XLA then makes one vectorised loop of them, four times as fast on a CPU as products,
@@ -212,8 +219,14 @@ def network(weights: Weights, entry: jax.Array, x: Tensor) -> jax.Array:
     return layer(weights.w2, weights.b2, hidden)
 
 
-def direction(weights: Weights, grad: jax.Array, param: jax.Array, moments: Moments, of: Layout) -> jax.Array:
-    """The network's output for one tensor with entries, from its updated moments. Returns: [*shape]."""
+def direction(
+    weights: NormFcMatrices,
+    grad: Entries,
+    param: Entries,
+    moments: NormFcMoments,
+    of: Layout,
+) -> Entries:
+    """The network's output for one tensor with entries, from its updated moments."""
     x = tensor(weights, grad, param, moments, of)
     means = jnp.concatenate([jnp.mean(y, axis=tuple(range(1, y.ndim))) for y in entry_squares(x, of)])
     normalizer = jax.lax.rsqrt(spec.NORMALIZE_EPSILON + over_parts(means, of))

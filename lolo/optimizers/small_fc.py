@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from lolo.optimizers import base, features, sharding
 from lolo.optimizers import small_fc_spec as spec
@@ -28,7 +29,7 @@ class SmallFcState(NamedTuple):
     """State of `small_fc`: one `features.Moments` per parameter tensor, and the step count."""
 
     moments: PyTree  # the parameters' tree with a Moments at each leaf
-    step: jax.Array  # [] int32, steps done so far
+    step: Int[Array, ""]  # steps done so far
 
 
 def small_fc(
@@ -141,15 +142,15 @@ def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.Gradie
 class Matrices(NamedTuple):
     """The network's matrices, transposed: products are weight @ x with x [F, entries]."""
 
-    entry: jax.Array  # [H, 16]
-    row: jax.Array  # [H, 6]
-    column: jax.Array  # [H, 6]
-    time: jax.Array  # [H, 11]
-    b0: jax.Array  # [H, 1]
-    w1: jax.Array  # [H, H]
-    b1: jax.Array  # [H, 1]
-    w2: jax.Array  # [2, H]
-    b2: jax.Array  # [2, 1]
+    entry: Float[Array, "H 16"]
+    row: Float[Array, "H 6"]
+    column: Float[Array, "H 6"]
+    time: Float[Array, "H 11"]
+    b0: Float[Array, "H 1"]
+    w1: Float[Array, "H H"]
+    b1: Float[Array, "H 1"]
+    w2: Float[Array, "2 H"]
+    b2: Float[Array, "2 1"]
 
 
 class Blocks(NamedTuple):
@@ -178,15 +179,15 @@ def arrange(meta_params: dict[str, jax.Array]) -> Matrices:
     return jax.lax.optimization_barrier(Matrices(entry, row, column, time, b0, w1, b1, w2, b2))
 
 
-def first_bias(weights: Matrices, clock: jax.Array) -> jax.Array:
-    """The first bias with the time inputs, equal for all entries, folded in. [H, 1]."""
+def first_bias(weights: Matrices, clock: Int[Array, ""] | Float[Array, ""]) -> Float[Array, "H 1"]:
+    """The first bias with the time inputs, equal for all entries, folded in."""
     return weights.b0 + product(weights.time, features.time_inputs(clock)[:, None])
 
 
 Tensor = tuple[jax.Array, jax.Array, features.Moments, features.Layout]  # gradient, parameter, its moments, layout
 
 
-def apply_network(weights: Matrices, bias: jax.Array, tensors: list[Tensor]) -> list[jax.Array]:
+def apply_network(weights: Matrices, bias: Float[Array, "H 1"], tensors: list[Tensor]) -> list[Float[Array, "2 _"]]:
     """The two outputs for every entry of every tensor: a list of [2, entries], in the order of `as_matrices`."""
     layouts = [of for *_, of in tensors]
     small = [i for i, of in enumerate(layouts) if is_small(of)]
@@ -212,8 +213,8 @@ def is_small(of: features.Layout) -> bool:
     return of.axes is None or k * a * b <= block_size() or b < 16 or a * b < 256
 
 
-def flat_network(weights: Matrices, bias: jax.Array, x: jax.Array) -> jax.Array:
-    """[28, n] normalised inputs -> [2, n]."""
+def flat_network(weights: Matrices, bias: Float[Array, "H 1"], x: Float[Array, "28 n"]) -> Float[Array, "2 n"]:
+    """The network on normalised inputs."""
     first = jnp.concatenate([weights.entry, weights.row, weights.column], axis=1)
     blocks = cut((1, 1, x.shape[1]))
     return over_blocks(lambda at: later_layers(weights, product(first, entries(x, blocks, at)) + bias), blocks, x)
@@ -221,13 +222,13 @@ def flat_network(weights: Matrices, bias: jax.Array, x: jax.Array) -> jax.Array:
 
 def matrix_network(
     weights: Matrices,
-    bias: jax.Array,
-    grad: jax.Array,
-    param: jax.Array,
+    bias: Float[Array, "H 1"],
+    grad: features.Entries,
+    param: features.Entries,
     moments: features.Moments,
     of: features.Layout,
-) -> jax.Array:
-    """The network on one tensor of two axes or more. Returns: [2, k·a·b].
+) -> Float[Array, "2 kab"]:
+    """The network on one tensor of two axes or more.
 
     The row and column inputs pass the first layer in their own small spaces; of the two sums, the one that is constant
     along a row (`outer`) is added row by row. The other (`inner`) is repeated to fill a block once per tensor, because
@@ -257,13 +258,13 @@ def matrix_network(
     return over_blocks(block, blocks, x.entry)
 
 
-def later_layers(weights: Matrices, hidden: jax.Array) -> jax.Array:
-    """From the sums of the first layer [H, n] to the outputs [2, n]."""
+def later_layers(weights: Matrices, hidden: Float[Array, "H n"]) -> Float[Array, "2 n"]:
+    """From the sums of the first layer to the outputs."""
     hidden = product(weights.w1, jax.nn.relu(hidden)) + weights.b1
     return product(weights.w2, jax.nn.relu(hidden)) + weights.b2
 
 
-def product(weight: jax.Array, x: jax.Array) -> jax.Array:
+def product(weight: Float[Array, "m k"], x: Float[Array, "k n"]) -> Float[Array, "m n"]:
     return jnp.matmul(weight, x, precision=HIGHEST)
 
 

@@ -1,10 +1,10 @@
-"""LoLO for PyTorch: `small_fc` as a `torch.optim.Optimizer`. The only module that imports torch; it needs no JAX.
+"""`small_fc` as a `torch.optim.Optimizer`; it needs no JAX.
 
     from lolo.torch import LoLO
 
     optimizer = LoLO(model.parameters())
 
-The same function as `lolo.learned.small_fc`, computed features-first and in blocks that stay in cache: 16 inputs per
+The same function as `lolo.small_fc`, computed features-first and in blocks that stay in cache: 16 inputs per
 entry, those of the row and column moments in their own smaller spaces, normalisation folded into the first weights and
 time into the first bias. Small tensors of equal shape share a block, so that many leaves cost little. Written in plain
 torch operations, which any device has, and tuned for CPUs (docs/performance.md has a GPU's times).
@@ -78,7 +78,7 @@ def state_shapes(place: BlockLayout) -> dict[str, tuple[int, ...]]:
 
 
 class LoLO(torch.optim.Optimizer):
-    """The learned optimizer in place of `torch.optim.AdamW`, with no hyper-parameter to tune.
+    """The learned optimizer instead of `torch.optim.AdamW`, with no hyper-parameter to tune.
 
         optimizer = LoLO(model.parameters())
 
