@@ -88,7 +88,7 @@ class LoLO(torch.optim.Optimizer):
       params: parameters, named parameters or param groups; a group may have its own `lr`, `weights`, `weight_decay`,
         `clock_limit`, `step_decay` and `maximize`. float32, bfloat16, float16 or float64, of any rank; all of it
         computed in float32.
-      weights: name of shipped weights, path of a weights file, a `files.WeightsFile`, or a dict of φ's arrays
+      weights: name of shipped weights, path of a weights file, a `weights_file.WeightsFile`, or a dict of φ's arrays
         (then λ1 = λ2 = 1e-3, no weight decay, no limit, no step decay).
       lr: the step's scale; 1 is as shipped with the weights. Schedulers may change it.
       weight_decay: decoupled; None: as shipped with the weights, 0: none.

@@ -104,7 +104,7 @@ def _put(states: PyTree, slot: jax.Array, new: PyTree) -> PyTree:
 
 
 class Offloaded:
-    """An outer step with buffers on the host: `step(tasks, state)` as `parallel.compile_step` gives it.
+    """An outer step with buffers on the host: `step(tasks, state)` as `slots.compile_step` gives it.
 
     `state` holds rings of one place; `buffers` are the whole ones.
     """
