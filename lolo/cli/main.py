@@ -50,7 +50,7 @@ COMMANDS: dict[str, Command] = {
     "tasks": Command("", "the tasks", tasks_command),
     "weights": Command("", "the weights inside the package", weights_command),
 }
-WIDTH = 34  # of a command and its arguments in the help
+WIDTH = 35  # of a command and its arguments in the help
 
 
 def help_text() -> str:
