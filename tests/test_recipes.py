@@ -261,11 +261,11 @@ def test_sgd_as_it_was_written_before_it_had_settings_of_its_own_is_read():
 
 @pytest.mark.parametrize(("name", "value"), [("hidden", 4), ("weight_decay", 0.1), ("clock_limit", 5.0)])
 def test_a_field_of_small_fc_given_to_sgd_is_an_error_that_says_so(name, value):
-    words = f"learner.name='sgd' has no {name}; leave it out, or use learner.name='small_fc'."
-    assert message(with_field, SGD, f"learner.{name}", value) == words
-    assert message(recipes.variant, f"lolo learner.name=sgd learner.{name}={value}") == words
-    assert message(from_dict, to_dict(LOLO) | {"learner": FORMER | {name: value}}) == words
-    assert message(sweep.changed, LOLO, {f"learner.{name}": value, "learner.name": "sgd"}) == words
+    words = f"learner.name='sgd' has no {name}; leave it out, or use learner.name='small_fc'"
+    assert message(with_field, SGD, f"learner.{name}", value).startswith(words)
+    assert message(recipes.variant, f"lolo learner.name=sgd learner.{name}={value}").startswith(words)
+    assert message(from_dict, to_dict(LOLO) | {"learner": FORMER | {name: value}}).startswith(words)
+    assert message(sweep.changed, LOLO, {f"learner.{name}": value, "learner.name": "sgd"}).startswith(words)
 
 
 def test_a_name_that_is_not_of_the_settings_type_is_refused():
