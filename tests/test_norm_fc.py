@@ -102,6 +102,7 @@ def test_six_steps_agree_with_pylo(tag):
     assert distance(make(GOLDEN_PHI, baseline="none", **GOLDEN_SETTINGS[tag]), tag, names) <= 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), [(0, 1), (2, 3), (6, 10), (10, 11), (14, 15), (17, 18), (21, 24), (26, 27)])
 def test_the_golden_values_tell_two_inputs_apart(one, other):
     order = np.arange(spec.INPUTS)
@@ -244,6 +245,7 @@ def test_is_matrix_sees_paths_and_may_be_a_prefix():
     assert [x.shape[0] for x in jax.tree.leaves(state.momentum)] == [3, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 6), (9, 4), (4, 9)])
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_named_axes_make_both_layouts_of_a_layer_agree(shape, orthogonal):
@@ -371,6 +373,7 @@ def loop(optimizer, params, steps=3):
     return jax.lax.scan(step, (params, optimizer.init(params)), jnp.linspace(0.5, 2.0, steps))[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "batched", [jax.vmap, lambda f: lambda *args: jax.lax.map(lambda a: f(*a), args)], ids=["vmap", "map"]
 )
@@ -498,6 +501,7 @@ def test_settings_without_sense_are_refused(settings, message):
 # Gradients of every size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orthogonal", [False, True])
 @pytest.mark.parametrize("baseline", ["none", "momentum"])
 def test_finite_gradients_of_any_size_give_finite_updates(orthogonal, baseline):
@@ -523,6 +527,7 @@ def test_limiting_gradients_does_not_touch_ordinary_ones():
     assert_close(ours, run(textbook.norm_fc(PHI, 0.01, orthogonal=False, baseline="none"), params, 2, grads)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_gradients_that_are_not_finite_show_in_their_tensor_and_no_other(bad, orthogonal):
