@@ -390,7 +390,7 @@ def read_about(rows: Path) -> dict[str, Any]:
             raise FileError(f"{path}: expected a JSON object.")
         return about
     if older.is_file() and older.stat().st_size <= disk.MAX_JSON_BYTES:
-        lines = older.read_text(errors="replace").splitlines()
+        lines = older.read_text(encoding="utf-8", errors="replace").splitlines()
         return {"stated": next((line for line in reversed(lines) if line.startswith("Command: ")), None)}
     return {}
 

@@ -25,9 +25,9 @@ def provenance() -> dict[str, Any]:
     commit = None
     if (package.parent / ".git").exists():
         head = subprocess.run(
-            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, check=False
         )
-        commit = head.stdout.strip() or None
+        commit = head.stdout.decode("ascii", "replace").strip() or None
     device = jax.local_devices()[0]
     return {
         "versions": versions(),
