@@ -337,7 +337,7 @@ def summary_table(rows: Sequence[Row]) -> Html:
 
 def comparison_curves(rows: Sequence[Row], labels: Sequence[str], mark: float | None) -> list[Html]:
     """Train and held-out loss against the inner step: means and ranges over runs."""
-    x = long_runs.WINDOW * np.arange(1, len(rows[0].train_curve) + 1)
+    x = np.array(long_runs.curve_steps(rows[0].steps))
     if mark is not None and not 0 < mark <= x[-1]:
         mark = None
     unroll = "" if mark is None else f"; dotted line: the unroll in meta-training, {mark:,.0f} steps"

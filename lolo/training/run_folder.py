@@ -61,7 +61,7 @@ def require_free(run: Path, recipe: Recipe) -> None:
         )
     # A run killed while it made the folder leaves run.json, or half of a file, and nothing else.
     ours = re.compile(r"run\.json|\.(run|recipe)\.json\.\d+\.tmp")
-    foreign = run.is_dir() and any(not ours.fullmatch(path.name) for path in run.iterdir())
+    foreign = run.is_dir() and any(not (ours.fullmatch(path.name) or disk.is_litter(path)) for path in run.iterdir())
     if not holding and run.exists() and (not run.is_dir() or foreign):
         raise RunError(f"{run} exists and is not an empty folder; give another --out.")
 
