@@ -118,3 +118,34 @@ def test_a_stream_with_a_reader_is_not_unread():
         assert not streams.is_unread(stream)
         os.close(read)
         assert streams.is_unread(stream)
+
+
+def test_a_run_finds_its_task_whereever_it_is_resumed_from(tmp_path, monkeypatch, capsys):
+    from lolo.cli import main as cli
+    from lolo.files import disk
+
+    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
+    for folder in (start, elsewhere):
+        folder.mkdir()
+    (start / "mine.py").write_text(
+        "from sizes import SIZE\nfrom lolo.tasks import quadratic as q\nmake = lambda: q(SIZE)\n"
+    )
+    (start / "sizes.py").write_text("SIZE = 2\n")
+    monkeypatch.chdir(start)
+    argv = ["train", "lolo", "--task", "mine.py:make", *RUN[2:], "--out", "runs/one"]
+    assert cli.main(argv) == 0
+    recipe = (start / "runs" / "one" / "recipe.json").read_bytes()
+    monkeypatch.chdir(elsewhere)
+    assert cli.main(["resume", str(start / "runs" / "one")]) == 0
+    assert (start / "runs" / "one" / "recipe.json").read_bytes() == recipe
+
+    about = disk.read_json(start / "runs" / "one" / "run.json")
+    assert about.pop("folder") == str(start)
+    disk.write_json(start / "runs" / "one" / "run.json", about)  # as an older lolo wrote it
+    assert cli.main(["resume", str(start / "runs" / "one")]) == 0
+
+    (start / "mine.py").rename(start / "other.py")
+    capsys.readouterr()
+    assert cli.main(["resume", str(start / "runs" / "one")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(start) in err and str(elsewhere) in err and "Put it back" in err

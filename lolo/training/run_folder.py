@@ -101,6 +101,17 @@ def logged_to(run: Path) -> list[str]:
     return names
 
 
+def task_folders(run: Path) -> list[Path]:
+    """Where `path.py` of a run's tasks is looked for: where the run began, here, in its folder, and above it.
+
+    Raises FileError.
+    """
+    began = read_about(run).get("folder")
+    if began is not None and not isinstance(began, str):
+        raise FileError(f"{run}/run.json: folder is {began!r}; expected the path of a folder.")
+    return [*([Path(began)] if began else []), Path(), run, *run.absolute().parents[:3]]
+
+
 def require_alike(group: ProcessGroup, recipe: Recipe, more: dict[str, Any]) -> None:
     """Raise DifferError unless all processes have the same recipe, versions and kind of device. Starts JAX."""
     if group.processes == 1:
