@@ -330,6 +330,68 @@ def test_larger_images_are_averaged_over_boxes(tmp_path):
     assert np.abs(opened["train"]["images"][0] - boxes).max() <= 1
 
 
+def test_images_of_any_depth_are_read_as_the_nearest_rgb(tmp_path):
+    level, ramp = rng(), np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+    gray, colour = level.integers(0, 256, (32, 32), np.uint8), level.integers(0, 256, (32, 32, 3), np.uint8)
+    palette = Image.fromarray(colour).quantize(16)
+    alpha = level.integers(0, 256, (32, 32, 1), np.uint8)
+    kinds = {
+        "L": (gray, gray),
+        "LA": (np.dstack([gray, alpha]), gray),
+        "1": (gray > 127, np.where(gray > 127, 255, 0)),
+        "P": (palette, np.asarray(palette.convert("RGB"))),
+        "RGBA": (np.dstack([colour, alpha]), colour),
+        "I;16": (ramp, np.round(ramp / 257)),  # Pillow's own answer is white wherever a value is above 255
+    }
+    assert {mode for mode, (pixels, _) in kinds.items() if picture_of(pixels).mode == mode} == set(kinds)
+    images = []
+    for pixels, _ in kinds.values():
+        stream = io.BytesIO()
+        picture_of(pixels).save(stream, "PNG")
+        images.append(stream.getvalue())
+    # The first is validation.
+    write_hdf5(tmp_path / "a.h5", train=7, validation=1, test=0, images=[images[0], *images, images[0]])
+    opened, _ = prepared("imagenet32", tmp_path, tmp_path / "out")
+    for (mode, (_, expected)), pixels in zip(kinds.items(), opened["train"]["images"], strict=True):
+        rgb = expected if np.ndim(expected) == 3 else np.dstack([expected] * 3)
+        np.testing.assert_array_equal(pixels, rgb, err_msg=mode)
+
+
+def picture_of(pixels):
+    return pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+
+
+def add_litter(folder):
+    """What file managers and copying leave: no data, though some are named like it."""
+    names = [path.name for path in folder.iterdir()]
+    for name in [".DS_Store", "Thumbs.db", "desktop.ini", *(f"._{name}" for name in names), ".hidden.parquet"]:
+        (folder / name).write_bytes(b"\0\5\x16\7 not data")
+
+
+@pytest.mark.parametrize("name", ["npz", "pickle", "hdf5", "parquet", "bin", "npy", "idx", "idx.gz", "textures"])
+def test_litter_among_data_is_not_read_and_in_the_target_is_no_hindrance(tmp_path, name):
+    source, target = tmp_path / "source", tmp_path / "out"
+    if name == "textures":
+        write_pk3(source)
+    else:
+        source.mkdir()
+        {
+            "npz": write_npz,
+            "pickle": write_pickles,
+            "hdf5": lambda folder: write_hdf5(folder / "a.hdf5"),
+            "parquet": lambda folder: write_parquet(folder, "bytes"),
+            "bin": lambda folder: write_shards(folder, ".bin"),
+            "npy": lambda folder: write_shards(folder, ".npy"),
+            "idx": write_idx,
+            "idx.gz": lambda folder: write_idx(folder, packed=True),
+        }[name](source)
+    add_litter(source)
+    target.mkdir()
+    (target / ".DS_Store").write_bytes(b"x")
+    kind = {"bin": "fineweb", "npy": "fineweb", "idx": "idx", "idx.gz": "idx", "textures": "textures"}
+    prepared(kind.get(name, "imagenet32"), source, target)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -748,6 +810,24 @@ def test_text_becomes_tokens_cut_at_lines(tmp_path):
     assert 0.03 < len(decoded["test"]) / len(lines(200)) < 0.07
 
 
+@pytest.mark.parametrize("kind", ["text", "characters"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, kind):
+    content = lines(200).encode()
+    for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.txt").write_bytes(mark + content)
+        for split in embedded.SPLITS:
+            (tmp_path / name / f"{split}.txt").write_bytes(mark + content)
+    for source in (".txt", ""):
+        found = [
+            prepared(kind, tmp_path / f"{name}{source}", tmp_path / f"out-{name}{source}")[0]
+            for name in ("plain", "marked")
+        ]
+        for split in embedded.SPLITS:
+            for array in found[0][split]:
+                np.testing.assert_array_equal(found[1][split][array], found[0][split][array])
+
+
 def test_characters_are_those_of_the_embedded_books(tmp_path):
     for split, content in embedded.books_text().items():
         (tmp_path / f"{split}.txt").write_bytes(content[:400_000].encode())
@@ -762,7 +842,16 @@ def test_characters_are_those_of_the_embedded_books(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "0 bytes, expected 1 to"), (b"abc\xff", "byte 3: not UTF-8"), (b"a", "too few lines")],
+    [
+        (b"", "0 bytes, expected 1 to"),
+        (b"abc\xff", "byte 3: not UTF-8"),
+        (b"a", "too few lines"),
+        (b"\xef\xbb\xbf", "a byte-order mark and nothing else"),
+        ((lines(9)).encode("utf-16"), "byte 0: UTF-16, expected UTF-8; convert it: iconv -f UTF-16"),
+        (b"\xfe\xff" + lines(9).encode("utf-16-be"), "byte 0: UTF-16, expected UTF-8"),
+        ((lines(9)).encode("utf-32"), "byte 0: UTF-32, expected UTF-8; convert it: iconv -f UTF-32"),
+        (b"Hello\n".decode().encode("utf-16-le") * 90, "UTF-16 or UTF-32, expected UTF-8"),  # without a mark
+    ],
 )
 @pytest.mark.parametrize("name", ["text", "characters"])
 def test_wrong_text_is_refused(tmp_path, name, content, message):

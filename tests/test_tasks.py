@@ -250,3 +250,37 @@ def test_resolving_a_file_leaves_the_import_path_alone(source):
     before = list(sys.path)
     by_name.resolve(f"{source}:make")
     assert sys.path == before
+
+
+def test_a_task_file_imports_its_neighbours_and_those_of_another_folder_are_others(tmp_path):
+    before = set(sys.modules)
+    for folder, size in (("a", 3), ("b", 5)):
+        (tmp_path / folder / "inside").mkdir(parents=True)
+        (tmp_path / folder / "helper.py").write_text(f"from inside.sizes import SIZE\nassert SIZE == {size}\n")
+        (tmp_path / folder / "inside" / "sizes.py").write_text(f"SIZE = {size}\n")
+        text = "from helper import SIZE\nfrom lolo.tasks import quadratic\n\ndef make():\n    import later\n"
+        (tmp_path / folder / "mine.py").write_text(text + "    return quadratic(SIZE + later.MORE)\n")
+        (tmp_path / folder / "later.py").write_text("MORE = 1\n")
+    for folder, size in (("a", 4), ("b", 6), ("a", 4)):
+        assert by_name.resolve(f"{tmp_path}/{folder}/mine.py:make").train.data.shape == (1000, size)
+    assert set(sys.modules) - before <= {"lolo_task_mine"}
+
+
+def test_a_neighbour_that_is_missing_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text("import absent_neighbour")
+    assert "can't be imported: ModuleNotFoundError: No module named 'absent_neighbour'" in error(
+        by_name.resolve, f"{tmp_path}/mine.py:make"
+    )
+
+
+def test_a_pinned_file_is_found_in_the_first_folder_that_has_these_bytes(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pinned = by_name.pin("mine.py:make")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.py").write_text("raise ValueError('another file')")
+    monkeypatch.chdir(tmp_path / "other")
+    assert "has changed" in error(by_name.resolve, pinned)  # found here alone
+    folders = [tmp_path / "other", tmp_path]
+    assert by_name.pin(pinned, folders) == pinned and by_name.resolve(pinned, folders).train.data.shape == (1000, 3)
+    text = error(lambda name: by_name.resolve(name, [tmp_path / "x", tmp_path / "y"]), pinned)
+    assert f"{tmp_path}/x, {tmp_path}/y" in text and "Put it back" in text

@@ -12,7 +12,7 @@ from lolo.cli.progress import log
 from lolo.cli.show import doctor_command, recipes_command, report_command, tasks_command, weights_command
 from lolo.cli.train import resume_command, sweep_command, train_command
 from lolo.files import settings
-from lolo.runtime import launch
+from lolo.runtime import environment, launch, streams
 from lolo.runtime.interrupt import Interrupted
 from lolo.runtime.process_group import ProcessGroupError
 from lolo.training.loop import DivergedError
@@ -65,20 +65,18 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "Each command explains itself with --help.",
+            "Each command explains itself with --help; `lolo --version` says which lolo this is.",
         ]
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0 done, 2 bad input, 3 stopped on request, 4 numbers gone bad,
-    5 the disk, 6 a process of several lost, 130 interrupted."""
+    5 the disk, 6 a process of several lost, 130 interrupted, 141 the reader of the output has left."""
+    streams.set_up()
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(help_text())
-        return 0 if argv else 2
     try:
-        return settings.pick(COMMANDS, "command", argv[0]).run(argv[1:])
+        return printed(lambda: run(argv))
     except ValueError as error:  # ours: RecipeError, TaskError, FileError, RunError
         log(" ".join(str(error).split()))
         return 2
@@ -86,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
         log(str(error))
         return 4
     except OSError as error:  # a full disk, a folder without permission: whatever was written before is complete
+        if isinstance(error, BrokenPipeError) and streams.is_unread(sys.stdout):  # `lolo recipes | head -1`
+            streams.abandon(sys.stdout)
+            return streams.BROKEN_PIPE
         log(f"{error.filename or 'the output'} can't be written or read: {error.strerror}. Fix that and try again.")
         return 5
     except ProcessGroupError as error:
@@ -97,3 +98,25 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         log("interrupted.")
         return 130
+
+
+def run(argv: list[str]) -> int:
+    """Run the command that the words name, or print the help."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"lolo {environment.versions()['lolo']}")
+        return 0
+    return settings.pick(COMMANDS, "command", argv[0]).run(argv[1:])
+
+
+def printed(work: Callable[[], int]) -> int:
+    """The exit status of `work`, once all that it printed is written: at exit Python would fail in its own words."""
+    try:
+        status = work()
+    except SystemExit:  # help was asked for
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return status

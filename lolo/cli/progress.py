@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lolo.runtime import streams
 
 
 class ProgressDisplay:
@@ -24,7 +25,7 @@ class ProgressDisplay:
             tenth = 10 * done // max(total, 1)
             if self.tenths.get(what) != tenth:
                 self.tenths[what] = tenth
-                print(f"{what}: {done} of {total} {word}".rstrip(), file=sys.stderr, flush=True)
+                streams.say(f"{what}: {done} of {total} {word}".rstrip())
             return
         if what not in self.bars:
             self.bars[what] = self.progress.add_task(what, total=total, word="")
@@ -52,4 +53,4 @@ def progress_display() -> Iterator[ProgressDisplay]:
 
 def log(text: str) -> None:
     """A message for people."""
-    print(f"lolo: {text}", file=sys.stderr, flush=True)
+    streams.say(f"lolo: {text}")

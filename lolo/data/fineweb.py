@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lolo.data import encoded, npy, sandbox, tokens
 from lolo.data.errors import DataError
-from lolo.data.read_plan import VALIDATION_STRIDE, ReadPart, ReadPlan, SplitRows, existing, grouped, untrusted
+from lolo.data.read_plan import VALIDATION_STRIDE, ReadPart, ReadPlan, SplitRows, existing, files_of, grouped, untrusted
 
 MAGIC = 20_240_520
 VERSION = 1
@@ -53,7 +53,7 @@ def plan(source: Path | None) -> ReadPlan:
     parquet: documents 10, 30, 50, ...) is, and validation comes before it.
     """
     place = existing(source, "fineweb")
-    paths = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
+    paths = files_of(place)
     for suffix in (".bin", ".npy", ".parquet"):
         shards = [path for path in paths if path.suffix == suffix]
         held_out = [path for path in shards if "val" in path.name]

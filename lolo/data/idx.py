@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lolo.data.errors import DataError
 from lolo.data.npy import ByteStream
-from lolo.data.read_plan import ReadPart, ReadPlan, SplitRows, existing, split_examples, untrusted
+from lolo.data.read_plan import ReadPart, ReadPlan, SplitRows, existing, files_of, split_examples, untrusted
 
 UNSIGNED_BYTES = b"\x00\x00\x08"
 MAX_AXES = 4
@@ -93,7 +93,7 @@ def plan(source: Path | None) -> ReadPlan:
     """
     folder = existing(source, "IDX files")
     pairs: dict[str, dict[str, Path]] = {}
-    for path in sorted(folder.iterdir() if folder.is_dir() else []):
+    for path in files_of(folder) if folder.is_dir() else []:
         match = NAME.fullmatch(path.name)
         if match is not None:
             kind = "labels" if match[2].lower().startswith("label") else "images"

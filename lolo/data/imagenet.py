@@ -28,6 +28,7 @@ from lolo.data.read_plan import (
     SplitRows,
     check_labels,
     existing,
+    files_of,
     grouped,
     split_examples,
     untrusted,
@@ -55,7 +56,7 @@ def plan(source: Path | None) -> ReadPlan:
     Arrays: images uint8 [N, 32, 32, 3], labels uint16 [N] in 0..999.
     """
     place = existing(source, "imagenet32")
-    paths = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
+    paths = files_of(place)
     for pattern, plan_form in FORMS.items():
         matching = [path for path in paths if re.fullmatch(pattern, path.name)]
         if matching:

@@ -127,7 +127,7 @@ def _begin(name: str, plan: ReadPlan, target: Path) -> dict[str, Any]:
     for path in disk.leftovers(target / JOURNAL) + disk.leftovers(target / MANIFEST):
         path.unlink()
     if not (target / JOURNAL).exists():
-        others = [path.name for path in target.iterdir() if path.name != LOCK]
+        others = [path.name for path in target.iterdir() if path.name != LOCK and not disk.is_litter(path)]
         if others:
             raise DataError.at(target, f"holds other files ({sorted(others)[0]})", "give an empty folder")
         journal: dict[str, Any] = {"fingerprint": fingerprint, "done": 0, "arrays": {}}

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lolo.data.errors import DataError
+from lolo.files import disk
 
 VALIDATION_STRIDE = 20
 """Every 20th example or document of a published training set, counted from its first, is validation: 5 %."""
@@ -70,6 +71,14 @@ def existing(source: Path | None, name: str) -> Path:
     if not source.exists():
         raise DataError.at(source, "there is no such file or folder", f"give the one that holds {name}")
     return source
+
+
+def files_of(place: Path) -> list[Path]:
+    """The file itself, or a folder's files in the order of names, without hidden ones."""
+    if not place.is_dir():
+        return [place]
+    hidden = [path for path in place.iterdir() if path.name.startswith(".") or disk.is_litter(path)]
+    return sorted(path for path in place.iterdir() if path.is_file() and path not in hidden)
 
 
 def check_labels(labels: NDArray[Any], low: int, high: int, name: Path | str, start: int = 0) -> None:

@@ -52,10 +52,14 @@ def open_image(encoded: bytes, place: str) -> Any:
 def shrink(image: Any, side: int) -> NDArray[np.uint8]:
     """uint8 [side, side, 3]. Each pixel is the mean over a box, whatever the image's shape.
 
+    Grey images get three equal channels, palettes their colours, 16 bits the nearest of 8; transparency is dropped.
+
     Reference: the box method of Chrabaszcz et al., of which the published archives are made.
     """
     from PIL import Image
 
+    if image.mode.startswith("I"):  # 16 bits of grey; Pillow would turn all above 255 white
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     rgb = image.convert("RGB")
     return np.asarray(rgb if rgb.size == (side, side) else rgb.resize((side, side), Image.Resampling.BOX), np.uint8)
 

@@ -6,6 +6,7 @@ next line; or a folder with train.txt, validation.txt and test.txt.
 
 from __future__ import annotations
 
+import codecs
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,23 @@ CHILD_SECONDS = 3600
 TOKENS_FILE = "tokens.bin"
 
 
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+"""Byte-order marks of encodings that are refused; that of UTF-32 in big-endian order starts with 00."""
+HEAD_BYTES = 256
+
+
+def other_encoding(content: bytes) -> str | None:
+    """The name of a UTF of wider units, by its byte-order mark or by the zeros in every other byte."""
+    for mark, name in MARKS.items():
+        if content.startswith(mark):
+            return name
+    head = content[:HEAD_BYTES]
+    zeros = [not any(head[start::2]) for start in (0, 1)]
+    return "UTF-16 or UTF-32" if len(head) > 1 and any(zeros) else None
+
+
 def read_text(path: Path) -> str:
-    """The text of a file, with line ends as they are.
+    """The text of a file, with line ends as they are and without a byte-order mark.
 
     Raises:
         DataError: larger than 1 GiB, empty, or not UTF-8.
@@ -36,7 +52,13 @@ def read_text(path: Path) -> str:
         if not 0 < size <= MAX_BYTES:
             problem = f"{size:,} bytes, expected 1 to {MAX_BYTES:,}"
             raise DataError.at(path, problem, "give smaller files, or parquet to `fineweb`")
-        return path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        if other := other_encoding(content):
+            raise DataError.at(path, f"{other}, expected UTF-8", f"convert it: iconv -f {other[:6]} -t UTF-8", "byte 0")
+        text = content.decode("utf-8-sig")
+        if not text:
+            raise DataError.at(path, "a byte-order mark and nothing else", "give a file with text")
+        return text
     except UnicodeDecodeError as error:
         place = f"byte {error.start}"
         raise DataError.at(path, "not UTF-8", "convert it, for instance with iconv -t UTF-8", place) from None

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lolo.data import rgb32, sandbox
 from lolo.data.errors import DataError
 from lolo.data.read_plan import ReadPart, ReadPlan, SplitRows
+from lolo.files import disk
 
 FOLDER = Path("/usr/share/games/openarena/baseoa")
 """Where Debian installs the package."""
@@ -39,7 +40,8 @@ INSTALL = "apt-get install openarena-081-textures, or give the folder that holds
 def find(source: Path | None) -> list[Path]:
     """The package's pk3 files, in the given folder, anywhere below it, or where Debian installs them."""
     folder = FOLDER if source is None else source
-    archives = [folder] if folder.is_file() else sorted(folder.rglob("*.pk3"))
+    found = [folder] if folder.is_file() else sorted(folder.rglob("*.pk3"))
+    archives = [path for path in found if path == folder or not disk.is_litter(path)]
     if not archives:
         raise DataError.at(folder, "no textures (*.pk3) are here", INSTALL)
     return archives
@@ -58,7 +60,7 @@ def child_thumbnails(file: str, scratch: str) -> int:
             raise DataError.at(file, f"{len(members):,} files, expected at most {MAX_FILES:,}", INSTALL)
         for member in members:
             name = member.filename.lower()
-            if not name.startswith("textures/") or not name.endswith((".jpg", ".tga")):
+            if not name.startswith("textures/") or not name.endswith((".jpg", ".tga")) or disk.is_litter(Path(name)):
                 continue
             if member.file_size > MAX_FILE_BYTES:
                 raise DataError.at(file, f"{member.filename} has {member.file_size:,} bytes", INSTALL)

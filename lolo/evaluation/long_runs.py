@@ -32,10 +32,10 @@ Make = Callable[[Any], optax.GradientTransformation]
 
 
 class Curves(NamedTuple):
-    """K runs of `steps` inner steps."""
+    """K runs of `steps` inner steps. W points, after each WINDOW steps and after the last: see `curve_steps`."""
 
-    train_loss: NDArray[np.float32]  # [K, steps // WINDOW], means over WINDOW steps of the training batches' loss
-    held_loss: NDArray[np.float32]  # [K, steps // WINDOW], on a fixed subset of the held-out split
+    train_loss: NDArray[np.float32]  # [K, W], means over the WINDOW steps before, of the training batches' loss
+    held_loss: NDArray[np.float32]  # [K, W], on a fixed subset of the held-out split
     final: dict[str, NDArray[np.float32]]  # [K] each, scores on the whole held-out split after the last step
 
 
@@ -113,10 +113,39 @@ def compiled_window(task: Task, held: Task, make: Make, setting: Any, count: int
     return advance.lower(task, held, stacked, keys, states).compile(), states
 
 
-def check_steps(steps: int, window: int = WINDOW) -> None:
-    """Raise ValueError unless `steps` can be run in whole windows."""
-    if steps < window or steps % window:
-        raise ValueError(f"steps={steps} must be a multiple of {window}; try {max(round(steps / window), 1) * window}.")
+def check_steps(steps: int) -> None:
+    """Raise ValueError unless there is a step."""
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1.")
+
+
+def curve_steps(steps: int, window: int = WINDOW) -> list[int]:
+    """After how many steps the points of a run's curves are: 250 -> [100, 200, 250]."""
+    return [*range(window, steps, window), steps]
+
+
+def pieces_of(steps: int, window: int) -> list[list[int]]:
+    """The scans of each segment of `window` steps: 250 -> [[100], [50, 50], [50]].
+
+    The last full window is cut where the last `window` steps of the run begin, so that their mean can be taken.
+    """
+    full, rest = divmod(steps, window)
+    pieces = [[window]] * full
+    if rest and full:
+        pieces[-1] = [rest, window - rest]
+    return [*pieces, [rest]] if rest else pieces
+
+
+def mean_of_last(means: list[tuple[int, NDArray[np.float32]]], window: int) -> NDArray[np.float32]:
+    """The mean loss of the last `window` steps; of all, if there were fewer. means: steps of a scan, mean loss [K]."""
+    if means[-1][0] == window:
+        return means[-1][1]
+    chosen: list[tuple[int, NDArray[np.float32]]] = []
+    for piece in reversed(means):
+        if sum(count for count, _ in chosen) < window:
+            chosen.append(piece)
+    total = sum(count for count, _ in chosen)
+    return np.asarray(sum(count * mean for count, mean in chosen) / total, np.float32)
 
 
 def run(
@@ -135,30 +164,33 @@ def run(
       task: the split to train on; held: the split to score on.
       make: settings -> optimizer, one function for all runs; keep it the same object to compile once.
       settings: trees of numbers or arrays, equal shapes.
-      steps: a multiple of `window`.
+      steps: any number; the last window is shorter where it is no multiple of `window`.
       on_steps: called with the number of steps that each window did, all runs together (for progress bars).
       window: steps between two scores, and that a point of the train curve is the mean of.
     """
-    check_steps(steps, window)
+    check_steps(steps)
     if task.stream is not None and len(set(seeds)) > 1:
         return _by_seed(task, held, make, settings, seeds, steps, on_steps, window)
     count = len(settings)
     devices = max(min(len(jax.local_devices()), count), 1)
-    begin, advance, finish, over = _programs(make, devices, window)
+    begin, _, finish, over = _programs(make, devices, window)
     padded = -(-count // devices) * devices
     pad = [min(i, count - 1) for i in range(padded)]
     stacked = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(x[i]) for i in pad]), *settings)
     keys = jnp.stack([seed_key(seeds[i]) for i in pad])
     task, held = parallel.place(task, over), parallel.place(held, over)
     states = begin(task, stacked, keys)
-    train, scores = [], []
+    means, train, scores = [], [], []
     with contextlib.closing(Feed(task, window, (EVAL_STREAM, seeds[0]))) as feed:
-        for _ in range(steps // window):
+        for lengths in pieces_of(steps, window):
             segment = feed.next(lambda data: parallel.place(data, over))
-            states, loss, score = advance(segment, held, stacked, keys, states)
-            train.append(np.asarray(loss))
+            for length in lengths:
+                _, advance, _, _ = _programs(make, devices, length)
+                states, loss, score = advance(segment, held, stacked, keys, states)
+                means.append((length, np.asarray(loss)))
+                on_steps(length * count)
+            train.append(mean_of_last(means, window))
             scores.append(np.asarray(score))
-            on_steps(window * count)
     final = {name: np.asarray(x)[:count] for name, x in finish(held, states).items()}
     return Curves(np.stack(train, 1)[:count], np.stack(scores, 1)[:count], final)
 

@@ -77,6 +77,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def is_litter(path: Path) -> bool:
+    """Whether a file was left by a file manager (.DS_Store, ._x, Thumbs.db): no one's data, wherever it lies."""
+    return path.name.startswith("._") or path.name.lower() in (".ds_store", "thumbs.db", "desktop.ini")
+
+
 def leftovers(path: Path) -> list[Path]:
     """Temporary files that killed calls of `write_bytes` on this path have left."""
     return list(path.parent.glob(f".{path.name}.*.tmp"))

@@ -337,7 +337,7 @@ def summary_table(rows: Sequence[Row]) -> Html:
 
 def comparison_curves(rows: Sequence[Row], labels: Sequence[str], mark: float | None) -> list[Html]:
     """Train and held-out loss against the inner step: means and ranges over runs."""
-    x = long_runs.WINDOW * np.arange(1, len(rows[0].train_curve) + 1)
+    x = np.array(long_runs.curve_steps(rows[0].steps))
     if mark is not None and not 0 < mark <= x[-1]:
         mark = None
     unroll = "" if mark is None else f"; dotted line: the unroll in meta-training, {mark:,.0f} steps"
@@ -390,7 +390,7 @@ def read_about(rows: Path) -> dict[str, Any]:
             raise FileError(f"{path}: expected a JSON object.")
         return about
     if older.is_file() and older.stat().st_size <= disk.MAX_JSON_BYTES:
-        lines = older.read_text(errors="replace").splitlines()
+        lines = older.read_text(encoding="utf-8", errors="replace").splitlines()
         return {"stated": next((line for line in reversed(lines) if line.startswith("Command: ")), None)}
     return {}
 

@@ -24,10 +24,8 @@ def provenance() -> dict[str, Any]:
     package = Path(__file__).parents[1]
     commit = None
     if (package.parent / ".git").exists():
-        head = subprocess.run(
-            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-        commit = head.stdout.strip() or None
+        head = subprocess.run(["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, check=False)
+        commit = head.stdout.decode("ascii", "replace").strip() or None
     device = jax.local_devices()[0]
     return {
         "versions": versions(),

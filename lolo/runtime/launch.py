@@ -25,14 +25,14 @@ from typing import Any
 
 import jax
 
-from lolo.runtime import process_group
+from lolo.runtime import process_group, streams
 from lolo.runtime.process_group import ProcessGroup
 
 WATCHED = "LOLO_WATCHED"  # in the environment of a child that must end with its parent, which holds its stdin
 MEMBER = "LOLO_MEMBER"  # in the environment of a child: its place in the process group, as JSON
 JOINED = "lolo-joined"  # starts the line in which a child reports to its parent that it has joined
 LOST = 6  # exit status: processes could not join, or lost one
-FINAL = (0, 2, 3, 4, 5, 130)  # exit statuses that a restart would not change
+FINAL = (0, 2, 3, 4, 5, 130, streams.BROKEN_PIPE)  # exit statuses that a restart would not change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +100,9 @@ def member() -> dict[str, Any] | None:
     if text is None:
         return None
     place = json.loads(text)
-    sys.stdout = os.fdopen(place["stdout"], "w", buffering=1)
+    streams.reopen("stdout", place["stdout"])
     if place["prints"]:
-        sys.stderr = os.fdopen(place["stderr"], "w", buffering=1)
+        streams.reopen("stderr", place["stderr"])
     sys.argv[0] = "lolo"
     return place
 

@@ -47,6 +47,7 @@ def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
     labels = list(dict.fromkeys(row.optimizer for row in rows))
     for axis, field, name in ((axes[0], "train_curve", "train loss"), (axes[1], "held_curve", "held-out loss")):
         steps, values = _thinned(np.array([getattr(row, field) for row in rows], np.float64))
+        steps = np.minimum(steps, rows[0].steps)  # the last window may be shorter
         for i, label in enumerate(labels):
             colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
             mine = values[[row.optimizer == label for row in rows]]

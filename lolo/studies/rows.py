@@ -46,7 +46,8 @@ def _row(row: Any) -> dict[str, Any]:
     other = sorted(set(row) - set(_ROW_FIELDS))
     if other:
         raise ValueError(f"field {other[0]!r} is not of this version of lolo")
-    if {len(row["train_curve"]) * long_runs.WINDOW, len(row["held_curve"]) * long_runs.WINDOW} != {row["steps"]}:
+    points = len(long_runs.curve_steps(row["steps"]))
+    if {len(row["train_curve"]), len(row["held_curve"])} != {points}:
         raise ValueError(f"its curves have no number for each {long_runs.WINDOW} of {row['steps']} steps")
     return row
 

@@ -9,10 +9,12 @@ A name may be followed by settings, the keyword arguments of the task's function
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,8 @@ TASKS: dict[str, prepared.MakeSplits] = {
     "books-gpt2-mini": prepared.books_gpt2_mini,
 }
 
+
+OWN_PREFIX = "lolo_task_"  # of the name under which a task's file is imported
 
 ANY_TASK = {"reparametrize": 1.0}
 """Settings of every task; the first is the bound of `augment.reparametrized`."""
@@ -66,9 +70,15 @@ def _typed(value: str, like: Any, what: str) -> Any:
         raise TaskError(f"{what}={value!r} must be a number, such as {like}.") from None
 
 
-def pin(name: str) -> str:
-    """The name that a recipe stores: `path.py:function` gets the file's sha256, named tasks stay as they are."""
-    parts = _parts(name)
+HERE = (Path(),)
+
+
+def pin(name: str, folders: Sequence[Path] = HERE) -> str:
+    """The name that a recipe stores: `path.py:function` gets the file's sha256, named tasks stay as they are.
+
+    folders: where a relative path is looked for; of a pinned name, the first file with its sha256 is taken.
+    """
+    parts = _parts(name, folders)
     if parts.path is None:
         return name
     actual = sha256_of(parts.path)
@@ -79,10 +89,13 @@ def pin(name: str) -> str:
     return name if parts.sha256 else f"{name}@{actual}"
 
 
-def resolve(name: str) -> Splits:
-    """The splits of a task's name. Runs the code of `path.py:function`. Raises TaskError, DataError."""
-    pin(name)
-    return _build(name, outline=False)
+def resolve(name: str, folders: Sequence[Path] = HERE) -> Splits:
+    """The splits of a task's name. Runs the code of `path.py:function`. Raises TaskError, DataError.
+
+    The file and its function may import modules of the file's folder. folders: see `pin`.
+    """
+    pin(name, folders)
+    return _build(name, outline=False, folders=folders)
 
 
 def outline(name: str) -> Splits:
@@ -93,9 +106,35 @@ def outline(name: str) -> Splits:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _build(name, outline=True))
 
 
-def _build(name: str, outline: bool) -> Splits:
-    parts = _parts(name)
-    make = TASKS[parts.function] if parts.path is None else _function_of(parts.path, parts.function)
+def _build(name: str, outline: bool, folders: Sequence[Path] = HERE) -> Splits:
+    parts = _parts(name, folders)
+    if parts.path is None:
+        return _made(name, parts, TASKS[parts.function], outline)
+    with _neighbours(parts.path.absolute().parent):
+        return _made(name, parts, _function_of(parts.path, parts.function), outline)
+
+
+@contextlib.contextmanager
+def _neighbours(folder: Path) -> Iterator[None]:
+    """Modules of a folder can be imported, as by a script that lies there; afterwards nothing is left of it.
+
+    So a module of the same name beside another task's file is another module.
+    """
+    path, before = list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - before:
+            module = sys.modules[name]
+            file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), None)
+            if file and folder in Path(file).parents and not name.startswith(OWN_PREFIX):
+                del sys.modules[name]
+
+
+def _made(name: str, parts: Parts, make: prepared.MakeSplits, outline: bool) -> Splits:
     settings = parse_settings(parts.settings, make, parts.function)
     bound = settings.pop("reparametrize", 1.0)
     if outline and "where" in inspect.signature(make).parameters:
@@ -115,7 +154,7 @@ def _build(name: str, outline: bool) -> Splits:
 
 
 def _function_of(path: Path, function: str) -> prepared.MakeSplits:
-    spec = importlib.util.spec_from_file_location(f"lolo_task_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{OWN_PREFIX}{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} can't be imported; a task file is Python source, named path.py:function.")
     module = importlib.util.module_from_spec(spec)
@@ -142,17 +181,33 @@ class Parts(NamedTuple):
     sha256: str | None
 
 
-def _parts(name: str) -> Parts:
+def _parts(name: str, folders: Sequence[Path] = HERE) -> Parts:
     """Raises TaskError for files that are not there, and for unknown names and settings of named tasks."""
     match = NAME.fullmatch(name)
     if match and match["path"]:
-        if not Path(match["path"]).is_file():
-            where = "" if Path(match["path"]).is_absolute() else f" in {Path.cwd()}, from where it is looked for"
-            raise TaskError(f"task file {match['path']} does not exist{where}; give it as path.py:function.")
-        return Parts(Path(match["path"]), match["function"], match["settings"] or "", match["sha256"])
+        path = _find(Path(match["path"]), folders, match["sha256"])
+        return Parts(path, match["function"], match["settings"] or "", match["sha256"])
     known, _, settings = name.partition(":")
     if known not in TASKS:
         near = nearest(known, TASKS)
         raise TaskError(f"unknown task {name!r}; did you mean {near!r}? Your own: path.py:function.")
     parse_settings(settings, TASKS[known], known)
     return Parts(None, known, settings, None)
+
+
+def _find(path: Path, folders: Sequence[Path], sha256: str | None) -> Path:
+    """A task's file: the first with the sha256, else the first. Raises TaskError where there is none."""
+    there = [folder / path for folder in folders if (folder / path).is_file()]
+    if there:
+        return next((file for file in there if len(there) > 1 and sha256_of(file) == sha256), there[0])
+    if path.is_absolute():
+        raise TaskError(f"task file {path} does not exist; give it as path.py:function.")
+    if len(folders) == 1:
+        where = Path.cwd() / folders[0]
+        raise TaskError(
+            f"task file {path} does not exist in {where}, from where it is looked for; give it as path.py:function."
+        )
+    where = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in folders))
+    raise TaskError(
+        f"task file {path} is in none of the folders where it is looked for: {where}. Put it back into one."
+    )

@@ -7,6 +7,7 @@ A run's folder holds `recipe.json`, `run.json` (versions, commit, machine), `log
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from lolo.files import disk, jsonl
 from lolo.method.task import Splits
 from lolo.optimizers import pretrained, weights_file
 from lolo.runtime import environment, parallel
+from lolo.tasks import by_name
 from lolo.training import checkpoints, loggers, run_folder, run_log
 from lolo.training.how import How, Progress
 from lolo.training.recipes import Recipe
@@ -73,6 +75,7 @@ def train(
         about = {
             **environment.provenance(),
             **run.sizes(),
+            "folder": os.getcwd(),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "init": None if source is None else source.sha256,
             "processes": how.group.processes,
@@ -88,7 +91,8 @@ def resume(out: Path | str, how: How | None = None, *, tasks: dict[str, Splits] 
     """Continue a run from its newest complete checkpoint; the result is that of a run never interrupted.
 
     The group may have another number of processes than the one that wrote the checkpoint. `tasks` are those that
-    `train` was given. Loggers are rebuilt from log.jsonl: no step is there twice or missing.
+    `train` was given; a task `path.py:function` is found from any current folder. Loggers are rebuilt from log.jsonl:
+    no step is there twice or missing.
 
     Raises RunError: no run there, no complete checkpoint, other tasks, or recipe.json is not the checkpoint's;
     LoggerError. With a process group, as `train`.
@@ -100,6 +104,8 @@ def resume(out: Path | str, how: How | None = None, *, tasks: dict[str, Splits] 
     openers = loggers.openers(run_folder.logged_to(folder) if how.loggers is None else how.loggers)
     run_folder.require_alike(how.group, recipe, {"--devices": how.devices})
     with run_folder.exclusive(folder, how.group):
+        if tasks is None:
+            tasks = {name: by_name.resolve(name, run_folder.task_folders(folder)) for name in recipe.tasks}
         run = prepare(recipe, how, None, tasks)
         run.out = folder
         restore(run)

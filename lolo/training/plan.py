@@ -206,7 +206,7 @@ def of_training(recipe: Recipe, devices: int | None = 1, offload: bool = False) 
 
 def _long_run(step: cost.Cost, held: Task, steps: int) -> tuple[float, float]:
     """FLOPs and H100 seconds of one evaluation run; scoring is taken to be as fast as training."""
-    scored = steps // long_runs.WINDOW * min(held.score_examples, held.size) + held.size
+    scored = len(long_runs.curve_steps(steps)) * min(held.score_examples, held.size) + held.size
     scoring = scoring_cost(held, scored)
     flops = step.flops * steps + scoring
     return flops, h100_seconds(step) * flops / step.flops

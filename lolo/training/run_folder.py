@@ -61,7 +61,7 @@ def require_free(run: Path, recipe: Recipe) -> None:
         )
     # A run killed while it made the folder leaves run.json, or half of a file, and nothing else.
     ours = re.compile(r"run\.json|\.(run|recipe)\.json\.\d+\.tmp")
-    foreign = run.is_dir() and any(not ours.fullmatch(path.name) for path in run.iterdir())
+    foreign = run.is_dir() and any(not (ours.fullmatch(path.name) or disk.is_litter(path)) for path in run.iterdir())
     if not holding and run.exists() and (not run.is_dir() or foreign):
         raise RunError(f"{run} exists and is not an empty folder; give another --out.")
 
@@ -99,6 +99,17 @@ def logged_to(run: Path) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise FileError(f"{run}/run.json: log is {names!r}; expected a list of names.")
     return names
+
+
+def task_folders(run: Path) -> list[Path]:
+    """Where `path.py` of a run's tasks is looked for: where the run began, here, in its folder, and above it.
+
+    Raises FileError.
+    """
+    began = read_about(run).get("folder")
+    if began is not None and not isinstance(began, str):
+        raise FileError(f"{run}/run.json: folder is {began!r}; expected the path of a folder.")
+    return [*([Path(began)] if began else []), Path(), run, *run.absolute().parents[:3]]
 
 
 def require_alike(group: ProcessGroup, recipe: Recipe, more: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def changed(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
 def read(path: Path) -> Sweep:
     """The runs that a file describes. Raises SweepError, RecipeError, TaskError."""
     try:
-        described = tomllib.loads(path.read_text())
+        described = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SweepError(f"{path} can't be read as TOML: {error}.") from error
     for name in described:
@@ -152,7 +152,7 @@ def row(run: Planned) -> dict[str, Any]:
     """What a run's folder tells: its fields, how far it is, and its losses."""
     state, reason = state_of(run), None
     if state != "done" and failure_file(run).is_file():
-        state, reason = "failed", failure_file(run).read_text().strip()
+        state, reason = "failed", failure_file(run).read_text(encoding="utf-8", errors="replace").strip()
     rows = run_log.log_rows(run.out)
     losses = [float(np.mean(r["task_loss"])) for r in rows if "task_loss" in r]
     held = [float(r["validation"]["held_loss"]) for r in rows if "validation" in r]

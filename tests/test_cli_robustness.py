@@ -1,0 +1,151 @@
+"""Commands in another process's hands: its locale, its pipes, its closed streams, its current folder."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from lolo.runtime import streams
+
+ROOT = pathlib.Path(__file__).parent.parent
+LOLO = [sys.executable, "-m", "lolo.cli"]
+EVAL = ["eval", "sgdm:0.1", "adam:1e-3", "--task", "quadratic", "--steps", "100", "--seeds", "2"]
+RUN = ["--task", "quadratic", "--unroll.length", "20", "--unroll.truncation", "10", "--estimator.pairs", "2"]
+RUN += ["--outer.steps", "3", "--validation.every", "0"]
+
+
+def lolo(*argv, shell="{}", env=None, cwd=None):
+    """A finished `lolo ARGV`; `shell` is a line of bash around it."""
+    command = shell.format(" ".join(map(str, [*LOLO, *argv])))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    return subprocess.run(["bash", "-c", command], capture_output=True, env=environment, cwd=cwd, timeout=300)
+
+
+POOR = {
+    "windows": {"PYTHONIOENCODING": "cp1252"},
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "latin": {"PYTHONIOENCODING": "latin-1"},
+    "C": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+}
+
+
+@pytest.mark.parametrize("environment", POOR.values(), ids=POOR)
+def test_an_evaluation_is_printed_in_any_encoding_and_its_files_are_utf_8(tmp_path, environment):
+    out = tmp_path / "out"
+    done = lolo(*EVAL, "--out", out, env=environment)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.splitlines()
+    assert [line[:9] for line in table[-2:]] == [b"| sgdm 0.", b"| adam 0."]
+    with pytest.raises(UnicodeEncodeError):  # else the test shows nothing
+        (out / "report-quadratic.md").read_text(encoding="utf-8").encode("ascii")
+    assert "±" in (out / "report-quadratic.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("argv", [["tasks"], ["recipes"], ["train", "lolo", "--help"], ["eval", "--help"], ["--help"]])
+def test_lists_and_help_are_printed_in_any_encoding(argv):
+    done = lolo(*argv, env=POOR["ascii"])
+    assert done.returncode == 0 and done.stdout and not done.stderr
+
+
+def test_errors_are_printed_in_any_encoding():
+    done = lolo("eval", "αdam:1e-3", env=POOR["ascii"])
+    assert done.returncode == 2 and done.stderr.startswith(b"lolo: ") and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("argv", [["recipes"], ["train", "--help"], ["--help"]])
+def test_a_reader_that_leaves_is_no_error(argv, buffered):
+    shell = "{} | true; echo status ${{PIPESTATUS[0]}}"  # `true` reads nothing
+    done = lolo(*argv, shell=shell, env={"PYTHONUNBUFFERED": buffered})
+    assert done.stdout == b"status 141\n" and done.stderr == b""
+    done = lolo(*argv, shell="{} | head -1; echo status ${{PIPESTATUS[0]}}", env={"PYTHONUNBUFFERED": buffered})
+    assert done.stdout.splitlines()[-1] in (b"status 0", b"status 141") and done.stderr == b""
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
+    from lolo.cli import main as cli
+
+    def broken(argv):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli.COMMANDS, "tasks", cli.COMMANDS["tasks"]._replace(run=broken))
+    assert cli.main(["tasks"]) == 5 and "Broken pipe" in capsys.readouterr().err
+
+
+def test_a_meta_training_goes_on_when_nobody_reads_its_messages(tmp_path):
+    done = lolo("train", "lolo", *RUN, "--out", tmp_path / "run", shell="{} 2> >(true); echo status $?")
+    assert done.stdout.splitlines() == [f"{tmp_path}/run/last.safetensors".encode(), b"status 0"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_the_output_is_said():
+    done = lolo("recipes", shell="{} > /dev/full")
+    assert done.returncode == 5 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_fail_a_command(closed):
+    assert lolo("recipes", shell="{} " + closed).returncode == 0
+
+
+def test_closed_streams_do_not_fail_several_processes(tmp_path):
+    run = tmp_path / "run"
+    done = lolo("train", "lolo", *RUN, "--processes", "2", "--out", run, shell="{} <&- >&- 2>&-")
+    assert done.returncode == 0 and (run / "last.safetensors").is_file()
+    for file in run.rglob("*"):  # nothing that was printed came into a file that took the place of a stream
+        assert file.is_dir() or b"lolo: " not in file.read_bytes()
+
+
+def test_a_closed_input_does_not_fail_several_processes_and_they_print_in_any_encoding(tmp_path):
+    argv = ["train", "lolo", *RUN, "--processes", "2", "--out", tmp_path / "run"]
+    done = lolo(*argv, shell="{} <&-", env=POOR["ascii"])
+    assert done.returncode == 0 and b"3 of 3 loss" in done.stderr, done.stderr
+
+
+def test_a_version_is_printed(capsys):
+    from lolo.cli import main as cli
+    from lolo.runtime import environment
+
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lolo {environment.versions()['lolo']}\n"
+
+
+def test_a_stream_with_a_reader_is_not_unread():
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        assert not streams.is_unread(stream)
+        os.close(read)
+        assert streams.is_unread(stream)
+
+
+def test_a_run_finds_its_task_whereever_it_is_resumed_from(tmp_path, monkeypatch, capsys):
+    from lolo.cli import main as cli
+    from lolo.files import disk
+
+    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
+    for folder in (start, elsewhere):
+        folder.mkdir()
+    (start / "mine.py").write_text(
+        "from sizes import SIZE\nfrom lolo.tasks import quadratic as q\nmake = lambda: q(SIZE)\n"
+    )
+    (start / "sizes.py").write_text("SIZE = 2\n")
+    monkeypatch.chdir(start)
+    argv = ["train", "lolo", "--task", "mine.py:make", *RUN[2:], "--out", "runs/one"]
+    assert cli.main(argv) == 0
+    recipe = (start / "runs" / "one" / "recipe.json").read_bytes()
+    monkeypatch.chdir(elsewhere)
+    assert cli.main(["resume", str(start / "runs" / "one")]) == 0
+    assert (start / "runs" / "one" / "recipe.json").read_bytes() == recipe
+
+    about = disk.read_json(start / "runs" / "one" / "run.json")
+    assert about.pop("folder") == str(start)
+    disk.write_json(start / "runs" / "one" / "run.json", about)  # as an older lolo wrote it
+    assert cli.main(["resume", str(start / "runs" / "one")]) == 0
+
+    (start / "mine.py").rename(start / "other.py")
+    capsys.readouterr()
+    assert cli.main(["resume", str(start / "runs" / "one")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(start) in err and str(elsewhere) in err and "Put it back" in err
