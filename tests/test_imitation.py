@@ -156,3 +156,47 @@ def test_alpha_is_a_float32_weight(name, total):
 def test_constant_schedules_do_not_move():
     assert {float(imitation.zero(jnp.int32(t), 9)) for t in range(9)} == {0.0}
     assert {float(imitation.one(jnp.int32(t), 9)) for t in range(9)} == {1.0}
+
+
+def test_alpha_may_leave_0_late_and_reach_1_early():
+    alphas = [float(imitation.linear(jnp.int32(t), 11, 0.2, 0.6)) for t in range(11)]
+    np.testing.assert_allclose(alphas, [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1], atol=1e-6)
+    paper = [float(imitation.linear(jnp.int32(t), 11)) for t in range(11)]
+    assert paper == [np.float32(t) / np.float32(10) for t in range(11)]  # to the bit
+
+
+def test_a_floor_keeps_imitation_after_the_hand_over_and_changes_nothing_before():
+    deltas = Losses(task=TASK, bc=BC)
+    fuse = lambda alpha, floor: imitation.fuse(jnp.float32(alpha), deltas, ALL, imitation.raw, floor)  # noqa: E731
+    np.testing.assert_allclose(fuse(1.0, 0.25), 0.25 * BC + TASK)
+    np.testing.assert_array_equal(fuse(0.5, 0.25), fuse(0.5, 0.0))
+    assert not np.array_equal(fuse(0.9, 0.25), fuse(0.9, 0.0))
+
+
+LEARNED = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+EXPERT = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([[1.0]])}
+
+
+def test_direction_is_one_minus_the_cosine_over_all_tensors_together():
+    found = imitation.direction_distance(LEARNED, EXPERT)
+    np.testing.assert_allclose(found, 1 - 4 / (5 * np.sqrt(5)), rtol=1e-6)
+    apart = np.mean([1 - 0, 1 - 1])  # tensor by tensor it would be another number
+    assert abs(float(found) - apart) > 0.1
+    opposite = jax.tree.map(jnp.negative, LEARNED)
+    np.testing.assert_allclose(imitation.direction_distance(LEARNED, opposite), 2.0, rtol=1e-6)
+    zero = jax.tree.map(jnp.zeros_like, LEARNED)
+    assert float(imitation.direction_distance(LEARNED, zero)) == float(imitation.direction_distance(zero, zero)) == 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 7.0, 1e8])
+def test_direction_ignores_size_and_the_squared_distance_does_not(scale):
+    larger = jax.tree.map(lambda x: scale * x, LEARNED)
+    direction, squared = imitation.IMITATION_LOSSES["direction"], imitation.IMITATION_LOSSES["squared"]
+    np.testing.assert_allclose(direction(larger, EXPERT), direction(LEARNED, EXPERT), rtol=1e-5)
+    assert abs(float(squared(larger, EXPERT) / squared(LEARNED, EXPERT)) - 1) > 0.1
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_direction_of_an_update_that_is_not_finite_is_seen(bad):
+    broken = LEARNED | {"b": jnp.array([[bad]])}
+    assert np.isnan(imitation.direction_distance(broken, EXPERT))

@@ -13,7 +13,7 @@ from helpers import agrees, all_finite, assert_close, linear_learner, make_task,
 from scipy import stats
 
 from lolo.method import experts, inner, meta, replay
-from lolo.tasks.small import quadratic
+from lolo.tasks.small import fashion_mlp, quadratic
 from lolo.training import build
 from lolo.training.recipes import BC_ONLY, LOLO, NAIVE, RECIPES
 
@@ -156,8 +156,10 @@ def test_alpha_zero_follows_adam(alpha_loss):
         assert min(norms) > 0.0
 
 
-def test_adam_read_from_the_learners_accumulators_is_adam():
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_adam_read_from_the_learners_accumulators_is_adam(schedule):
     changes = {"learner.name": "small_fc", "learner.hidden": 4, "estimator.pairs": 2, "imitation.expert": "adam"}
+    changes |= {"imitation.schedule": schedule, "imitation.decay_steps": 20}
     own = run(setup_of(LOLO, changes), QUADRATIC, 6)
     shared = run(setup_of(LOLO, changes | {"imitation.expert": "adam-of-learner"}), QUADRATIC, 6)
     assert jax.tree.leaves(shared.states[-1].slots[0].local.inner.expert) == []
@@ -167,6 +169,31 @@ def test_adam_read_from_the_learners_accumulators_is_adam():
     assert_close(shared.states[-1].meta_params, own.states[-1].meta_params, rtol=1e-3, atol=1e-4)
     for ours, theirs in zip(shared.metrics, own.metrics, strict=True):
         np.testing.assert_allclose(ours.tasks.bc_loss, theirs.tasks.bc_loss, rtol=1e-4)
+
+
+NORM_FC = {"learner.name": "norm_fc", "estimator.pairs": 2, "imitation.expert": "muon", "imitation.loss": "direction"}
+
+
+def test_norm_fc_learns_the_direction_of_muon_with_an_early_hand_over_and_a_floor():
+    task = fashion_mlp("4").train
+    changes = {"imitation.start": 0.1, "imitation.end": 0.4, "imitation.floor": 0.2, "imitation.schedule": "cosine"}
+    history = run(setup_of(LOLO, NORM_FC | changes), (task,), 12)
+    assert history.compilations == 1 and all_finite(history.states[-1]) and all_finite(history.metrics)
+    alphas = [float(measured.alpha_mix) for measured in history.metrics]
+    np.testing.assert_allclose(alphas, np.clip((np.arange(12) / 19 - 0.1) / 0.3, 0, 1), atol=1e-6)
+    for measured in history.metrics:
+        assert 0 < float(measured.tasks.bc_loss[0]) < 2  # 1 - a cosine
+        assert float(measured.tasks.delta_bc_rms[0]) > 0
+
+
+def test_a_floor_teaches_imitation_after_the_hand_over():
+    def gradient(floor):
+        setup = setup_of(NAIVE, {"imitation.floor": floor, "imitation.normalize": "slot"}, outer=recording())
+        # Without a floor there is no expert: bc is 0.
+        return run(setup, QUADRATIC, 2).states[-1].outer
+
+    assert not same(gradient(0.5), gradient(0.0))
+    assert same(gradient(0.5), gradient(0.5))
 
 
 # --- the gradient ---------------------------------------------------------------------------------------------------

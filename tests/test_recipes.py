@@ -202,8 +202,11 @@ def test_foreign_recipes_are_refused_by_name(data, words):
         assert word in text
 
 
+ADDED = [f"imitation.{name}" for name in ("loss", "start", "end", "floor", "schedule", "final_lr", "decay_steps")]
+
+
 def test_every_field_must_be_there_but_for_those_added_later_which_mean_their_default():
-    added = ["learner.step_decay"]
+    added = ["learner.step_decay", *ADDED]
     for name in fields(LOLO):
         section, _, field = name.rpartition(".")
         data = json.loads(json.dumps(to_dict(LOLO)))
@@ -306,6 +309,8 @@ def test_an_unknown_field_suggests_the_nearest(name, near):
         ("imitation.alpha_mix", "liner", "linear"),
         ("imitation.alpha_loss", "ones", "one"),
         ("imitation.normalize", "slots", "slot"),
+        ("imitation.loss", "directions", "direction"),
+        ("imitation.schedule", "cosin", "cosine"),
         ("replay.read", "oldst", "oldest"),
         ("replay.push", "randm", "random"),
         ("unroll.schedule", "log_uniform", "log-uniform"),
@@ -341,6 +346,15 @@ CONFLICTS = [
     ({"estimator.sigma": float("nan")}, ["estimator.sigma=nan", "positive"]),
     ({"outer.lr": -1e-3}, ["outer.lr=-0.001", "positive"]),
     ({"imitation.lr": float("inf")}, ["imitation.lr=inf", "positive"]),
+    ({"imitation.final_lr": 0.0}, ["imitation.final_lr=0.0", "positive"]),
+    ({"imitation.decay_steps": 0}, ["imitation.decay_steps=0", "at least 1"]),
+    ({"imitation.start": 0.5, "imitation.end": 0.5}, ["start=0.5", "less than imitation.end=0.5", "try"]),
+    ({"imitation.start": 0.6, "imitation.end": 0.2}, ["start=0.6", "less than imitation.end=0.2", "try"]),
+    ({"imitation.end": 0.0}, ["imitation.start=0.0", "less than imitation.end=0.0"]),
+    ({"imitation.start": -0.1}, ["imitation.start=-0.1", "from 0 to 1"]),
+    ({"imitation.end": 1.5}, ["imitation.end=1.5", "from 0 to 1"]),
+    ({"imitation.floor": 1.01}, ["imitation.floor=1.01", "from 0 to 1"]),
+    ({"imitation.floor": float("nan")}, ["imitation.floor=nan", "from 0 to 1"]),
     ({"learner.step_mult": 0.0}, ["learner.step_mult=0.0", "positive"]),
     ({"replay.threshold": 1.5}, ["replay.threshold=1.5", "from 0 to 1"]),
     ({"replay.threshold": -0.1}, ["replay.threshold=-0.1", "from 0 to 1"]),
@@ -482,6 +496,81 @@ def test_the_decay_of_the_expert_is_the_learners():
         ours, _ = decayed.update(grads, decayed.init(params), params, learner_state=None)
         theirs, _ = expert.update(grads, expert.init(params), params, learner_state=None)
         np.testing.assert_allclose(ours["x"] - theirs["x"], -0.25 * params["x"], rtol=1e-5)
+
+
+def test_the_hand_over_s_ends_are_shares_of_the_outer_steps():
+    setup = build.build(changed({"imitation.start": 0.05, "imitation.end": 0.5, "outer.steps": 1001}))
+    for alpha in (setup.alpha_mix, setup.alpha_loss):
+        found = [float(alpha(jnp.int32(t))) for t in (0, 50, 275, 500, 1000)]
+        np.testing.assert_allclose(found, [0, 0, 0.5, 1, 1], atol=1e-6)
+
+
+def test_a_floor_needs_the_expert_where_alpha_is_one():
+    assert build.build(NAIVE).expert is None
+    assert build.build(with_field(NAIVE, "imitation.floor", 0.21)).expert is not None
+    assert build.build(with_field(NAIVE, "imitation.loss", "direction")).expert is None
+
+
+# --- experts --------------------------------------------------------------------------------------------------------
+
+GRADIENT = jax.tree.map(
+    lambda shape: jax.random.normal(jax.random.key(3), shape),
+    {"weight": (64, 32), "kernel": (3, 3, 4, 8), "bias": (32,), "scale": ()},
+    is_leaf=lambda x: isinstance(x, tuple),
+)
+
+
+def first_step(expert):
+    """The expert's first update of parameters that are zero."""
+    params = jax.tree.map(jnp.zeros_like, GRADIENT)
+    return expert.update(GRADIENT, expert.init(params), params, learner_state=None)[0]
+
+
+def rms(x):
+    return float(jnp.sqrt(jnp.mean(x**2)))
+
+
+def test_muon_s_step_has_the_size_of_its_rate_whatever_the_shape():
+    step = first_step(experts.muon(0.01))
+    for name in ("weight", "kernel"):
+        assert 0.8 < rms(step[name]) / 0.01 < 1.1
+        singular = np.linalg.svd(np.reshape(step[name], (-1, step[name].shape[-1])), compute_uv=False)
+        largest = np.sqrt(max(step[name].size // step[name].shape[-1], step[name].shape[-1]))
+        assert 0.5 < singular.min() / (0.01 * largest) <= singular.max() / (0.01 * largest) < 1.3
+    # optax's own factor, √max(1, columns/rows), would give steps of other sizes.
+    plain = optax.contrib.muon(0.01)
+    params = jax.tree.map(jnp.zeros_like, GRADIENT)
+    assert rms(plain.update(GRADIENT, plain.init(params), params)[0]["weight"]) < 0.2 * 0.01
+
+
+def test_muon_moves_vectors_as_adam_with_nesterov():
+    step, adam = first_step(experts.muon(0.01)), first_step(experts.Expert(*optax.nadam(0.01)))
+    for name in ("bias", "scale"):
+        np.testing.assert_allclose(step[name], adam[name], rtol=1e-5)
+    assert not np.allclose(step["weight"], adam["weight"], rtol=0.1)
+
+
+def test_a_cosine_starts_at_lr_and_reaches_final_lr_at_decay_steps():
+    rate = experts.RATES["cosine"](1e-2, 1e-4, 400)
+    found = [float(rate(jnp.int32(t))) for t in (0, 200, 400, 401, 10_000)]
+    np.testing.assert_allclose(found, [1e-2, (1e-2 + 1e-4) / 2, 1e-4, 1e-4, 1e-4], rtol=1e-4)
+    assert experts.RATES["constant"](1e-2, 1e-4, 400) == 1e-2
+
+
+@pytest.mark.parametrize("name", [name for name in experts.EXPERTS if name != "adam-of-learner"])
+def test_the_cosine_of_an_expert_runs_over_its_own_steps(name):
+    changes = {"imitation.expert": name, "imitation.lr": 1e-2, "learner.hidden": 4}
+    cosine = changes | {"imitation.schedule": "cosine", "imitation.final_lr": 1e-3, "imitation.decay_steps": 5}
+    ours, plain = (build.build_expert(changed(c)) for c in (cosine, changes))
+    params = {"x": jnp.ones((2, 3)), "y": jnp.ones(3)}
+    grads, ratios = {"x": jnp.arange(6.0).reshape(2, 3) + 1, "y": jnp.ones(3)}, []
+    states = [ours.init(params), plain.init(params)]
+    for _ in range(8):
+        updates, states[0] = ours.update(grads, states[0], params, learner_state=None)
+        expected, states[1] = plain.update(grads, states[1], params, learner_state=None)
+        ratios.append([float(updates[k].sum() / expected[k].sum()) for k in params])
+    rate = [0.1 + 0.9 * (1 + np.cos(np.pi * min(t, 5) / 5)) / 2 for t in range(8)]
+    np.testing.assert_allclose(ratios, np.stack([rate, rate], 1), rtol=1e-4)
 
 
 def test_small_recipes_of_the_tests_are_valid():

@@ -15,14 +15,28 @@ import optax
 from lolo.trees import PyTree
 
 Expert: TypeAlias = optax.GradientTransformationExtraArgs
+Rate: TypeAlias = float | Callable[[jax.Array], jax.Array]  # constant, or a function of the inner steps done
 
 
-def adam(learning_rate: float) -> Expert:
-    """Adam with β .9 and .999, eps 1e-8, constant learning rate (the paper's expert)."""
+def constant(learning_rate: float, final: float, steps: int) -> Rate:
+    """The same rate at every inner step (the paper's)."""
+    return learning_rate
+
+
+def cosine(learning_rate: float, final: float, steps: int) -> Rate:
+    """From `learning_rate` to `final` along half a cosine of `steps` inner steps, counted from the random init."""
+    return optax.cosine_decay_schedule(learning_rate, steps, alpha=final / learning_rate)
+
+
+RATES: dict[str, Callable[[float, float, int], Rate]] = {"constant": constant, "cosine": cosine}
+
+
+def adam(learning_rate: Rate) -> Expert:
+    """Adam with β .9 and .999, eps 1e-8 (the paper's expert, with a constant learning rate)."""
     return optax.with_extra_args_support(optax.adam(learning_rate))
 
 
-def adam_of_learner(learning_rate: float) -> Expert:
+def adam_of_learner(learning_rate: Rate) -> Expert:
     """The same Adam, read from the accumulators of `small_fc`: no state of its own, equal to rounding.
 
     `small_fc` keeps the averages of g (decay .9) and g² (decay .999) that Adam needs. Not for learned decays.
@@ -33,22 +47,48 @@ def adam_of_learner(learning_rate: float) -> Expert:
     ) -> tuple[PyTree, optax.EmptyState]:
         count = learner_state.step.astype(jnp.float32)
         mean_correction, square_correction = 1 - 0.9**count, 1 - 0.999**count
+        # The learner's count is after this step, and a schedule wants the steps done before it.
+        rate = learning_rate(learner_state.step - 1) if callable(learning_rate) else learning_rate
 
         def one(grad: jax.Array, moments: Any) -> jax.Array:
             mean, square = moments.momentum[0] / mean_correction, moments.rms / square_correction
-            return (-learning_rate * mean / (jnp.sqrt(square) + 1e-8)).astype(grad.dtype)
+            return (-rate * mean / (jnp.sqrt(square) + 1e-8)).astype(grad.dtype)
 
         return jax.tree.map(one, grads, learner_state.moments), state
 
     return Expert(lambda params: optax.EmptyState(), update)
 
 
-def sgdm(learning_rate: float) -> Expert:
+def sgdm(learning_rate: Rate) -> Expert:
     """SGD with momentum 0.9."""
     return optax.with_extra_args_support(optax.sgd(learning_rate, momentum=0.9))
 
 
-EXPERTS: dict[str, Callable[[float], Expert]] = {"adam": adam, "adam-of-learner": adam_of_learner, "sgdm": sgdm}
+def muon(learning_rate: Rate) -> Expert:
+    """optax's Muon: Nesterov momentum .95, five Newton-Schulz iterations, times √max(rows, columns).
+
+    That gives a step of root mean square 1, times the rate, where all singular values come out as 1: .8 to 1 for a
+    full rank, less for a low one, such as an embedding's of which few rows were read. Every tensor of two axes or more
+    is the matrix [all other axes, last axis]; the others are on AdamW (.9, .999), with Nesterov too, as optax has it.
+    """
+
+    def matrices(params: PyTree) -> PyTree:
+        def axes(param: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+            last = param.ndim - 1
+            return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last) if last > 0 else None
+
+        return jax.tree.map(axes, params)
+
+    muon_ = optax.contrib.muon(learning_rate, consistent_rms=1.0, muon_weight_dimension_numbers=matrices)
+    return optax.with_extra_args_support(muon_)
+
+
+EXPERTS: dict[str, Callable[[Rate], Expert]] = {
+    "adam": adam,
+    "adam-of-learner": adam_of_learner,
+    "sgdm": sgdm,
+    "muon": muon,
+}
 
 
 def with_decay(expert: Expert, rate: float) -> Expert:

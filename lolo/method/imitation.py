@@ -1,7 +1,8 @@
 """On-policy imitation and its hand-over to the task loss (Eq. 1-5 of the LoLO paper).
 
 Eq. 1 mixes the learned update with the expert's, Eq. 2 is their squared distance, Eq. 3-4 fuse the two
-antithetic differences into one, Eq. 5 brings both to unit second moment first.
+antithetic differences into one, Eq. 5 brings both to unit second moment first. Beside Eq. 2 there is the distance of
+the directions alone, and the hand-over may start late, end early, and keep a floor of imitation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lolo.trees import PyTree
 
-Schedule = Callable[[jax.Array, int], jax.Array]
+Schedule = Callable[..., jax.Array]  # outer step, T, a, b -> α
+ImitationLoss = Callable[[PyTree, PyTree], jax.Array]  # u_O, u_H -> []
 
 
 class Losses(NamedTuple):
@@ -25,17 +27,23 @@ class Losses(NamedTuple):
     bc: Float[Array, "..."]
 
 
-def linear(step: Int[Array, ""], total: int) -> Float[Array, ""]:
-    """α_t = t / (T − 1): from the expert to the task loss. A run of one step has α = 0, not 0/0."""
-    return jnp.asarray(step, jnp.float32) / max(total - 1, 1)
+def linear(step: Int[Array, ""], total: int, start: float = 0.0, end: float = 1.0) -> Float[Array, ""]:
+    """α_t = clip((t/(T − 1) − a)/(b − a), 0, 1), from the expert to the task loss: a = `start`, b = `end`.
+
+    With a = 0 and b = 1 it is the paper's t/(T − 1). A run of one step is at t/(T − 1) = 0, not 0/0.
+    """
+    done = jnp.asarray(step, jnp.float32) / max(total - 1, 1)
+    if (start, end) == (0.0, 1.0):  # the clip would change nothing but how XLA rounds 1 − α, and with it φ's bytes
+        return done
+    return jnp.clip((done - start) / (end - start), 0.0, 1.0)
 
 
-def zero(step: Int[Array, ""], total: int) -> Float[Array, ""]:
+def zero(step: Int[Array, ""], total: int, start: float = 0.0, end: float = 1.0) -> Float[Array, ""]:
     """α ≡ 0: follow the expert, learn from imitation only."""
     return jnp.zeros((), jnp.float32)
 
 
-def one(step: Int[Array, ""], total: int) -> Float[Array, ""]:
+def one(step: Int[Array, ""], total: int, start: float = 0.0, end: float = 1.0) -> Float[Array, ""]:
     """α ≡ 1: follow the learned optimizer, learn from the task loss only."""
     return jnp.ones((), jnp.float32)
 
@@ -61,6 +69,24 @@ def squared_distance(learned: PyTree, expert: PyTree) -> Float[Array, ""]:
     """‖u_O − u_H‖² summed over all parameters (Eq. 2)."""
     differences = [(a - b).ravel() for a, b in zip(jax.tree.leaves(learned), jax.tree.leaves(expert), strict=True)]
     return sum((jnp.vdot(d, d) for d in differences), jnp.zeros((), jnp.float32))
+
+
+def direction_distance(learned: PyTree, expert: PyTree) -> Float[Array, ""]:
+    """1 − ⟨u_O, u_H⟩ / (‖u_O‖ ‖u_H‖ + 1e-30), over all tensors together: 0 for one direction, 2 for opposite ones.
+
+    The sizes of the two updates do not enter; 1 where one of them is 0. ELO's, in place of Eq. 2.
+    """
+
+    def dot(x: PyTree, y: PyTree) -> jax.Array:
+        pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+        products = (jnp.vdot(a.astype(jnp.float32).ravel(), b.astype(jnp.float32).ravel()) for a, b in pairs)
+        return sum(products, jnp.zeros((), jnp.float32))
+
+    norms = jnp.sqrt(dot(learned, learned)) * jnp.sqrt(dot(expert, expert))
+    return 1 - dot(learned, expert) / (norms + 1e-30)
+
+
+IMITATION_LOSSES: dict[str, ImitationLoss] = {"squared": squared_distance, "direction": direction_distance}
 
 
 def normalize_second_moment(
@@ -106,6 +132,10 @@ def fuse(
     deltas: Losses,
     valid: Bool[Array, "J P L"],
     normalize: Callable[[jax.Array, jax.Array], jax.Array],
+    floor: float = 0.0,
 ) -> Float[Array, "J P L"]:
-    """δ = (1 − α) ψ(Δ^bc) + α ψ(Δ^task) (Eq. 4; Eq. 3 with `raw`). Arrays [J, P, L]; invalid steps give 0."""
-    return (1 - alpha) * normalize(deltas.bc, valid) + alpha * normalize(deltas.task, valid)
+    """δ = max(1 − α, floor) ψ(Δ^bc) + α ψ(Δ^task) (Eq. 4, floor 0; Eq. 3 with `raw`). Invalid steps give 0.
+
+    With a floor (ELO: 0.21) imitation goes on teaching after the hand-over.
+    """
+    return jnp.maximum(1 - alpha, floor) * normalize(deltas.bc, valid) + alpha * normalize(deltas.task, valid)

@@ -29,7 +29,7 @@ class StepRecord(NamedTuple):
     """Raw numbers of one inner step, before any repair."""
 
     task: Float[Array, ""]  # loss of the training batch before the update
-    bc: Float[Array, ""]  # ‖u_O − u_H‖² (Eq. 2); 0 without an expert
+    bc: Float[Array, ""]  # imitation loss, such as ‖u_O − u_H‖² (Eq. 2); 0 without an expert
     gradient: Float[Array, ""]  # squared norm of the inner gradient
 
 
@@ -79,12 +79,14 @@ def inner_step(
     alpha: Float[Array, ""],
     state: InnerState,
     key: Key[Array, ""],
+    imitation_loss: imitation.ImitationLoss = imitation.squared_distance,
 ) -> tuple[InnerState, StepRecord]:
     """Train one step with the mixture of learned optimizer and expert (Eq. 1).
 
     Args:
       alpha: weight of the learned optimizer. Without an expert the learned optimizer steps alone.
       key: decides the batch, the same for both signs of a pair.
+      imitation_loss: how far the learned update is from the expert's.
     """
     key_batch, key_loss = jax.random.split(key)
     batch = task.sample(key_batch, state.step)
@@ -93,7 +95,7 @@ def inner_step(
     expert_state, bc = state.expert, jnp.zeros(())
     if expert is not None:
         expert_updates, expert_state = expert.update(grads, state.expert, state.params, learner_state=learner_state)
-        bc = imitation.squared_distance(updates, expert_updates)
+        bc = imitation_loss(updates, expert_updates)
         updates = imitation.mix_updates(alpha, updates, expert_updates)
     params = optax.apply_updates(state.params, updates)
     record = StepRecord(task=loss, bc=bc, gradient=squared_norm(grads))

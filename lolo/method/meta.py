@@ -37,6 +37,8 @@ class Setup(NamedTuple):
     outer: optax.GradientTransformation
     alpha_mix: Callable[[jax.Array], jax.Array]  # outer step -> α of Eq. 1
     alpha_loss: Callable[[jax.Array], jax.Array]  # outer step -> α of Eq. 3-4
+    imitation_loss: imitation.ImitationLoss  # Eq. 2 or another, see imitation.IMITATION_LOSSES
+    floor: float  # least weight of imitation in Eq. 4
     normalize: Callable[[jax.Array, jax.Array], jax.Array]  # Eq. 5, see imitation.NORMALIZERS
     read: replay.Read
     capacity: int  # M
@@ -199,7 +201,8 @@ def truncated_unroll(
 
     def step(n: jax.Array, carry: tuple[InnerState, StepRecord]) -> tuple[InnerState, StepRecord]:
         inner, records = carry
-        inner, record = inner_step(task, learner, setup.expert, alpha, inner, jax.random.fold_in(key, n))
+        key_step = jax.random.fold_in(key, n)
+        inner, record = inner_step(task, learner, setup.expert, alpha, inner, key_step, setup.imitation_loss)
         return inner, jax.tree.map(lambda all_, new: all_.at[n].set(new), records, record)
 
     # Two loops around the snapshot, [0, offset) and [offset, L), as one program that runs twice. Nothing is
@@ -369,7 +372,7 @@ def collect(setup: Setup, task: Task, alpha: Float[Array, ""], seen: Truncation)
     task_loss = records.task if task.loss_limit is None else jnp.minimum(records.task, task.loss_limit)
     losses = Losses(task=task_loss, bc=records.bc)
     deltas = Losses(*(jnp.where(valid, x[:, :, 0] - x[:, :, 1], 0.0) for x in losses))
-    fused = imitation.fuse(alpha, deltas, valid, setup.normalize)
+    fused = imitation.fuse(alpha, deltas, valid, setup.normalize, setup.floor)
     gradients = Gradients(
         *(antithetic_gradient(x, seen.directions, setup.estimator.sigma, valid) for x in (fused, *deltas))
     )

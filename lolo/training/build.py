@@ -23,15 +23,16 @@ AT_LEAST_ONE = (
     "outer.steps",
     "outer.max_bad_steps",
     "validation.seeds",
+    "imitation.decay_steps",
 )
-POSITIVE = ("imitation.lr", "estimator.sigma", "outer.lr", "outer.clip")
+POSITIVE = ("imitation.lr", "imitation.final_lr", "estimator.sigma", "outer.lr", "outer.clip")
 NOT_NEGATIVE = (
     "outer.final_lr",
     "outer.weight_decay",
     "validation.every",
     "validation.steps",
 )
-SHARES = ("replay.threshold", "outer.warmup")
+SHARES = ("replay.threshold", "outer.warmup", "imitation.start", "imitation.end", "imitation.floor")
 
 
 def check(recipe: recipes.Recipe) -> None:
@@ -46,9 +47,19 @@ def check(recipe: recipes.Recipe) -> None:
     if not recipe.tasks or len(set(recipe.tasks)) < len(recipe.tasks):
         raise RecipeError(f"tasks={recipe.tasks} must name at least one task, none of them twice; see `lolo tasks`.")
     pick({"random": None}, "replay.push", recipe.replay.push)
+    check_hand_over(recipe.imitation)
     check_unroll(recipe.unroll)
     check_pairs(recipe.estimator)
     check_learner(recipe)
+
+
+def check_hand_over(given: recipes.ImitationSettings) -> None:
+    """Raise RecipeError unless the hand-over starts before it ends."""
+    if given.start >= given.end:
+        raise RecipeError(
+            f"imitation.start={given.start} must be less than imitation.end={given.end}: α grows from 0 to 1 between "
+            "these shares of outer.steps; try imitation.start=0.0."
+        )
 
 
 def check_unroll(unroll: recipes.UnrollSettings) -> None:
@@ -86,10 +97,13 @@ def check_learner(recipe: recipes.Recipe) -> None:
 
 
 def build_expert(recipe: recipes.Recipe) -> experts.Expert | None:
-    """The expert, or None where both α ≡ 1: it would only cost time and memory."""
-    if recipe.imitation.alpha_mix == recipe.imitation.alpha_loss == "one":
+    """The expert, or None where both α ≡ 1 and nothing is left to imitate: it would only cost time and memory."""
+    if recipe.imitation.alpha_mix == recipe.imitation.alpha_loss == "one" and recipe.imitation.floor == 0:
         return None
-    expert = pick(experts.EXPERTS, "imitation.expert", recipe.imitation.expert)(recipe.imitation.lr)
+    given = recipe.imitation
+    make_rate = pick(experts.RATES, "imitation.schedule", given.schedule)
+    rate = make_rate(given.lr, given.final_lr, given.decay_steps)
+    expert = pick(experts.EXPERTS, "imitation.expert", given.expert)(rate)
     decay = architecture.of(recipe.learner).expert_decay(recipe.learner)
     return experts.with_decay(expert, decay) if decay else expert
 
@@ -140,7 +154,7 @@ def build(recipe: recipes.Recipe) -> meta.Setup:
 
     def alpha(field: str, name: str) -> Callable[[jax.Array], jax.Array]:
         schedule = pick(imitation.ALPHA_SCHEDULES, field, name)
-        return lambda step: schedule(step, total)
+        return lambda step: schedule(step, total, recipe.imitation.start, recipe.imitation.end)
 
     return meta.Setup(
         learned=architecture.build_learner(recipe.learner),
@@ -149,6 +163,8 @@ def build(recipe: recipes.Recipe) -> meta.Setup:
         outer=build_outer(recipe.outer),
         alpha_mix=alpha("imitation.alpha_mix", recipe.imitation.alpha_mix),
         alpha_loss=alpha("imitation.alpha_loss", recipe.imitation.alpha_loss),
+        imitation_loss=pick(imitation.IMITATION_LOSSES, "imitation.loss", recipe.imitation.loss),
+        floor=recipe.imitation.floor,
         normalize=pick(imitation.NORMALIZERS, "imitation.normalize", recipe.imitation.normalize),
         read=pick(replay.READ_RULES, "replay.read", recipe.replay.read),
         capacity=recipe.replay.capacity,

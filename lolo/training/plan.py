@@ -102,7 +102,8 @@ def inner_step_cost(setup: meta.Setup, task: Task) -> cost.Cost:
     phi = jax.eval_shape(setup.learned.init, jax.random.key(0))
 
     def step(meta_params: PyTree, task: Task, state: inner.InnerState, key: jax.Array) -> Any:
-        return inner.inner_step(task, setup.learned.optimizer(meta_params), setup.expert, jnp.ones(()), state, key)
+        learner = setup.learned.optimizer(meta_params)
+        return inner.inner_step(task, learner, setup.expert, jnp.ones(()), state, key, setup.imitation_loss)
 
     begin = partial(inner.begin, expert=setup.expert)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -21,11 +21,18 @@ FORMAT_VERSION = 1
 class ImitationSettings:
     """The expert and the hand-over from it to the task loss."""
 
-    expert: str = "adam"  # adam, adam-of-learner (the same, without a state of its own) or sgdm
+    expert: str = "adam"  # adam, adam-of-learner (the same, without a state of its own), sgdm or muon
     lr: float = 1e-3  # the expert's learning rate
     alpha_mix: str = "linear"  # α of Eq. 1: linear, zero (the expert steps) or one (the learned optimizer steps)
     alpha_loss: str = "linear"  # α of Eq. 3-4: linear, zero (imitation loss only) or one (task loss only)
     normalize: str = "slot"  # ψ of Eq. 5: slot, joint or none
+    loss: str = settings.added("squared")  # of imitation: squared (Eq. 2) or direction (1 - cosine of the two updates)
+    start: float = settings.added(0.0)  # share of T at which a linear α leaves 0
+    end: float = settings.added(1.0)  # share of T at which a linear α reaches 1
+    floor: float = settings.added(0.0)  # least weight of the imitation loss in Eq. 4
+    schedule: str = settings.added("constant")  # of the expert's learning rate over the inner step: constant or cosine
+    final_lr: float = settings.added(1e-5)  # where the cosine ends
+    decay_steps: int = settings.added(10_000)  # inner steps that the cosine takes
 
 
 @dataclasses.dataclass(frozen=True)
