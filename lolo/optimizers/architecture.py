@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from lolo.files import settings
@@ -39,13 +41,15 @@ class Architecture(NamedTuple):
     expert_decay: Callable[[Any], float] = lambda learner: 0.0  # decay per step that its expert must have too
     keeps_adam_moments: Callable[[Any], bool] = lambda learner: False  # so that adam-of-learner can be its expert
     # The same optimizer, with its state in the form that users see.
-    present: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda optimizer: optimizer
+    present: Callable[[optax.GradientTransformation], optax.GradientTransformation] = optax.with_extra_args_support
+    # The same optimizer, under which entries that never had a gradient do not move; None: there is none.
+    freeze_unseen: Callable[[optax.GradientTransformation], optax.GradientTransformation] | None = None
 
 
 def _small_fc(
     learner: small_fc_spec.SmallFcSettings, axis_name: str | None, sharded_axis: int
 ) -> base.LearnedOptimizer:
-    arguments = {name: value for name, value in dataclasses.asdict(learner).items() if name != "name"}
+    arguments = {name: value for name, value in vars(learner).items() if name != "name"}
     return small_fc.small_fc(**arguments, axis_name=axis_name, sharded_axis=sharded_axis)
 
 
@@ -65,6 +69,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         expert_decay=small_fc_spec.expert_decay,
         keeps_adam_moments=small_fc_spec.keeps_adam_moments,
         present=small_fc.one_tree_per_moment,
+        freeze_unseen=small_fc.freeze_unseen,
     ),
     "norm_fc": Architecture(
         settings=norm_fc_spec.NormFcSettings,
@@ -126,10 +131,15 @@ def deployed(learner: LearnerSettings, requested: Mapping[str, Any]) -> LearnerS
         if name not in rules:
             raise ValueError(f"learner {learner.name!r} has no {name}; leave it out.")
         try:
-            changes[name] = rules[name](value)
+            changes[name] = jnp.asarray(value, jnp.float32) if is_array(value) else rules[name](value)
         except ValueError as error:
             raise ValueError(f"{name}={value!r} {error}") from error
     return dataclasses.replace(learner, **changes)
+
+
+def is_array(value: Any) -> bool:
+    """Whether a setting comes as an array, as `optax.inject_hyperparams` has it; its value is not looked at."""
+    return isinstance(value, jax.Array)
 
 
 def build_learner(
@@ -137,8 +147,11 @@ def build_learner(
 ) -> base.LearnedOptimizer:
     """The architecture that a recipe names; inside shard_map, for parameters cut over `axis_name` (see small_fc).
 
-    One object for equal arguments: what is compiled for it is found again.
+    One object for equal arguments: what is compiled for it is found again. Settings that are arrays, which may be
+    traced, have no equals.
     """
+    if any(is_array(value) for value in vars(learner).values()):
+        return of(learner).build(learner, axis_name, sharded_axis)
     return _built(learner, axis_name, sharded_axis)
 
 

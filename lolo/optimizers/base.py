@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from lolo.files.settings import Alternative
 from lolo.optimizers import sharding
@@ -45,7 +46,7 @@ def learned_sgd() -> LearnedOptimizer:
     """SGD with momentum whose log learning rate and logit of momentum are the two meta-parameters."""
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
-        return {"log_learning_rate": jnp.log(jnp.float32(0.1)), "momentum_logit": jnp.zeros(())}
+        return {"log_learning_rate": jnp.log(jnp.float32(0.1)), "momentum_logit": jnp.zeros((), jnp.float32)}
 
     def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformation:
         decay = jax.nn.sigmoid(meta_params["momentum_logit"])
@@ -125,6 +126,12 @@ def check_gradients(grads: PyTree, params: PyTree, optimizer: str) -> None:
         shape = getattr(grads_at[name], "shape", None)
         if shape != param.shape:
             raise ValueError(f"{optimizer}: the gradient of params{name} has shape {shape}; expected {param.shape}.")
+
+
+def limited(grad: Float[Array, "*shape"], most: float) -> Float[Array, "*shape"]:
+    """The gradient in float32, finite entries within ±most; one that is not finite stays as it is, to be seen."""
+    grad = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
+    return jnp.where(jnp.isinf(grad), grad, jnp.clip(grad, -most, most)).astype(jnp.float32)
 
 
 def names(leaves: dict[str, object], most: int = 8) -> str:

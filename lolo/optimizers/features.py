@@ -65,7 +65,8 @@ def decays(meta_params: dict[str, jax.Array]) -> Decays:
 
     The reference does not clip the momentum decays; a decay outside [0, 1] has no meaning as an average.
     """
-    standard = Decays(jnp.array(spec.MOMENTUM_DECAYS), jnp.array(spec.RMS_DECAY), jnp.array(spec.FACTORED_DECAYS))
+    numbers = (spec.MOMENTUM_DECAYS, spec.RMS_DECAY, spec.FACTORED_DECAYS)
+    standard = Decays(*(jnp.array(each, jnp.float32) for each in numbers))
     if "momentum_decays" not in meta_params:
         return standard
 
@@ -223,4 +224,4 @@ def normalized_inputs(grad: Entries, param: Entries, moments: Moments, of: Layou
 
 def time_inputs(step: Int[Array, ""] | Float[Array, ""]) -> Float[Array, "11"]:
     """tanh(t/τ − 1); `step` counts from 0."""
-    return jnp.tanh(step.astype(jnp.float32) / jnp.array(spec.TIMESCALES) - 1.0)
+    return jnp.tanh(step.astype(jnp.float32) / jnp.array(spec.TIMESCALES, jnp.float32) - 1.0)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,11 @@ import optax
 from lolo.optimizers import architecture, weights_file
 from lolo.optimizers.architecture import LearnerSettings
 from lolo.trees import PyTree
+
+Number: TypeAlias = float | jax.Array
+Schedule: TypeAlias = Callable[[jax.Array], jax.Array]
+Make: TypeAlias = Callable[[PyTree], optax.GradientTransformation]  # φ -> its optimizer
+SMALLEST_SCALE = 0.02  # of a step_scale that is no mistake
 
 
 class Weights(NamedTuple):
@@ -28,60 +34,98 @@ class Weights(NamedTuple):
 
     def optimizer(
         self,
-        step_scale: float | Callable[[jax.Array], jax.Array] = 1.0,
-        weight_decay: float | None = None,
-        clock_limit: float | None = None,
-        axis_name: str | None = None,
-        sharded_axis: int = 0,
-        step_decay: float | None = None,
         *,
-        learning_rate: float | Callable[[jax.Array], jax.Array] | None = None,
-        adam_scale: float | None = None,
-    ) -> optax.GradientTransformation:
+        step_scale: Number | Schedule = 1.0,
+        weight_decay: Number | None = None,
+        clock_limit: Number | None = None,
+        axis_name: str | None = None,
+        sharded_axis: int | None = None,
+        step_decay: Number | None = None,
+        learning_rate: Number | Schedule | None = None,
+        adam_scale: Number | None = None,
+        freeze_unseen: bool = False,
+    ) -> optax.GradientTransformationExtraArgs:
         """The optimizer for optax.
 
         Args:
-          step_scale: multiplies every update; a float, or a schedule step -> float.
+          step_scale: multiplies every update; a float, or a schedule step -> float. 1 is the step as meta-trained, and
+            no learning rate: AdamW's 1e-3 would be a thousand times too small.
           weight_decay: decoupled, times λ1 (small_fc) or the learning rate (norm_fc); None: as shipped; 0 switches it
             off.
           clock_limit: the time features see min(t, clock_limit); None: as shipped; inf switches it off.
           axis_name: inside shard_map, the mesh axis over whose devices parameters are cut. Those that are equal on all
             of its devices may stand beside them.
-          sharded_axis: the axis along which they are cut, in equal parts.
+          sharded_axis: the axis along which they are cut, in equal parts; None: the first.
           step_decay: updates are divided by √(1 + t/step_decay); None: as shipped; inf switches it off.
           learning_rate: of norm_fc, a float or a schedule step -> float; None: as shipped.
           adam_scale: of norm_fc, the learning rate of vectors in units of learning_rate; None: as shipped.
+          freeze_unseen: of small_fc, entries that never had a gradient do not move, by weight decay neither. Without
+            it padding rows, rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
+
+        All numbers may be arrays, traced ones too: optax.inject_hyperparams works. The optimizer's state has no empty
+        leaf and no dtype but float32 and int32; its update takes and ignores extra arguments.
 
         Raises ValueError for a setting that the architecture does not have, and for a value that makes no sense. Its
-        init and update raise ValueError, inside shard_map, for parameters that are cut over another axis, and for
-        gradients that were not averaged. Under jit, whole arrays may lie on several devices without a word here.
+        init and update raise ValueError for gradients of another tree than the parameters' and for complex parameters,
+        TypeError for leaves that are no arrays of real numbers, and inside shard_map ValueError for parameters that are
+        cut over another axis and for gradients that were not averaged. Under jit, whole arrays may lie on several
+        devices without a word here. Warns of a step_scale below 0.02, which looks like another optimizer's rate.
         """
+        warn_if_a_rate(step_scale)
         requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
         requested |= {"learning_rate": learning_rate, "adam_scale": adam_scale}
         learner = architecture.deployed(self.learner, requested)
-        return maker(learner, step_scale, axis_name, sharded_axis, presented=True)(self.meta_params)
+        make = maker(learner, step_scale, axis_name, sharded_axis or 0, presented=True, freeze_unseen=freeze_unseen)
+        return optax.with_extra_args_support(make(self.meta_params))
+
+
+def warn_if_a_rate(step_scale: Any) -> None:
+    """Warn of a number that is some other optimizer's learning rate. What comes from a schedule is not looked at."""
+    if isinstance(step_scale, int | float | np.number) and 0 < step_scale < SMALLEST_SCALE:
+        warnings.warn(
+            f"step_scale={step_scale} is no learning rate: it multiplies the step that the weights were meta-trained "
+            f"with, and 1 is as shipped. Training will be {1 / float(step_scale):,.0f} times slower; leave it out.",
+            stacklevel=3,
+        )
 
 
 def maker(
     learner: LearnerSettings,
-    step_scale: float | Callable[[jax.Array], jax.Array] = 1.0,
+    step_scale: Number | Schedule = 1.0,
     axis_name: str | None = None,
     sharded_axis: int = 0,
     *,
     presented: bool = False,
-) -> Callable[[PyTree], optax.GradientTransformation]:
+    freeze_unseen: bool = False,
+) -> Make:
     """φ -> the optimizer of these settings, updates multiplied by `step_scale`, a number or a schedule.
 
     `presented`: with its state in the form that users see. Otherwise, and with a scale of 1, one object for equal
-    settings.
+    settings. `freeze_unseen`: see `Weights.optimizer`. Raises ValueError where the architecture has no such form.
     """
-    built = architecture.build_learner(learner, axis_name, sharded_axis).optimizer
-    present = architecture.of(learner).present
-    make = (lambda meta_params: present(built(meta_params))) if presented else built
+    row, make = architecture.of(learner), architecture.build_learner(learner, axis_name, sharded_axis).optimizer
+    if freeze_unseen:
+        if row.freeze_unseen is None:
+            raise ValueError(f"learner {learner.name!r} has no freeze_unseen; leave it out.")
+        make = _then(make, row.freeze_unseen)
+    if presented:
+        make = _then(make, row.present)
     if isinstance(step_scale, int | float) and step_scale == 1.0:
         return make
-    scale = optax.scale_by_schedule(step_scale) if callable(step_scale) else optax.scale(step_scale)
-    return lambda meta_params: optax.chain(make(meta_params), scale)
+    return _then(make, lambda optimizer: optax.chain(optimizer, _scale(step_scale)))
+
+
+def _then(make: Make, change: Callable[[optax.GradientTransformation], optax.GradientTransformation]) -> Make:
+    return lambda meta_params: change(make(meta_params))
+
+
+def _scale(by: Number | Schedule) -> optax.GradientTransformation:
+    if callable(by):
+        return optax.scale_by_schedule(by)
+    if isinstance(by, int | float):
+        return optax.scale(by)
+    # An array has a dtype of its own, which must not become that of the updates.
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda u: (by * u).astype(u.dtype), updates))
 
 
 def load(name_or_path: str | Path = weights_file.DEFAULT_WEIGHTS) -> Weights:

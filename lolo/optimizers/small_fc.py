@@ -61,8 +61,14 @@ def small_fc(
 
     Returns: a LearnedOptimizer whose φ is the dict `w0, b0, w1, b1, w2, b2`, and with learned decays
       `momentum_decays, rms_decays, adafactor_decays`. Its optimizer takes any tree of float arrays of any rank;
-      accumulators are float32, updates have the parameters' dtype. It raises ValueError without parameters, and inside
-      shard_map for parameters or gradients of which it would see a part only without knowing.
+      accumulators are float32, updates have the parameters' dtype. Finite gradients beyond ±2⁴⁸ count as ±2⁴⁸; one that
+      is not finite shows as NaN in its tensor's update.
+
+    Raises: ValueError without parameters, for gradients of another tree or shape, for complex parameters, for a state
+      of other parameters, and inside shard_map for parameters or gradients of which it would see a part only without
+      knowing; TypeError for leaves that are not arrays of real numbers.
+
+    Entries that never had a gradient move too: padding rows, rows never looked up, pruned weights. See `freeze_unseen`.
     """
     shapes = spec.weight_shapes(hidden, learn_decays=learn_decays)
 
@@ -70,41 +76,53 @@ def small_fc(
         names = [name for name in shapes if name.startswith("w")]
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
         return {
-            name: base.truncated_normal(keys[name], shape, shape[0]) if name in keys else jnp.zeros(shape)
+            name: base.truncated_normal(keys[name], shape, shape[0]) if name in keys else jnp.zeros(shape, jnp.float32)
             for name, shape in shapes.items()
         }
 
-    def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformation:
+    def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
         weights = arrange(meta_params)
 
         def layout(param: jax.Array) -> features.Layout:
             return features.layout(param, axis_name, sharded_axis)
 
         def init_state(params: PyTree) -> SmallFcState:
+            base.check_params(params, "small_fc")
             base.check_whole(params, axis_name)
             moments = jax.tree.map(lambda param: features.init_moments(param, layout(param)), params)
             return SmallFcState(moments, jnp.zeros((), jnp.int32))
 
-        def update(grads: PyTree, state: SmallFcState, params: PyTree = None) -> tuple[PyTree, SmallFcState]:
+        def update(
+            grads: PyTree, state: SmallFcState, params: PyTree = None, **extra_args: Any
+        ) -> tuple[PyTree, SmallFcState]:
             if params is None:
                 raise ValueError("small_fc reads the parameters: call update(grads, state, params).")
+            base.check_params(params, "small_fc")
+            base.check_gradients(grads, params, "small_fc")
+            check_state(state, params)
+            return sharding.in_auto_mode(step)(grads, state, params)
+
+        def step(grads: PyTree, state: SmallFcState, params: PyTree) -> tuple[PyTree, SmallFcState]:
             base.check_whole(params, axis_name)
             base.check_reduced(grads, params)
             leaves, structure = jax.tree.flatten(params)
             layouts = [layout(leaf) for leaf in leaves]
-            params32, grads32 = ([x.astype(jnp.float32) for x in xs] for xs in (leaves, jax.tree.leaves(grads)))
-            old = jax.tree.leaves(state.moments, is_leaf=lambda node: isinstance(node, features.Moments))
+            params32 = [leaf.astype(jnp.float32) for leaf in leaves]
+            grads32 = [base.limited(grad, spec.LARGEST_GRADIENT) for grad in jax.tree.leaves(grads)]
+            old = jax.tree.leaves(state.moments, is_leaf=is_moments)
             decay = features.decays(meta_params)
             moments = [features.accumulate(m, g, decay, of) for m, g, of in zip(old, grads32, layouts, strict=True)]
-            clock = state.step if clock_limit is None else jnp.minimum(state.step, clock_limit)
-            scale = step_mult if step_decay is None else step_mult * jax.lax.rsqrt(1 + state.step / step_decay)
+            # In float32, which a number of Python's would make float64 where jax_enable_x64 is on.
+            t = state.step.astype(jnp.float32)
+            clock = t if clock_limit is None else jnp.minimum(t, clock_limit)
+            scale = step_mult if step_decay is None else step_mult * jax.lax.rsqrt(1 + t / step_decay)
             tensors = list(zip(grads32, params32, moments, layouts, strict=True))
             outputs = apply_network(weights, first_bias(weights, clock), tensors)
 
             def change(output: jax.Array, param: jax.Array, of: features.Layout, dtype: Any) -> jax.Array:
                 direction, magnitude = (features.from_matrices(x, of) for x in output)
                 step = direction * jnp.exp(exp_mult * magnitude)
-                if weight_decay:
+                if not isinstance(weight_decay, int | float) or weight_decay:  # one that is traced may be 0
                     step = step + weight_decay * param
                 return (-scale * step).astype(dtype)
 
@@ -113,30 +131,88 @@ def small_fc(
             updates, moments = (jax.tree.unflatten(structure, part) for part in (updates, moments))
             return updates, SmallFcState(moments, state.step + 1)
 
-        return optax.GradientTransformation(init_state, sharding.in_auto_mode(update))
+        return optax.GradientTransformationExtraArgs(init_state, update)
 
     return base.LearnedOptimizer(init, optimizer)
 
 
-def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """small_fc with its state as optax's own optimizers have it: a tree of arrays for each moment.
+def is_moments(node: Any) -> bool:
+    return isinstance(node, features.Moments)
 
-    Inside, all moments of a parameter stand together in its place, where flax's `nnx.Optimizer` takes arrays only.
+
+def check_state(state: SmallFcState, params: PyTree) -> None:
+    """Raise ValueError for the state of other parameters."""
+    old = {
+        jax.tree_util.keystr(path): moments
+        for path, moments in jax.tree_util.tree_leaves_with_path(state.moments, is_leaf=is_moments)
+    }
+    for path, param in jax.tree_util.tree_leaves_with_path(params):
+        moments = old.pop(name := jax.tree_util.keystr(path), None)
+        found = getattr(getattr(moments, "rms", None), "shape", None)
+        if found != param.shape:
+            raise ValueError(
+                f"small_fc: the state of params{name} has shape {found}; expected {param.shape}. It was made for other "
+                "parameters: make it with init(params)."
+            )
+    for name in old:
+        raise ValueError(f"small_fc: the state has params{name}, which is no parameter; make it with init(params).")
+
+
+def freeze_unseen(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """small_fc under which entries that never had a gradient do not move, by weight decay neither.
+
+    The network has a small output for them too: without this, padding rows, rows that were never looked up and weights
+    behind a mask drift. Entries whose last gradient lies so far back that their second moment is 0 again stand still.
+    It reads the state, and fits `small_fc`'s own and that of `one_tree_per_moment`.
     """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update(
+        grads: PyTree, state: SmallFcState, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, SmallFcState]:
+        updates, after = inner.update(grads, state, params, **extra_args)
+        leaves, structure = jax.tree.flatten(updates)
+        moments = jax.tree.leaves(
+            after.moments, is_leaf=is_moments
+        )  # one tree for each, or one Moments for each tensor
+        seen = jax.tree.leaves([each.rms for each in moments])
+        # NaN is not 0: what went wrong stays visible.
+        frozen = [jnp.where(rms == 0, 0, leaf).astype(leaf.dtype) for leaf, rms in zip(leaves, seen, strict=True)]
+        return jax.tree.unflatten(structure, frozen), after
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """small_fc with its state as optax's own optimizers have it: a tree of arrays for each moment, none of them empty.
+
+    Inside, all moments of a parameter stand together in its place, where flax's `nnx.Optimizer` takes arrays only, and
+    below two axes `column` is empty, which Orbax can't save: outside it is one zero, as in `optax.adafactor`.
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def with_column(moments: features.Moments, *shape: int) -> features.Moments:
+        if moments.rms.ndim > 1:
+            return moments
+        return moments._replace(column=sharding.zeros_beside(moments.rms, (), lead=shape))
 
     def outside(state: SmallFcState) -> SmallFcState:
-        leaves, structure = jax.tree.flatten(state.moments, is_leaf=lambda node: isinstance(node, features.Moments))
+        leaves, structure = jax.tree.flatten(state.moments, is_leaf=is_moments)
+        leaves = [with_column(leaf, 1) for leaf in leaves]
         fields = [[leaf[i] for leaf in leaves] for i in range(len(features.Moments._fields))]
         return state._replace(moments=features.Moments(*(jax.tree.unflatten(structure, field) for field in fields)))
 
     def inside(state: SmallFcState) -> SmallFcState:
-        return state._replace(moments=jax.tree.map(features.Moments, *state.moments))
+        each = jax.tree.map(lambda *fields: with_column(features.Moments(*fields), 3, 0), *state.moments)
+        return state._replace(moments=each)
 
-    def update(grads: PyTree, state: SmallFcState, params: PyTree = None) -> tuple[PyTree, SmallFcState]:
-        updates, state = optimizer.update(grads, inside(state), params)
+    def update(
+        grads: PyTree, state: SmallFcState, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, SmallFcState]:
+        updates, state = inner.update(grads, inside(state), params, **extra_args)
         return updates, outside(state)
 
-    return optax.GradientTransformation(lambda params: outside(optimizer.init(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: outside(inner.init(params)), update)
 
 
 class Matrices(NamedTuple):

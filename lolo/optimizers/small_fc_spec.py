@@ -29,6 +29,9 @@ MOMENTUM_EPSILON = 1e-6  # in rsqrt(v + ε), columns 7-10, and in the diagonal c
 MOMENT_EPSILON = 1e-8  # in rsqrt(R + ε) and rsqrt(C + ε), columns 20-25
 NORMALIZE_EPSILON = 1e-5  # in x · rsqrt(ε + mean x²), columns 1-28
 
+# Entries of a gradient beyond it count as ±LARGEST_GRADIENT: the sum of g² over 2³¹ entries still fits a float32.
+LARGEST_GRADIENT = 2.0**48
+
 # Column order of the first weight matrix, as (name, columns). Everything before "time" is divided by its root
 # mean square over the tensor.
 COLUMNS = (

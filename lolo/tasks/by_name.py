@@ -207,7 +207,7 @@ def _find(path: Path, folders: Sequence[Path], sha256: str | None) -> Path:
         raise TaskError(
             f"task file {path} does not exist in {where}, from where it is looked for; give it as path.py:function."
         )
-    where = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in folders))
+    tried = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in folders))
     raise TaskError(
-        f"task file {path} is in none of the folders where it is looked for: {where}. Put it back into one."
+        f"task file {path} is in none of the folders where it is looked for: {tried}. Put it back into one."
     )

@@ -54,6 +54,7 @@ class Rule(NamedTuple):
     scale: float  # lr · λ1 / √(1 + t/step_decay)
     exp_mult: float  # λ2
     weight_decay: float
+    freeze_unseen: bool
 
 
 class BlockLayout(NamedTuple):
@@ -165,7 +166,7 @@ class Workspace:
         """Uninitialised float32 [*shape] at the start of the buffer of that name."""
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = torch.empty(size, device=self.device)
+            self.buffers[name] = torch.empty(size, device=self.device, dtype=torch.float32)
             self.views.clear()
         return self.buffers[name][:size].view(shape)
 
@@ -213,7 +214,7 @@ def network_from(arrays: Mapping[str, np.ndarray]) -> Network:
     """Regroup φ for the blocks."""
 
     def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.tensor(np.ascontiguousarray(array, np.float32))
+        return torch.from_numpy(np.array(array, np.float32))  # torch.tensor would ask for the default device
 
     def gain(decay: float | tuple[float, ...], offsets: str) -> torch.Tensor:
         standard, one = np.asarray(decay, np.float32).reshape(-1, 1, 1, 1, 1), np.float32(1)
@@ -246,7 +247,7 @@ def accumulate_factored(batch: Batch, place: BlockLayout, network: Network, bloc
     row_mean, column_mean = torch.zeros_like(batch.row[0]), torch.zeros_like(batch.column[0])
     here = (split(row_mean, place.shape, block), split(column_mean, place.shape, block))
     for grad, row_part, column_part in zip(blocks, *here, strict=True):
-        squared = grad * grad
+        squared = limited(grad).square_()
         row_part.add_(squared.sum(dim=row_axis, keepdim=True))
         column_part.add_(squared.sum(dim=column_axis, keepdim=True))
     batch.row.lerp_(row_mean.div_(place.shape[row_axis]).add_(spec.FACTORED_EPSILON), network.factored_gain)
@@ -275,10 +276,17 @@ class Piece(NamedTuple):
     base: tuple[torch.Tensor, ...]  # what the entries' inputs are added to in the first layer, [H, ...] broadcast
 
 
+def limited(grad: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """A gradient with finite entries within ±LARGEST_GRADIENT; infinite ones become ∞, and NaN stays, to be seen."""
+    inside = torch.clamp(grad, -spec.LARGEST_GRADIENT, spec.LARGEST_GRADIENT, out=out)
+    return inside.masked_fill_(grad.isinf(), math.inf)
+
+
 def accumulate(piece: Piece, network: Network, scratch: Scratch) -> None:
     """All moments of one block but the row and column moments."""
-    squared = torch.mul(piece.grad, piece.grad, out=scratch.squared)
-    piece.momentum.lerp_(piece.grad, network.momentum_gain)
+    grad = limited(piece.grad, out=scratch.grad)
+    squared = torch.mul(grad, grad, out=scratch.squared)
+    piece.momentum.lerp_(grad, network.momentum_gain)
     piece.rms.lerp_(squared, network.rms_gain)
     if piece.column is None:
         piece.row.lerp_(squared.add_(spec.FACTORED_EPSILON), network.factored_gain)
@@ -286,7 +294,7 @@ def accumulate(piece: Piece, network: Network, scratch: Scratch) -> None:
 
 def fill_inputs(piece: Piece, scratch: Scratch) -> None:
     """The inputs that vary from entry to entry, not normalised."""
-    scratch.grad.copy_(piece.grad)
+    limited(piece.grad, out=scratch.grad)
     scratch.param.copy_(piece.param)
     scratch.momentum.copy_(piece.momentum)
     scratch.rms.copy_(piece.rms)
@@ -301,7 +309,7 @@ def fill_inputs(piece: Piece, scratch: Scratch) -> None:
         scratch.factored_gradient.clamp_(min=spec.FACTOR_FLOOR).rsqrt_()
         scratch.diagonal.copy_(piece.row)
         torch.add(piece.row, spec.MOMENT_EPSILON, out=scratch.diagonal_root).rsqrt_()
-    scratch.factored_gradient.mul_(piece.grad)
+    scratch.factored_gradient.mul_(scratch.grad)
 
 
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
@@ -375,6 +383,8 @@ def step_batch(batch: Batch, place: BlockLayout, rule: Rule, space: Workspace, i
         change = run_network(weight, piece.base, rule, scratch)
         if rule.weight_decay:
             change.add_(piece.param, alpha=rule.weight_decay)
+        if rule.freeze_unseen:
+            change.masked_fill_(piece.rms == 0, 0.0)
         if in_place:
             piece.param.add_(change, alpha=-rule.scale)
         else:

@@ -13,6 +13,7 @@ torch operations, which any device has, and tuned for CPUs (docs/performance.md 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -34,7 +35,20 @@ from lolo.torch.blocks import (
     restore,
     step_batch,
 )
+from lolo.torch.precision import full_precision
 
+SMALLEST_RATE = 0.02  # of an lr that is no mistake
+# What AdamW and SGD take and LoLO has no use for, and why.
+SETTINGS = ("lr", "weights", "weight_decay", "clock_limit", "step_decay", "maximize", "freeze_unseen")
+OTHERS = {
+    **dict.fromkeys(
+        ("betas", "eps", "momentum", "dampening", "nesterov", "amsgrad"), "its averages come with the weights"
+    ),
+    **dict.fromkeys(
+        ("fused", "foreach", "capturable", "differentiable"), "there is one implementation for all devices"
+    ),
+    "decoupled_weight_decay": "its weight decay is always decoupled",
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARDED = {"DTensor", "FlatParameter", "ShardedTensor"}
 
@@ -67,6 +81,21 @@ def check_gradient(param: torch.Tensor) -> None:
         raise RuntimeError("LoLO got a sharded gradient: its normalisation needs means over the whole tensor.")
 
 
+def refuse_others(given: Iterable[str]) -> None:
+    """Raise TypeError for arguments of other optimizers."""
+    for name in given:
+        if name in OTHERS:
+            raise TypeError(f"LoLO has no {name}: {OTHERS[name]}. Leave it out; all that LoLO needs is its parameters.")
+
+
+def as_float32(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient in float32, in which finite numbers stay finite."""
+    if grad.dtype != torch.float64:
+        return grad.float()
+    largest = torch.finfo(torch.float32).max
+    return torch.where(grad.isinf(), grad, grad.clamp(-largest, largest)).float()
+
+
 def state_shapes(place: BlockLayout) -> dict[str, tuple[int, ...]]:
     """The moments kept for one tensor, [3, K, A, B] and smaller."""
     kept, other, last = place.shape
@@ -75,6 +104,11 @@ def state_shapes(place: BlockLayout) -> dict[str, tuple[int, ...]]:
         return {"momentum": momentum, "rms": place.shape, "row": momentum}
     row, column = (over_last, over_other) if place.last_is_largest else (over_other, over_last)
     return {"momentum": momentum, "rms": place.shape, "row": row, "column": column}
+
+
+def own_keys(param: torch.Tensor) -> set[str]:
+    """What LoLO keeps in a parameter's state; other keys are of wrappers."""
+    return {"step", *state_shapes(layout(tuple(param.shape)))}
 
 
 class LoLO(torch.optim.Optimizer):
@@ -86,15 +120,18 @@ class LoLO(torch.optim.Optimizer):
 
     Args:
       params: parameters, named parameters or param groups; a group may have its own `lr`, `weights`, `weight_decay`,
-        `clock_limit`, `step_decay` and `maximize`. float32, bfloat16, float16 or float64, of any rank; all of it
-        computed in float32.
+        `clock_limit`, `step_decay`, `maximize` and `freeze_unseen`. float32, bfloat16, float16 or float64, of any
+        rank; all of it computed in float32.
       weights: name of shipped weights, path of a weights file, a `weights_file.WeightsFile`, or a dict of φ's arrays
         (then λ1 = λ2 = 1e-3, no weight decay, no limit, no step decay).
-      lr: the step's scale; 1 is as shipped with the weights. Schedulers may change it.
+      lr: the step's scale; 1 is as shipped with the weights, and AdamW's 1e-3 a thousand times too small. Schedulers
+        may change it.
       weight_decay: decoupled; None: as shipped with the weights, 0: none.
       clock_limit: the time inputs see min(t, clock_limit); None: as shipped, math.inf: no limit.
       step_decay: steps after which updates have shrunk by √2; None: as shipped, math.inf: they don't shrink.
       maximize: climb instead of descend.
+      freeze_unseen: entries that never had a gradient do not move, by weight decay neither. Without it padding rows,
+        rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
 
     State per parameter: `step`, `momentum`, `rms`, `row`, `column`, all float32 (`step` int64, on the CPU): 4 numbers
     per entry and the factored moments, 7 per entry below two axes. A tensor's moments lie as [K, A, B], A and B its two
@@ -108,8 +145,11 @@ class LoLO(torch.optim.Optimizer):
     Sharded parameters (FSDP, DTensor) are refused: normalisation needs means over the whole tensor.
     `torch.compile` around a training step works; the optimizer's part runs as it is, uncompiled (a graph break, so
     not under fullgraph=True).
-    Raises ValueError for weights or numbers that make no sense, TypeError for parameters it can't move, RuntimeError
-    for gradients it can't use.
+    Default dtype, default device, autocast, and the precision that torch is told for float32 products do not change a
+    step. Finite gradients beyond ±2⁴⁸ count as ±2⁴⁸; one that is not finite shows as NaN in its tensor.
+
+    Raises ValueError for weights or numbers that make no sense, TypeError for parameters it can't move and for
+    arguments of other optimizers, RuntimeError for gradients it can't use. Warns if every lr is below 0.02.
     """
 
     def __init__(
@@ -122,15 +162,31 @@ class LoLO(torch.optim.Optimizer):
         step_decay: float | None = None,
         *,
         maximize: bool = False,
+        freeze_unseen: bool = False,
+        **others: Any,
     ):
+        refuse_others(others)
+        for name in others:
+            raise TypeError(f"LoLO has no {name!r}; its settings are {', '.join(SETTINGS)}.")
+        if isinstance(weights, int | float | torch.Tensor):
+            raise TypeError(f"weights={weights!r} is a number. LoLO's step is scaled by lr=..., and 1 is as shipped.")
         self._networks: dict[str, Network] = {}  # by the weights' sha256
         self._spaces: dict[torch.device, Workspace] = {}
         deployment = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
-        super().__init__(params, {"lr": lr, "weights": weights, **deployment, "maximize": maximize})
+        flags = {"maximize": maximize, "freeze_unseen": freeze_unseen}
+        super().__init__(params, {"lr": lr, "weights": weights, **deployment, **flags})
+        rate = max(float(group["lr"]) for group in self.param_groups)
+        if 0 < rate < SMALLEST_RATE:
+            warnings.warn(
+                f"lr={rate:g} is a multiple of the step that the weights were meta-trained with, and 1 is as shipped. "
+                f"Training will be {1 / rate:,.0f} times slower; leave lr out.",
+                stacklevel=2,
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own where given. See `torch.optim.Optimizer.add_param_group`."""
         group = dict(param_group)
+        refuse_others(group)
         if not isinstance(group["params"], torch.Tensor | set):
             group["params"] = list(group["params"])
         for param in [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]:
@@ -151,7 +207,7 @@ class LoLO(torch.optim.Optimizer):
             raise ValueError(f"step_decay={given['step_decay']!r}; expected a positive number of steps.")
         named = isinstance(given["weights"], str | Path)
         group |= {
-            **{name: given[name] for name in ("lr", "weight_decay", "clock_limit", "step_decay", "maximize")},
+            **{name: given[name] for name in SETTINGS if name != "weights"},
             "weights": str(given["weights"]) if named else "given as arrays",
             "weights_sha256": weights.sha256,
             "step_mult": float(learner["step_mult"]),
@@ -168,8 +224,10 @@ class LoLO(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        kinds = {param.device.type for group in self.param_groups for param in group["params"]}
+        with full_precision(kinds):
+            for group in self.param_groups:
+                self._step_group(group)
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
@@ -177,7 +235,9 @@ class LoLO(torch.optim.Optimizer):
         for param in group["params"]:
             if param.grad is not None and param.numel():
                 check_gradient(param)
-                state = self.state[param] or self._begin(param)
+                state = self.state[param]
+                if "step" not in state:
+                    self._begin(param)
                 alike[param.device, layout(tuple(param.shape)), int(state["step"])].append(param)
         rules: dict[tuple[torch.device, int], Rule] = {}
         for (device, place, step), params in alike.items():
@@ -189,14 +249,11 @@ class LoLO(torch.optim.Optimizer):
             for start in range(0, len(params), together):
                 self._step_alike(params[start : start + together], place, rules[device, step], space, group["maximize"])
 
-    def _begin(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Zero moments, and a clock that counts this parameter's steps."""
-        shapes = state_shapes(layout(tuple(param.shape)))
-        self.state[param] = {
-            "step": torch.zeros((), dtype=torch.int64),
-            **{name: torch.zeros(shape, device=param.device) for name, shape in shapes.items()},
-        }
-        return self.state[param]
+    def _begin(self, param: torch.Tensor) -> None:
+        """Zero moments, and a clock that counts this parameter's steps, beside what wrappers keep in its state."""
+        self.state[param]["step"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        for name, shape in state_shapes(layout(tuple(param.shape))).items():
+            self.state[param][name] = torch.zeros(shape, device=param.device, dtype=torch.float32)
 
     def _rule(self, group: dict[str, Any], device: torch.device, step: int) -> Rule:
         space = self._spaces.setdefault(device, Workspace(device))
@@ -207,14 +264,14 @@ class LoLO(torch.optim.Optimizer):
         clock = float(min(step, group["clock_limit"]))
         bias = network.first_bias + network.time @ torch.tanh(clock / network.timescales - 1)
         scale = float(group["lr"]) * group["step_mult"] / math.sqrt(1 + step / group["step_decay"])
-        return Rule(network, bias, scale, group["exp_mult"], float(group["weight_decay"]))
+        return Rule(network, bias, scale, group["exp_mult"], float(group["weight_decay"]), group["freeze_unseen"])
 
     def _step_alike(
         self, params: list[torch.Tensor], place: BlockLayout, rule: Rule, space: Workspace, maximize: bool
     ) -> None:
         """One step of T tensors of one layout, dtype apart; alone in its batch a tensor is worked on where it lies."""
         states = [self.state[param] for param in params]
-        grads = [arrange(param.grad, place).float() for param in params]
+        grads = [as_float32(arrange(param.grad, place)) for param in params]
         values = [arrange(param, place).float() for param in params]
         moments = {name: [state[name] for state in states] for name in state_shapes(place)}
         if len(params) == 1:
@@ -240,11 +297,13 @@ class LoLO(torch.optim.Optimizer):
             state["step"] += 1
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also of states saved before there was a step_decay."""
+        """Also of states saved before there was a step_decay, or freeze_unseen."""
         super().__setstate__(state)
         self.defaults.setdefault("step_decay", None)
+        self.defaults.setdefault("freeze_unseen", False)
         for group in self.param_groups:
             group.setdefault("step_decay", math.inf)
+            group.setdefault("freeze_unseen", False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_networks": self._networks, "_spaces": {}}
@@ -252,7 +311,8 @@ class LoLO(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state exactly. Raises ValueError for the state of other weights, parameters or optimizers.
 
-        torch casts a state to its parameter's dtype, which for bfloat16 loses most of it: here it stays float32.
+        torch casts a state to its parameter's dtype, which for bfloat16 loses most of it: here it stays float32. What
+        others keep in a parameter's state comes back as torch brings it back.
         """
         loaded: dict[str, Any] = {}
 
@@ -263,13 +323,9 @@ class LoLO(torch.optim.Optimizer):
         def after(_: torch.optim.Optimizer) -> None:  # comes before the user's own hooks
             for name, param in self._named_by(loaded):
                 state = loaded["state"].get(name)
-                if state:
-                    self.state[param] = {
-                        key: value.detach().clone().to(torch.int64)
-                        if key == "step"
-                        else value.detach().clone().to(param.device, torch.float32)
-                        for key, value in state.items()
-                    }
+                for key in own_keys(param) & set(state or ()):
+                    place = ("cpu", torch.int64) if key == "step" else (param.device, torch.float32)
+                    self.state[param][key] = state[key].detach().clone().to(*place)
 
         handles = [
             self.register_load_state_dict_pre_hook(before),
@@ -298,11 +354,10 @@ class LoLO(torch.optim.Optimizer):
                 )
         for name, param in self._named_by(state_dict):
             state = state_dict["state"].get(name)
-            if not state:
-                continue
             expected = {"step": (), **state_shapes(layout(tuple(param.shape)))}
-            found = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in state.items()}
-            if found != expected:
+            own = {key: value for key, value in (state or {}).items() if key in expected}
+            found = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in own.items()}
+            if own and found != expected:
                 raise ValueError(
                     f"the saved state of parameter {name!r} of shape {tuple(param.shape)} has {found}; "
                     f"expected {expected}."
