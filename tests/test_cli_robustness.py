@@ -7,7 +7,11 @@ import sys
 
 import pytest
 
-from lolo.runtime import streams
+from lolo.cli import main as cli
+from lolo.cli import progress
+from lolo.files import disk
+from lolo.runtime import environment, streams
+from lolo.training import plan
 
 ROOT = pathlib.Path(__file__).parent.parent
 LOLO = [sys.executable, "-m", "lolo.cli"]
@@ -65,8 +69,6 @@ def test_a_reader_that_leaves_is_no_error(argv, buffered):
 
 
 def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
-    from lolo.cli import main as cli
-
     def broken(argv):
         raise BrokenPipeError(32, "Broken pipe")
 
@@ -105,11 +107,102 @@ def test_a_closed_input_does_not_fail_several_processes_and_they_print_in_any_en
 
 
 def test_a_version_is_printed(capsys):
-    from lolo.cli import main as cli
-    from lolo.runtime import environment
-
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"lolo {environment.versions()['lolo']}\n"
+
+
+FLAGS = [
+    (["--dry-run"], True),
+    (["--dry-run", "True"], True),
+    (["--dry-run=True"], True),
+    (["--no-dry-run", "--dry-run"], True),
+    (["--dry-run", "False", "--dry-run"], True),
+    (["--dry-run", "--no-dry-run", "--task", "absent.py:make"], False),
+    (["--dry-run", "--dry-run", "False", "--task", "absent.py:make"], False),
+]
+
+
+@pytest.mark.parametrize("command", [["train", "naive", "--learner.name", "sgd"], ["eval", "adam:1e-3"]], ids=" ".join)
+@pytest.mark.parametrize(("words", "dry"), FLAGS, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_flags_parse_in_every_form(monkeypatch, capsys, command, words, dry):
+    reports = []
+    for name in ("of_training", "of_evaluation"):
+        monkeypatch.setattr(plan, name, lambda *args: reports.append(args))
+    monkeypatch.setattr(plan, "report", lambda found: "a plan")
+    status = cli.main([*command, "--task", "quadratic", *words])
+    out, err = capsys.readouterr()
+    if dry:
+        assert (status, out, len(reports)) == (0, "a plan\n", 1), err
+    else:
+        assert status == 2 and not reports and "absent.py does not exist" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [(c, f) for c, fs in {
+        "train lolo": ["dry-run", "offload", "measure-blocks"], "eval": ["dry-run"], "resume": ["offload"],
+        "reproduce": ["smoke"], "sweep": ["slurm", "table"],
+    }.items() for f in fs],
+)  # fmt: skip
+def test_help_prints_flags_as_they_parse(capsys, command, flag):
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    assert f"--{flag}, --no-{flag}" in capsys.readouterr().out
+    assert cli.main([*command.split(), f"--{flag}=yes"]) == 2
+    assert f"--{flag}=yes: --{flag} takes True or False" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], False), (["True"], True), (["False"], False), (["--offload"], True), (["--no-offload"], True)],
+)
+def test_a_boolean_of_the_recipe_takes_a_word_or_none(monkeypatch, words, value):
+    made = []
+    monkeypatch.setattr(plan, "of_training", lambda recipe, *args: made.append(recipe))
+    monkeypatch.setattr(plan, "report", lambda found: "")
+    option = ["--unroll.stagger", *words] if words else []
+    assert cli.main(["train", "lolo", "--task", "quadratic", *option, "--dry-run"]) == 0
+    assert made[0].unroll.stagger is value
+
+
+def test_a_learner_s_boolean_is_an_option_too(monkeypatch):
+    made = []
+    monkeypatch.setattr(plan, "of_training", lambda recipe, *args: made.append(recipe))
+    monkeypatch.setattr(plan, "report", lambda found: "")
+    words = ["--learner.name", "norm_fc", "--learner.orthogonal", "False", "--dry-run"]
+    assert cli.main(["train", "lolo", "--task", "quadratic", *words]) == 0
+    assert made[0].learner.orthogonal is False
+
+
+def test_plain_progress_says_how_long_it_will_take(monkeypatch, capsys):
+    clock = iter([100.0, 100.0, 130.0, 160.0, 1000.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    display = progress.ProgressDisplay(None)
+    display("runs", 0, 100, "")
+    display("runs", 1, 100, "the same tenth")
+    display("runs", 10, 100, "loss nan")
+    assert capsys.readouterr().err.splitlines() == ["runs: 0 of 100", "runs: 10 of 100 loss nan  0:09:00 left"]
+
+
+def test_a_loss_that_is_not_a_number_is_shown_as_nan(tmp_path, capsys):
+    (tmp_path / "bad.py").write_text(BAD_TASK)
+    assert (
+        cli.main(["train", "naive", "--task", f"{tmp_path}/bad.py:make", *RUN[2:], "--out", str(tmp_path / "r")]) == 0
+    )
+    err = capsys.readouterr().err
+    assert "loss nan" in err and "loss 0.0" not in err
+
+
+BAD_TASK = """
+import dataclasses
+import jax
+from lolo.tasks import quadratic
+
+def make():
+    splits = quadratic()
+    bad = jax.numpy.full_like(splits.train.data, jax.numpy.nan)
+    return splits._replace(train=dataclasses.replace(splits.train, data=bad))
+"""
 
 
 def test_a_stream_with_a_reader_is_not_unread():
@@ -121,9 +214,6 @@ def test_a_stream_with_a_reader_is_not_unread():
 
 
 def test_a_run_finds_its_task_whereever_it_is_resumed_from(tmp_path, monkeypatch, capsys):
-    from lolo.cli import main as cli
-    from lolo.files import disk
-
     start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
     for folder in (start, elsewhere):
         folder.mkdir()

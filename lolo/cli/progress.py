@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,17 +21,27 @@ class ProgressDisplay:
         self.progress = progress
         self.bars: dict[str, Any] = {}
         self.tenths: dict[str, int] = {}
+        self.began: dict[str, tuple[float, int]] = {}  # when each was first heard of, and what was done then
 
     def __call__(self, what: str, done: int, total: int, word: str) -> None:
         if self.progress is None:
             tenth = 10 * done // max(total, 1)
             if self.tenths.get(what) != tenth:
                 self.tenths[what] = tenth
-                streams.say(f"{what}: {done} of {total} {word}".rstrip())
+                left = time_left(self.began.setdefault(what, (time.monotonic(), done)), done, total)
+                streams.say(f"{what}: {done} of {total} {word}".rstrip() + left)
             return
         if what not in self.bars:
             self.bars[what] = self.progress.add_task(what, total=total, word="")
         self.progress.update(self.bars[what], completed=done, total=total, word=word)
+
+
+def time_left(began: tuple[float, int], done: int, total: int) -> str:
+    """ "  0:12:34 left", by the pace since it began; "" before there is one, and at the end."""
+    seconds, before = time.monotonic() - began[0], began[1]
+    if not before < done < total:
+        return ""
+    return f"  {datetime.timedelta(seconds=round(seconds / (done - before) * (total - done)))} left"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from lolo.bench import speed
-from lolo.cli.arguments import call, one_line
+from lolo.cli.arguments import as_flags, call, one_line
 from lolo.cli.progress import log, progress_display
 from lolo.files import settings
 from lolo.files.settings import RecipeError
@@ -32,7 +32,8 @@ ONE = Processes()
 class TrainArguments:
     """Meta-train by a recipe. Every field of the recipe is an option by its dotted name."""
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    # Its booleans take a word, as its other fields do; those below are flags, as in all commands.
+    recipe: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     out: Path | None = None  # folder of the run; default: runs/RECIPE-TASK-seedSEED
     init: str | None = None  # weights to start from: a name or a file
     devices: int | None = None  # devices (on CPU: cores) to use at most; does not change the result
@@ -55,6 +56,7 @@ class TrainArguments:
 
 OPTIONS = [field.name for field in dataclasses.fields(TrainArguments) if field.name not in ("recipe", "several")]
 OPTIONS += [field.name for field in dataclasses.fields(Processes)]
+FLAGS = [field.name for field in dataclasses.fields(TrainArguments) if field.default in (True, False)]
 
 
 def train_command(argv: list[str]) -> int:
@@ -73,7 +75,6 @@ def train_command(argv: list[str]) -> int:
             args=known_options(options, recipe, OPTIONS),
             default=TrainArguments(recipe),
             prog=f"lolo train {name}",
-            config=(tyro.conf.FlagConversionOff,),
         )
     )
     recipe = arguments.recipe
@@ -166,21 +167,25 @@ def with_alternatives(recipe: Recipe, options: list[str]) -> Recipe:
 
 
 def known_options(options: list[str], recipe: Recipe, more: list[str]) -> list[str]:
-    """Options with `--task` spelled as the field `--tasks`; raises for names that are no field of the recipe."""
-    known = [*settings.fields(recipe), *more, "help"]
+    """Options with `--task` spelled as the field `--tasks` and flags as `as_flags` has them.
+
+    A boolean of the recipe without a word is True. Raises for names that are no field of the recipe.
+    """
+    fields = settings.fields(recipe)
+    known = [*fields, *more, *(f"no_{flag}" for flag in FLAGS), "help"]
     spelled = []
-    for option in options:
+    for option, following in zip(options, [*options[1:], "--"], strict=True):
         if option.startswith("--"):
             name, separator, value = option[2:].partition("=")
             name = "tasks" if name == "task" else name.replace("-", "_")
             if name not in known:
                 another = settings.field_of_another(recipe, name)
                 raise another or settings.unknown("option", f"--{name}", [f"--{field}" for field in known])
-            if option in ("--dry-run", "--offload", "--measure-blocks"):
+            if isinstance(fields.get(name), bool) and not separator and following.startswith("--"):
                 separator, value = "=", "True"
             option = f"--{name}{separator}{value}"
         spelled.append(option)
-    return spelled
+    return as_flags(spelled, FLAGS)
 
 
 def resume_command(argv: list[str]) -> int:

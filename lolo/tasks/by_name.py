@@ -203,9 +203,9 @@ def _find(path: Path, folders: Sequence[Path], sha256: str | None) -> Path:
     if path.is_absolute():
         raise TaskError(f"task file {path} does not exist; give it as path.py:function.")
     if len(folders) == 1:
-        where = Path.cwd() / folders[0]
+        here = Path.cwd() / folders[0]
         raise TaskError(
-            f"task file {path} does not exist in {where}, from where it is looked for; give it as path.py:function."
+            f"task file {path} does not exist in {here}, from where it is looked for; give it as path.py:function."
         )
     tried = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in folders))
     raise TaskError(

@@ -17,7 +17,7 @@ class Progress:
 
     step: int  # outer steps done
     total: int
-    task_loss: float
+    task_loss: float  # NaN where every pair of a task had non-finite numbers
     alpha: float
     start_step: float  # mean K over slots
     seconds: float  # that the outer step took
