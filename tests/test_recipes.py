@@ -202,7 +202,8 @@ def test_foreign_recipes_are_refused_by_name(data, words):
         assert word in text
 
 
-ADDED = [f"imitation.{name}" for name in ("loss", "start", "end", "floor", "schedule", "final_lr", "decay_steps")]
+ADDED = ["validation.tasks", "imitation.loss", "imitation.start", "imitation.end", "imitation.floor"]
+ADDED += ["imitation.schedule", "imitation.final_lr", "imitation.decay_steps"]
 
 
 def test_every_field_must_be_there_but_for_those_added_later_which_mean_their_default():
@@ -361,6 +362,8 @@ CONFLICTS = [
     ({"replay.threshold": float("nan")}, ["replay.threshold=nan", "from 0 to 1"]),
     ({"tasks": ()}, ["tasks=()", "at least one", "lolo tasks"]),
     ({"tasks": ("quadratic", "quadratic")}, ["tasks=('quadratic', 'quadratic')", "twice"]),
+    ({"validation.tasks": ("books-mlp", "books-mlp")}, ["validation.tasks=('books-mlp', 'books-mlp')", "twice"]),
+    ({"validation.tasks": ("fashion-mlp",)}, ["'fashion-mlp'", "one of tasks", "take another"]),
     ({"validation.seeds": 0}, ["validation.seeds=0", "at least 1"]),
     ({"validation.every": -1}, ["validation.every=-1", "0 or a positive"]),
     ({"validation.steps": -5}, ["validation.steps=-5", "0 or a positive"]),

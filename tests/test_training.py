@@ -307,3 +307,58 @@ def test_bad_numbers_in_one_task_leave_the_others_work_alone(tmp_path):
     assert all(np.isfinite(x).all() for x in result.weights.meta_params.values())
     findings = doctor.examine(tmp_path / "run")
     assert any("50.00 % of all" in finding.what and not finding.good for finding in findings)
+
+
+# --- validation tasks -----------------------------------------------------------------------------------------------
+
+HELD_OUT = """
+import dataclasses
+from lolo.tasks import quadratic
+
+def larger(scale: float = 1.0):
+    splits = quadratic(3)
+    return splits._replace(**{
+        name: dataclasses.replace(task, data=scale * task.data) for name, task in splits._asdict().items()
+    })
+"""
+
+
+def validated(folder, out, **changes):
+    sizes = {"validation.every": 4, "validation.steps": 100, "validation.seeds": 1} | changes
+    result = loop.train(small("naive", **sizes), folder / out)
+    return result, [row["validation"] for row in run_log.log_rows(folder / out) if "validation" in row]
+
+
+def test_validation_tasks_choose_the_best_and_teach_nothing(tmp_path):
+    (tmp_path / "held.py").write_text(HELD_OUT)
+    plain, usual = validated(tmp_path, "plain")
+    name = f"{tmp_path / 'held.py'}:larger:scale=90.0"
+    held, other = validated(tmp_path, "held", **{"validation.tasks": (name,)})
+    assert phi(held) == phi(plain)
+    assert len(usual) == len(other) == 2 and other[0]["held_loss"] > 2 * usual[0]["held_loss"]
+    stored = run_folder.read_recipe(tmp_path / "held").validation.tasks
+    assert len(stored) == 1 and stored[0].startswith(f"{name}@")  # pinned by its hash
+    best = weights_file.read_weights(tmp_path / "held" / "best.safetensors")
+    lowest = min(other, key=lambda measured: measured["held_loss"])
+    assert best.about["validation"] == lowest
+
+
+def test_a_validation_task_that_has_changed_stops_a_resumed_run(tmp_path):
+    (tmp_path / "held.py").write_text(HELD_OUT)
+    stop, changes = StopAfter(2), {"validation.tasks": (f"{tmp_path / 'held.py'}:larger",)}
+    loop.train(small(**changes), tmp_path / "run", How(stop=stop, on_progress=stop.told, log=lambda text: None))
+    (tmp_path / "held.py").write_text(HELD_OUT + "\n")
+    with pytest.raises(TaskError, match="has changed since the recipe was made"):
+        loop.resume(tmp_path / "run", How(log=lambda text: None))
+
+
+def test_given_splits_that_the_recipe_names_for_validation_are_for_validation_alone(tmp_path):
+    given = {"mine": quadratic(4), "held": quadratic(3)}
+    sizes = {"validation.every": 4, "validation.steps": 100, "validation.seeds": 1, "validation.tasks": ("held",)}
+    stop = StopAfter(5)
+    how = How(stop=stop, on_progress=stop.told, log=lambda text: None)
+    loop.train(small("naive", **sizes), tmp_path / "run", how, tasks=given)
+    assert run_folder.read_recipe(tmp_path / "run").tasks == ("mine",)
+    assert loop.resume(tmp_path / "run", How(log=lambda text: None), tasks=given).finished
+    with pytest.raises(RunError, match="not \\('held2',\\)"):
+        loop.resume(tmp_path / "run", tasks={"held2": quadratic(4), "held": quadratic(3)})

@@ -148,7 +148,7 @@ def run_here_or_in_processes(
 
 def outlook(run: Run) -> str:
     """What a run that is about to start needs, in one line."""
-    return plan.outlook(run.recipe, run.setup, list(run.tasks.values()))
+    return plan.outlook(run.recipe, run.setup, list(run.tasks.values()), list(run.validation_tasks.values()))
 
 
 def in_words(progress: Progress) -> str:

@@ -47,10 +47,24 @@ def check(recipe: recipes.Recipe) -> None:
     if not recipe.tasks or len(set(recipe.tasks)) < len(recipe.tasks):
         raise RecipeError(f"tasks={recipe.tasks} must name at least one task, none of them twice; see `lolo tasks`.")
     pick({"random": None}, "replay.push", recipe.replay.push)
+    check_validation(recipe)
     check_hand_over(recipe.imitation)
     check_unroll(recipe.unroll)
     check_pairs(recipe.estimator)
     check_learner(recipe)
+
+
+def check_validation(recipe: recipes.Recipe) -> None:
+    """Raise RecipeError unless the validation tasks differ from each other and from the meta-training tasks."""
+    names = recipe.validation.tasks
+    if len(set(names)) < len(names):
+        raise RecipeError(f"validation.tasks={names} names a task twice; leave it out the second time.")
+    both = [name for name in names if name in recipe.tasks]
+    if both:
+        raise RecipeError(
+            f"validation.tasks={names} has {both[0]!r}, which is one of tasks={recipe.tasks}: a task that chooses the "
+            "best weights must not be meta-trained on; take another. Without any, `tasks` choose."
+        )
 
 
 def check_hand_over(given: recipes.ImitationSettings) -> None:

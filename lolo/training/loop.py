@@ -57,7 +57,8 @@ def train(
       out: a new or empty folder for log, checkpoints and weights; None keeps nothing on disk.
       how: devices, processes, checkpoints, loggers, progress. The result does not depend on it.
       init: weights to start from, a name or a path.
-      tasks: your own splits by name, instead of the recipe's; `resume` needs them again.
+      tasks: your own splits by name, instead of the recipe's; `resume` needs them again. Those that the recipe names in
+        validation.tasks are for validation alone.
 
     Raises: RecipeError, TaskError, FileError, RunError, LoggerError for bad input; DivergedError. With a process
     group, DifferError and ProcessGroupError too.
@@ -66,7 +67,9 @@ def train(
     if how.loggers and out is None:
         raise RunError(f"loggers={how.loggers} needs a run folder; give `out`.")
     openers = loggers.openers(how.loggers or ())
-    recipe = run_folder.pinned(recipe) if tasks is None else dataclasses.replace(recipe, tasks=tuple(tasks))
+    if tasks is not None:
+        recipe = dataclasses.replace(recipe, tasks=run_folder.meta_training_tasks(recipe, tasks))
+    recipe = run_folder.pinned(recipe, tasks or ())
     source = None if init is None else weights_file.read_weights(init)
     run_folder.require_alike(how.group, recipe, {"--init": source and source.sha256, "--devices": how.devices})
     run = prepare(recipe, how, source, tasks)
@@ -99,8 +102,9 @@ def resume(out: Path | str, how: How | None = None, *, tasks: dict[str, Splits] 
     """
     folder, how = Path(out), how or How()
     recipe = run_folder.read_recipe(folder)
-    if tasks is not None and tuple(tasks) != recipe.tasks:
-        raise RunError(f"{folder} is a run on tasks={recipe.tasks}, not {tuple(tasks)}; give those it began with.")
+    given = recipe.tasks if tasks is None else run_folder.meta_training_tasks(recipe, tasks)
+    if given != recipe.tasks:
+        raise RunError(f"{folder} is a run on tasks={recipe.tasks}, not {given}; give those it began with.")
     openers = loggers.openers(run_folder.logged_to(folder) if how.loggers is None else how.loggers)
     run_folder.require_alike(how.group, recipe, {"--devices": how.devices})
     with run_folder.exclusive(folder, how.group):

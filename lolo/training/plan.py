@@ -140,28 +140,31 @@ def compiled_step(setup: meta.Setup, tasks: tuple[Task, ...], over: Any) -> tupl
     return step.lower(shapes(tasks), state).compile(), state
 
 
-def work_of(recipe: Recipe, setup: meta.Setup, splits: Sequence[Splits]) -> tuple[float, float]:
-    """FLOPs and H100 seconds of one outer step, with its share of the validations."""
+def work_of(
+    recipe: Recipe, setup: meta.Setup, splits: Sequence[Splits], chosen_by: Sequence[Splits]
+) -> tuple[float, float]:
+    """FLOPs and H100 seconds of one outer step, with its share of the validations, which run on `chosen_by`."""
     own, block = recipe.validation, recipe.estimator.slots_per_block
     steps = recipe.unroll.truncation * recipe.unroll.truncations_per_update * 2 * recipe.estimator.pairs
     validations = recipe.outer.steps // own.every if own.every else 0
     share = validations * own.seeds / recipe.outer.steps
     flops = seconds = 0.0
-    for task, held, _ in splits:
+    for task, _, _ in splits:
         step = inner_step_cost(setup, segment(task, recipe.unroll.truncation))
         flops += step.flops * steps
         seconds += h100_seconds(step, 1 if block == 1 else 2 * block) * steps
-        if share:
-            check = _long_run(step, held, own.steps or 10 * recipe.unroll.length)
-            flops, seconds = flops + share * check[0], seconds + share * check[1]
+    for task, held, _ in chosen_by if share else ():
+        step = inner_step_cost(setup, segment(task, recipe.unroll.truncation))
+        check = _long_run(step, held, own.steps or 10 * recipe.unroll.length)
+        flops, seconds = flops + share * check[0], seconds + share * check[1]
     return flops, seconds
 
 
-def outlook(recipe: Recipe, setup: meta.Setup, splits: Sequence[Splits]) -> str:
+def outlook(recipe: Recipe, setup: meta.Setup, splits: Sequence[Splits], chosen_by: Sequence[Splits]) -> str:
     """One line before a run: sizes and arithmetic, without compiling anything."""
     setup, group = setup._replace(capacity=recipe.replay.capacity), tuple(s.train for s in splits)
     state = jax.eval_shape(lambda: meta.meta_init(setup, group, jax.random.key(0)))
-    flops, _ = work_of(recipe, setup, splits)
+    flops, _ = work_of(recipe, setup, splits, chosen_by)
     buffers = _size(count_bytes([slots.local.replay for slots in state.slots]))
     return (
         f"state {_size(count_bytes(state))}, replay buffers {buffers} of it; data "
@@ -176,7 +179,7 @@ def of_training(recipe: Recipe, devices: int | None = 1, offload: bool = False) 
     if offload:
         check_offload(recipe)
         setup = setup._replace(capacity=1)
-    splits = [outline(name) for name in recipe.tasks]
+    splits, held = ([outline(name) for name in names] for names in (recipe.tasks, recipe.validation.tasks))
     steps = recipe.unroll.truncation * recipe.unroll.truncations_per_update
     tasks = tuple(segment(s.train, steps) for s in splits)
     over = parallel.mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, devices)
@@ -184,6 +187,7 @@ def of_training(recipe: Recipe, devices: int | None = 1, offload: bool = False) 
     slots, count = state.slots, over.devices.size
     train = count_bytes([task.data for task in tasks])
     beside = count_bytes([(s.validation.data, s.test.data) for s in splits])
+    beside += count_bytes([[segment(s.train, long_runs.WINDOW).data, s.validation.data, s.test.data] for s in held])
     whole, inner_bytes = count_bytes(state), count_bytes([s.local.inner for s in slots])
     buffers = count_bytes([s.local.replay for s in slots])
     parts = {
@@ -191,7 +195,7 @@ def of_training(recipe: Recipe, devices: int | None = 1, offload: bool = False) 
         "replay buffers": buffers // count,
         "meta-parameters, noise and the rest": whole - inner_bytes - buffers,
     }
-    flops, seconds = work_of(recipe, setup, splits)
+    flops, seconds = work_of(recipe, setup, splits, held or splits)
     return Plan(
         f"meta-training on {', '.join(recipe.tasks)}",
         parts,

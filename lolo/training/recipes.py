@@ -87,6 +87,7 @@ class ValidationSettings:
     every: int = 250  # outer steps; 0: never
     steps: int = 0  # inner steps; 0: 10 times unroll.length
     seeds: int = 2
+    tasks: tuple[str, ...] = settings.added(())  # that choose the best instead of the recipe's tasks; none of those
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lolo.training import build, checkpoints, offload, recipes, run_log, slots
 from lolo.training.how import How
 from lolo.training.loggers import Logger, LoggerError, Open, scalars
 from lolo.training.recipes import Recipe
-from lolo.training.run_folder import RunError
+from lolo.training.run_folder import RunError, meta_training_tasks
 from lolo.trees import count_bytes
 
 META_STREAM = 0  # streams of meta-trainings: their order is drawn from (this, seed, task, epoch)
@@ -43,6 +43,7 @@ class Run:
     recipe: Recipe
     how: How
     tasks: dict[str, Splits]
+    validation_tasks: dict[str, Splits]  # whose loss chooses the best weights: `tasks`, or others
     setup: meta.Setup
     mesh: Mesh
     step: slots.Step | offload.Offloaded
@@ -139,7 +140,10 @@ class Run:
             pretrained.save(self.out / f"{name}.safetensors", self.weights())
 
     def measure(self) -> dict[str, Any]:
-        """Long unrolls with the present φ: train loss and loss on the validation split, means over seeds and tasks."""
+        """Long unrolls with the present φ: train loss and loss on the validation split, means over seeds and tasks.
+
+        The tasks are those of `validation.tasks`, or, where there are none, the meta-training tasks.
+        """
         settings = self.recipe.validation
         steps = settings.steps or 10 * self.recipe.unroll.length
         steps = max(steps // long_runs.WINDOW, 1) * long_runs.WINDOW
@@ -147,7 +151,7 @@ class Run:
         make = pretrained.maker(self.recipe.learner)
         phi = [jax.device_get(self.state.meta_params)] * len(seeds)
         train, held = [], []
-        for splits in self.tasks.values():
+        for splits in self.validation_tasks.values():
             curves = long_runs.run(parallel.local(splits.train), splits.validation, make, phi, seeds, steps)
             limit = splits.train.loss_limit or float("inf")
             train.append(np.mean(np.where(np.isfinite(curves.train_loss[:, -1]), curves.train_loss[:, -1], limit)))
@@ -251,7 +255,12 @@ def prepare(
             raise RunError("offload=True keeps replay buffers with one process; leave it out with several.")
         offload.check(recipe)
         setup = setup._replace(capacity=1)
-    splits = {name: resolve(name) for name in recipe.tasks} if tasks is None else tasks
+    given = tasks or {}
+    names = recipe.tasks if tasks is None else meta_training_tasks(recipe, tasks)
+    splits, held = (
+        {name: given[name] if name in given else resolve(name) for name in each}
+        for each in (names, recipe.validation.tasks)
+    )
     mesh = parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, how.devices)
     own_tasks = tuple(s.train for s in splits.values())
     meta_params = None
@@ -262,4 +271,4 @@ def prepare(
     step = offload.Offloaded(recipe, setup, state, mesh) if how.offload else slots.compile_step(setup, state, mesh)
     placed = parallel.place(own_tasks, mesh)
     splits = {name: s._replace(train=task) for (name, s), task in zip(splits.items(), placed, strict=True)}
-    return Run(recipe, how, splits, setup, mesh, step, state)
+    return Run(recipe, how, splits, held or splits, setup, mesh, step, state)

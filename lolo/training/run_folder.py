@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,19 @@ def can_resume(run: Path, recipe: Recipe, group: ProcessGroup) -> bool:
     return resumable
 
 
-def pinned(recipe: Recipe) -> Recipe:
-    """The recipe with its tasks named as they are stored."""
-    return dataclasses.replace(recipe, tasks=tuple(pin(name) for name in recipe.tasks))
+def pinned(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
+    """The recipe with its tasks named as they are stored; those that are `given` as splits keep their names."""
+
+    def stored(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name if name in given else pin(name) for name in names)
+
+    validation = dataclasses.replace(recipe.validation, tasks=stored(recipe.validation.tasks))
+    return dataclasses.replace(recipe, tasks=stored(recipe.tasks), validation=validation)
+
+
+def meta_training_tasks(recipe: Recipe, given: Collection[str]) -> tuple[str, ...]:
+    """The names of given splits that are meta-trained on: all but the recipe's validation tasks."""
+    return tuple(name for name in given if name not in recipe.validation.tasks)
 
 
 @contextmanager
