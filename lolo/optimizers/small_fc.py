@@ -62,8 +62,8 @@ def small_fc(
 
     Returns: a LearnedOptimizer whose φ is the dict `w0, b0, w1, b1, w2, b2`, and with learned decays
       `momentum_decays, rms_decays, adafactor_decays`. Its optimizer takes any tree of float arrays of any rank;
-      accumulators are float32, updates have the parameters' dtype. A gradient whose square is no float32, or that is not
-      finite, shows as NaN in its tensor's update (see `one_tree_per_moment`).
+      accumulators are float32, updates have the parameters' dtype. A gradient whose square is no float32, or that is
+      not finite, shows as NaN in its tensor's update (see `one_tree_per_moment`).
 
     Raises: ValueError without parameters, for gradients of another tree or shape, for complex parameters, for a state
       of other parameters, and inside shard_map for parameters or gradients of which it would see a part only without
