@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lolo.files import settings
@@ -31,7 +30,7 @@ class Architecture(NamedTuple):
     """What the package asks of an architecture. `learner` is an instance of its settings type."""
 
     settings: type[Any]  # a subclass of Alternative: all that a recipe says of the learner
-    build: Callable[..., base.LearnedOptimizer]  # (learner, axis_name, sharded_axis)
+    build: Callable[..., base.LearnedOptimizer]  # (learner, axis_name, sharded_axis, **deployment settings as arrays)
     shapes: Callable[[Any], dict[str, tuple[int, ...]]]  # learner -> names and shapes of φ
     check: Callable[[Any], None] = _no_checks  # raises RecipeError for a learner that can't be
     check_meta_training: Callable[[Any], None] = _no_checks  # and for one that is for inference alone
@@ -47,14 +46,16 @@ class Architecture(NamedTuple):
 
 
 def _small_fc(
-    learner: small_fc_spec.SmallFcSettings, axis_name: str | None, sharded_axis: int
+    learner: small_fc_spec.SmallFcSettings, axis_name: str | None, sharded_axis: int, **arrays: jax.Array
 ) -> base.LearnedOptimizer:
-    arguments = {name: value for name, value in vars(learner).items() if name != "name"}
+    arguments: dict[str, Any] = {name: value for name, value in vars(learner).items() if name != "name"} | arrays
     return small_fc.small_fc(**arguments, axis_name=axis_name, sharded_axis=sharded_axis)
 
 
-def _norm_fc(learner: norm_fc_spec.NormFcSettings, axis_name: str | None, sharded_axis: int) -> base.LearnedOptimizer:
-    arguments = {name: value for name, value in vars(learner).items() if name != "name"}
+def _norm_fc(
+    learner: norm_fc_spec.NormFcSettings, axis_name: str | None, sharded_axis: int, **arrays: jax.Array
+) -> base.LearnedOptimizer:
+    arguments: dict[str, Any] = {name: value for name, value in vars(learner).items() if name != "name"} | arrays
     return norm_fc.norm_fc(**arguments, axis_name=axis_name, sharded_axis=sharded_axis)
 
 
@@ -123,7 +124,7 @@ def check_weights(meta_params: Arrays, data: dict[str, Any], source: str) -> Lea
 
 
 def deployed(learner: LearnerSettings, requested: Mapping[str, Any]) -> LearnerSettings:
-    """A learner with other deployment settings; None: as it is. Raises ValueError for one that it does not have."""
+    """A learner with other deployment settings; None or an array: as it is. Raises ValueError for one that it lacks."""
     rules, changes = of(learner).deployment, dict[str, Any]()
     for name, value in requested.items():
         if value is None:
@@ -131,7 +132,8 @@ def deployed(learner: LearnerSettings, requested: Mapping[str, Any]) -> LearnerS
         if name not in rules:
             raise ValueError(f"learner {learner.name!r} has no {name}; leave it out.")
         try:
-            changes[name] = jnp.asarray(value, jnp.float32) if is_array(value) else rules[name](value)
+            if not is_array(value):
+                changes[name] = rules[name](value)
         except ValueError as error:
             raise ValueError(f"{name}={value!r} {error}") from error
     return dataclasses.replace(learner, **changes)
@@ -143,15 +145,18 @@ def is_array(value: Any) -> bool:
 
 
 def build_learner(
-    learner: LearnerSettings, axis_name: str | None = None, sharded_axis: int = 0
+    learner: LearnerSettings,
+    axis_name: str | None = None,
+    sharded_axis: int = 0,
+    arrays: Mapping[str, jax.Array] = settings.NONE,
 ) -> base.LearnedOptimizer:
     """The architecture that a recipe names; inside shard_map, for parameters cut over `axis_name` (see small_fc).
 
-    One object for equal arguments: what is compiled for it is found again. Settings that are arrays, which may be
-    traced, have no equals.
+    One object for equal arguments: what is compiled for it is found again. `arrays`: deployment settings that are
+    arrays, which may be traced and have no equals.
     """
-    if any(is_array(value) for value in vars(learner).values()):
-        return of(learner).build(learner, axis_name, sharded_axis)
+    if arrays:
+        return of(learner).build(learner, axis_name, sharded_axis, **arrays)
     return _built(learner, axis_name, sharded_axis)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lolo.files import settings
 from lolo.optimizers import architecture, weights_file
 from lolo.optimizers.architecture import LearnerSettings
 from lolo.trees import PyTree
 
-Number: TypeAlias = float | jax.Array
+Number: TypeAlias = float | int | np.number | jax.Array
 Schedule: TypeAlias = Callable[[jax.Array], jax.Array]
 Make: TypeAlias = Callable[[PyTree], optax.GradientTransformation]  # φ -> its optimizer
 SMALLEST_SCALE = 0.02  # of a step_scale that is no mistake
@@ -75,7 +76,9 @@ class Weights(NamedTuple):
         requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
         requested |= {"learning_rate": learning_rate, "adam_scale": adam_scale}
         learner = architecture.deployed(self.learner, requested)
-        make = maker(learner, step_scale, axis_name, sharded_axis or 0, presented=True, freeze_unseen=freeze_unseen)
+        arrays = {name: jnp.asarray(x, jnp.float32) for name, x in requested.items() if architecture.is_array(x)}
+        where = axis_name, sharded_axis or 0
+        make = maker(learner, step_scale, *where, presented=True, freeze_unseen=freeze_unseen, arrays=arrays)
         return optax.with_extra_args_support(make(self.meta_params))
 
 
@@ -97,13 +100,16 @@ def maker(
     *,
     presented: bool = False,
     freeze_unseen: bool = False,
+    arrays: Mapping[str, jax.Array] = settings.NONE,
 ) -> Make:
     """φ -> the optimizer of these settings, updates multiplied by `step_scale`, a number or a schedule.
 
     `presented`: with its state in the form that users see. Otherwise, and with a scale of 1, one object for equal
-    settings. `freeze_unseen`: see `Weights.optimizer`. Raises ValueError where the architecture has no such form.
+    settings. `arrays`: deployment settings that are arrays. `freeze_unseen`: see `Weights.optimizer`. Raises ValueError
+    where the architecture has no such form.
     """
-    row, make = architecture.of(learner), architecture.build_learner(learner, axis_name, sharded_axis).optimizer
+    row = architecture.of(learner)
+    make = architecture.build_learner(learner, axis_name, sharded_axis, arrays).optimizer
     if freeze_unseen:
         if row.freeze_unseen is None:
             raise ValueError(f"learner {learner.name!r} has no freeze_unseen; leave it out.")

@@ -37,9 +37,9 @@ def small_fc(
     step_mult: float = 1e-3,
     exp_mult: float = 1e-3,
     learn_decays: bool = False,
-    weight_decay: float = 0.0,
-    clock_limit: float | None = None,
-    step_decay: float | None = None,
+    weight_decay: float | jax.Array = 0.0,
+    clock_limit: float | jax.Array | None = None,
+    step_decay: float | jax.Array | None = None,
     axis_name: str | None = None,
     sharded_axis: int = 0,
 ) -> base.LearnedOptimizer:
@@ -55,14 +55,15 @@ def small_fc(
       weight_decay: decoupled; adds −λ1·weight_decay·θ to the update.
       clock_limit: the time features see min(t, clock_limit); None: no limit.
       step_decay: updates are divided by √(1 + t/step_decay), weight decay included; None: they are not.
+        These three may be traced: `optax.inject_hyperparams` works.
       axis_name: inside shard_map, the mesh axis over whose devices parameters are cut; those that JAX's types show to
         be equal on all of its devices are taken as whole.
       sharded_axis: the axis along which parameters are cut, in equal parts.
 
     Returns: a LearnedOptimizer whose φ is the dict `w0, b0, w1, b1, w2, b2`, and with learned decays
       `momentum_decays, rms_decays, adafactor_decays`. Its optimizer takes any tree of float arrays of any rank;
-      accumulators are float32, updates have the parameters' dtype. Finite gradients beyond ±2⁴⁸ count as ±2⁴⁸; one that
-      is not finite shows as NaN in its tensor's update.
+      accumulators are float32, updates have the parameters' dtype. A gradient whose square is no float32, or that is
+      not finite, shows as NaN in its tensor's update (see `one_tree_per_moment`).
 
     Raises: ValueError without parameters, for gradients of another tree or shape, for complex parameters, for a state
       of other parameters, and inside shard_map for parameters or gradients of which it would see a part only without
@@ -107,8 +108,7 @@ def small_fc(
             base.check_reduced(grads, params)
             leaves, structure = jax.tree.flatten(params)
             layouts = [layout(leaf) for leaf in leaves]
-            params32 = [leaf.astype(jnp.float32) for leaf in leaves]
-            grads32 = [base.limited(grad, spec.LARGEST_GRADIENT) for grad in jax.tree.leaves(grads)]
+            params32, grads32 = ([x.astype(jnp.float32) for x in xs] for xs in (leaves, jax.tree.leaves(grads)))
             old = jax.tree.leaves(state.moments, is_leaf=is_moments)
             decay = features.decays(meta_params)
             moments = [features.accumulate(m, g, decay, of) for m, g, of in zip(old, grads32, layouts, strict=True)]
@@ -187,7 +187,8 @@ def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.Gradie
     """small_fc with its state as optax's own optimizers have it: a tree of arrays for each moment, none of them empty.
 
     Inside, all moments of a parameter stand together in its place, where flax's `nnx.Optimizer` takes arrays only, and
-    below two axes `column` is empty, which Orbax can't save: outside it is one zero, as in `optax.adafactor`.
+    below two axes `column` is empty, which Orbax can't save: outside it is one zero, as in `optax.adafactor`. Finite
+    gradients beyond ±2⁴⁸ count as ±2⁴⁸.
     """
     inner = optax.with_extra_args_support(optimizer)
 
@@ -209,6 +210,8 @@ def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.Gradie
     def update(
         grads: PyTree, state: SmallFcState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, SmallFcState]:
+        # Here and not inside, where it would change the last bits of what XLA computes, and so of meta-trained φ.
+        grads = jax.tree.map(lambda g: base.limited(g, spec.LARGEST_GRADIENT) if hasattr(g, "dtype") else g, grads)
         updates, state = inner.update(grads, inside(state), params, **extra_args)
         return updates, outside(state)
 

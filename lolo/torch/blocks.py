@@ -214,7 +214,7 @@ def network_from(arrays: Mapping[str, np.ndarray]) -> Network:
     """Regroup φ for the blocks."""
 
     def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.array(array, np.float32))  # torch.tensor would ask for the default device
+        return torch.from_numpy(np.array(array, np.float32, order="C"))  # torch.tensor asks for the default device
 
     def gain(decay: float | tuple[float, ...], offsets: str) -> torch.Tensor:
         standard, one = np.asarray(decay, np.float32).reshape(-1, 1, 1, 1, 1), np.float32(1)
@@ -247,7 +247,7 @@ def accumulate_factored(batch: Batch, place: BlockLayout, network: Network, bloc
     row_mean, column_mean = torch.zeros_like(batch.row[0]), torch.zeros_like(batch.column[0])
     here = (split(row_mean, place.shape, block), split(column_mean, place.shape, block))
     for grad, row_part, column_part in zip(blocks, *here, strict=True):
-        squared = limited(grad).square_()
+        squared = grad * grad
         row_part.add_(squared.sum(dim=row_axis, keepdim=True))
         column_part.add_(squared.sum(dim=column_axis, keepdim=True))
     batch.row.lerp_(row_mean.div_(place.shape[row_axis]).add_(spec.FACTORED_EPSILON), network.factored_gain)
@@ -276,17 +276,10 @@ class Piece(NamedTuple):
     base: tuple[torch.Tensor, ...]  # what the entries' inputs are added to in the first layer, [H, ...] broadcast
 
 
-def limited(grad: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """A gradient with finite entries within ±LARGEST_GRADIENT; infinite ones become ∞, and NaN stays, to be seen."""
-    inside = torch.clamp(grad, -spec.LARGEST_GRADIENT, spec.LARGEST_GRADIENT, out=out)
-    return inside.masked_fill_(grad.isinf(), math.inf)
-
-
 def accumulate(piece: Piece, network: Network, scratch: Scratch) -> None:
     """All moments of one block but the row and column moments."""
-    grad = limited(piece.grad, out=scratch.grad)
-    squared = torch.mul(grad, grad, out=scratch.squared)
-    piece.momentum.lerp_(grad, network.momentum_gain)
+    squared = torch.mul(piece.grad, piece.grad, out=scratch.squared)
+    piece.momentum.lerp_(piece.grad, network.momentum_gain)
     piece.rms.lerp_(squared, network.rms_gain)
     if piece.column is None:
         piece.row.lerp_(squared.add_(spec.FACTORED_EPSILON), network.factored_gain)
@@ -294,7 +287,7 @@ def accumulate(piece: Piece, network: Network, scratch: Scratch) -> None:
 
 def fill_inputs(piece: Piece, scratch: Scratch) -> None:
     """The inputs that vary from entry to entry, not normalised."""
-    limited(piece.grad, out=scratch.grad)
+    scratch.grad.copy_(piece.grad)
     scratch.param.copy_(piece.param)
     scratch.momentum.copy_(piece.momentum)
     scratch.rms.copy_(piece.rms)
@@ -309,7 +302,7 @@ def fill_inputs(piece: Piece, scratch: Scratch) -> None:
         scratch.factored_gradient.clamp_(min=spec.FACTOR_FLOOR).rsqrt_()
         scratch.diagonal.copy_(piece.row)
         torch.add(piece.row, spec.MOMENT_EPSILON, out=scratch.diagonal_root).rsqrt_()
-    scratch.factored_gradient.mul_(scratch.grad)
+    scratch.factored_gradient.mul_(piece.grad)
 
 
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:

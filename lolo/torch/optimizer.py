@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lolo.optimizers import small_fc_spec as spec
 from lolo.optimizers import weights_file
 from lolo.torch.blocks import (
     Batch,
@@ -94,6 +95,15 @@ def as_float32(grad: torch.Tensor) -> torch.Tensor:
         return grad.float()
     largest = torch.finfo(torch.float32).max
     return torch.where(grad.isinf(), grad, grad.clamp(-largest, largest)).float()
+
+
+def limited(grad: torch.Tensor) -> torch.Tensor:
+    """The gradient, finite entries within ±LARGEST_GRADIENT; infinite ones become ∞, and NaN stays, to be seen."""
+    # Nearly always nothing is to do; on an accelerator to ask would cost more than a copy.
+    if grad.device.type == "cpu" and float(torch.linalg.vector_norm(grad, math.inf)) <= spec.LARGEST_GRADIENT:
+        return grad
+    inside = grad.clamp(-spec.LARGEST_GRADIENT, spec.LARGEST_GRADIENT)
+    return inside.masked_fill_(grad.isinf(), math.inf)
 
 
 def state_shapes(place: BlockLayout) -> dict[str, tuple[int, ...]]:
@@ -281,7 +291,7 @@ class LoLO(torch.optim.Optimizer):
             grad, value = torch.stack(grads), torch.stack(values)
             together = {name: torch.stack(moment, dim=-4) for name, moment in moments.items()}
         batch = Batch(
-            -grad if maximize else grad,
+            -limited(grad) if maximize else limited(grad),
             value,
             *(together.get(name) for name in ("momentum", "rms", "row", "column")),
         )

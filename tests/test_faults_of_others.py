@@ -1,0 +1,435 @@
+"""What users of other optimizers reported as bugs does not happen here. Each case names the public thread it is from.
+
+PyTorch's cases are in tests/torch/test_faults_of_others_torch.py.
+"""
+
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import same
+
+import lolo
+from lolo.optimizers import architecture, small_fc
+from lolo.optimizers.pretrained import Weights
+from lolo.optimizers.small_fc_spec import LARGEST_GRADIENT
+
+SMALL_FC = lolo.load()
+
+
+def weights_of(name):
+    """Shipped weights of small_fc, drawn ones of the others."""
+    if name == "small_fc":
+        return SMALL_FC
+    learner = architecture.ARCHITECTURES[name].settings()
+    return Weights(architecture.build_learner(learner).init(jax.random.key(0)), learner, {}, {})
+
+
+WEIGHTS = {name: weights_of(name) for name in architecture.ARCHITECTURES}
+LEARNED = {name: weights for name, weights in WEIGHTS.items() if name != "sgd"}
+all_weights = pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+learned_weights = pytest.mark.parametrize("weights", LEARNED.values(), ids=LEARNED)
+
+PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3), "scalar": jnp.ones(()), "conv": jnp.ones((2, 3, 3, 2))}
+GRADS = jax.tree.map(lambda x: (0.1 + jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape)).astype(x.dtype), PARAMS)
+
+
+def first_update(optimizer, params=PARAMS, grads=GRADS, **extra):
+    return optimizer.update(grads, optimizer.init(params), params, **extra)[0]
+
+
+def changed(tree, **leaves):
+    return {**tree, **leaves}
+
+
+def empty_leaves(state):
+    return [jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(state) if not x.size]
+
+
+# State that others can save: google/orbax #2587, #1309; google/flax #4309
+
+
+@all_weights
+def test_no_leaf_of_the_state_is_empty_and_none_has_a_surprising_dtype(weights):
+    optimizer = weights.optimizer()
+    state = optimizer.init(PARAMS)
+    for _ in range(2):
+        assert empty_leaves(state) == []
+        assert {x.dtype.name for x in jax.tree.leaves(state)} <= {"float32", "int32"}
+        _, state = optimizer.update(GRADS, state, PARAMS)
+
+
+def test_the_state_inside_the_method_stays_as_it_is():
+    """Replay buffers and checkpoints hold it; and the test above can tell."""
+    learner = architecture.build_learner(SMALL_FC.learner)
+    state = learner.optimizer(SMALL_FC.meta_params).init(PARAMS)
+    assert len(empty_leaves(state)) == 2 and state.moments["b"].column.shape == (3, 0)
+
+
+def test_presenting_the_state_changes_no_bit_of_an_update():
+    inside = architecture.build_learner(SMALL_FC.learner).optimizer(SMALL_FC.meta_params)
+    ours, theirs = SMALL_FC.optimizer(), inside
+    state, inner_state = ours.init(PARAMS), theirs.init(PARAMS)
+    for _ in range(3):
+        updates, state = jax.jit(ours.update)(GRADS, state, PARAMS)
+        expected, inner_state = jax.jit(theirs.update)(GRADS, inner_state, PARAMS)
+        assert same(updates, expected)
+
+
+def test_a_state_with_the_former_empty_leaf_is_still_taken():
+    optimizer = SMALL_FC.optimizer()
+    state = optimizer.init(PARAMS)
+    former = state.moments._replace(column=changed(state.moments.column, b=jnp.zeros((3, 0))))
+    assert same(optimizer.update(GRADS, state._replace(moments=former), PARAMS), optimizer.update(GRADS, state, PARAMS))
+
+
+@pytest.mark.slow
+@learned_weights
+@pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+@pytest.mark.parametrize("way", ["standard", "pytree", "manager"])
+def test_orbax_saves_and_restores_a_run_bit_for_bit(weights, way, tmp_path):
+    import orbax.checkpoint as ocp
+
+    optimizer = weights.optimizer()
+    update = jax.jit(optimizer.update)
+    _, state = update(GRADS, optimizer.init(PARAMS), PARAMS)
+    target = jax.eval_shape(optimizer.init, PARAMS)
+    if way == "manager":
+        with ocp.CheckpointManager(tmp_path / "run") as manager:
+            manager.save(1, args=ocp.args.StandardSave(state))
+            manager.wait_until_finished()
+            back = manager.restore(1, args=ocp.args.StandardRestore(target))
+    else:
+        kind = {"standard": ocp.StandardCheckpointer, "pytree": ocp.PyTreeCheckpointer}[way]
+        with kind() as checkpointer:
+            checkpointer.save(tmp_path / "state", state)
+            if way == "standard":
+                checkpointer.wait_until_finished()
+                back = checkpointer.restore(tmp_path / "state", target)
+            else:
+                back = checkpointer.restore(tmp_path / "state", item=state)
+    assert same(back, state)
+    assert same(update(GRADS, back, PARAMS), update(GRADS, state, PARAMS))
+
+
+# Gradients of another tree: optax #808, #291; equinox #458
+
+
+@learned_weights
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        (GRADS["w"], r"params\['b'\] has no gradient; gradients are there for: "),
+        (
+            {"w2": GRADS["w"], **{n: g for n, g in GRADS.items() if n != "w"}},
+            r"params\['w'\] has no gradient.*\['w2'\]",
+        ),
+        (changed(GRADS, b=None), r"params\['b'\] has no gradient"),
+        (changed(GRADS, more=jnp.ones(3)), r"grads\['more'\] belongs to no parameter; parameters: .*\['b'\]"),
+        (changed(GRADS, w=GRADS["w"].T), r"the gradient of params\['w'\] has shape \(3, 4\); expected \(4, 3\)"),
+        (list(GRADS.values()), r"has no gradient"),
+    ],
+)
+def test_gradients_of_another_tree_are_refused_by_name(weights, grads, message):
+    optimizer = weights.optimizer()
+    state = optimizer.init(PARAMS)
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(grads, state, PARAMS)
+    with pytest.raises(ValueError, match=message):
+        jax.jit(optimizer.update)(grads, state, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (changed(PARAMS, w=jnp.ones((3, 4))), r"the state of params\['w'\] has shape \(3, 4\); expected \(4, 3\)"),
+        ({"w": PARAMS["w"]}, r"the state of params\['b'\] has shape None"),
+        (changed(PARAMS, more=jnp.ones(3)), r"the state has params\['more'\], which is no parameter"),
+    ],
+)
+def test_the_state_of_other_parameters_is_refused_by_name(others, message):
+    optimizer = SMALL_FC.optimizer()
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(GRADS, optimizer.init(others), PARAMS)
+
+
+# Parameters that are no arrays of real numbers: pytorch #65711; optax #1506; equinox #590
+
+COMPLEX, COMPLEX_GRADIENT = jnp.array([1 + 2j, 3 - 1j]), jnp.array([0.1 + 0.2j, 0.3 - 0.1j])
+
+
+@learned_weights
+def test_complex_parameters_are_refused_with_the_cure(weights):
+    optimizer = weights.optimizer()
+    for call in (optimizer.init, lambda p: optimizer.update(p, optimizer.init(jnp.ones(2)), p)):
+        with pytest.raises(ValueError, match=r"complex64.*optax.contrib.split_real_and_imaginary\(optimizer\)"):
+            call(COMPLEX)
+
+
+def test_the_cure_for_complex_parameters_moves_both_parts():
+    optimizer = optax.contrib.split_real_and_imaginary(SMALL_FC.optimizer())
+    update = first_update(optimizer, COMPLEX, COMPLEX_GRADIENT)
+    right = np.array([-0.00044092 - 0.00088102j, -0.00128229 + 0.00098402j])
+    np.testing.assert_allclose(update, right, rtol=0, atol=1e-7)
+
+
+@learned_weights
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (jax.nn.relu, r"params\['x'\] is a .*equinox.filter\(model, equinox.is_inexact_array\)"),
+        (3.0, r"params\['x'\] is a float.*jnp.asarray"),
+        (jnp.arange(3), r"params\['x'\] is int32, which has no gradient. Filter first"),
+    ],
+)
+def test_leaves_that_can_not_move_are_refused_with_the_filter_to_use(weights, leaf, message):
+    optimizer, params = weights.optimizer(), changed(PARAMS, x=leaf)
+    with pytest.raises(TypeError, match=message):
+        optimizer.init(params)
+    with pytest.raises(TypeError, match=message):
+        optimizer.update(GRADS, optimizer.init(PARAMS), params)
+
+
+@pytest.mark.slow
+@learned_weights
+def test_equinox_modules_train_once_they_are_filtered(weights):
+    import equinox
+
+    model = equinox.nn.MLP(3, 2, 8, 1, key=jax.random.key(0))
+    grads = equinox.filter_grad(lambda m: (jax.vmap(m)(jnp.ones((4, 3))) ** 2).mean())(model)
+    params, optimizer = equinox.filter(model, equinox.is_inexact_array), weights.optimizer()
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert any(x.any() for x in jax.tree.leaves(equinox.apply_updates(model, updates).layers[0].weight - 0.0))
+    with pytest.raises(TypeError, match=r"equinox.filter\(model, equinox.is_inexact_array\)"):
+        optimizer.update(grads, optimizer.init(params), model)
+
+
+# Extra arguments: optax #1131; flax #4545
+
+
+@all_weights
+@pytest.mark.parametrize("options", [{}, {"step_scale": 0.5}, {"step_scale": optax.constant_schedule(0.5)}], ids=str)
+def test_extra_arguments_are_taken(weights, options):
+    optimizer = weights.optimizer(**options)
+    assert isinstance(optimizer, optax.GradientTransformationExtraArgs)
+    assert same(first_update(optimizer, value=1.0, grad_fn=None), first_update(optimizer))
+
+
+def test_a_wrapper_that_gives_the_loss_works():
+    optimizer = optax.chain(SMALL_FC.optimizer(), optax.contrib.reduce_on_plateau(patience=1))
+    assert all(x.any() for x in jax.tree.leaves(first_update(optimizer, value=1.0)))
+
+
+# Finite gradients of any size: ferx-core #1112; darkflow #381
+
+
+@learned_weights
+@pytest.mark.parametrize("size", [1e15, 1e18, 1e19, 1e30, 3e38])
+@pytest.mark.parametrize("shape", [(12,), (4, 3), (3, 3, 4, 6)])
+def test_one_huge_finite_gradient_makes_no_nan(weights, size, shape):
+    params, grads = jnp.ones(shape), jnp.full(shape, 0.1).at[(0,) * len(shape)].set(size)
+    optimizer = weights.optimizer()
+    state = optimizer.init(params)
+    for gradient in (grads, grads, -grads, jnp.full(shape, size), jnp.full(shape, 0.1)):
+        updates, state = optimizer.update(gradient, state, params)
+        assert jnp.isfinite(updates).all()
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+@learned_weights
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_gradient_that_is_not_finite_is_seen(weights, bad):
+    updates = first_update(weights.optimizer(), grads=changed(GRADS, w=GRADS["w"].at[0, 0].set(bad)))
+    assert jnp.isnan(updates["w"]).any() and jnp.isfinite(updates["b"]).all()
+
+
+def test_only_gradients_beyond_the_limit_are_changed():
+    optimizer = SMALL_FC.optimizer()
+
+    def second_moment(size):
+        return optimizer.update({"x": jnp.full(2, size)}, optimizer.init({"x": jnp.ones(2)}), {"x": jnp.ones(2)})[1]
+
+    limit = second_moment(LARGEST_GRADIENT)
+    assert same(second_moment(1e30), limit)
+    assert not same(second_moment(0.5 * LARGEST_GRADIENT), limit)
+
+
+# Settings as hyper-parameters of the state: optax #412
+
+NUMERIC = {
+    "small_fc": {"step_scale": 0.5, "weight_decay": 0.3, "clock_limit": 0.0, "step_decay": 2.0},
+    "norm_fc": {"step_scale": 0.5, "weight_decay": 0.3, "learning_rate": 0.02, "adam_scale": 0.25},
+}
+CASES = [(name, {setting: value}) for name, options in NUMERIC.items() for setting, value in options.items()]
+CASES += list(NUMERIC.items())
+
+
+def three_updates(optimizer, jit):
+    update, state = jax.jit(optimizer.update) if jit else optimizer.update, optimizer.init(PARAMS)
+    for _ in range(3):
+        updates, state = update(GRADS, state, PARAMS)
+    return updates
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_half_a_step_has_the_expected_value(jit):
+    optimizer = optax.inject_hyperparams(SMALL_FC.optimizer)(step_scale=0.5)
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    params, grads = jnp.zeros(3), jnp.full(3, 0.2)
+    updates, _ = update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(updates, -0.00027071, rtol=0, atol=5e-9)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_every_numeric_setting_may_be_injected(name, options, jit):
+    make = WEIGHTS[name].optimizer
+    injected = three_updates(optax.inject_hyperparams(make)(**options), jit)
+    plain, other = three_updates(make(**options), jit), three_updates(make(), jit)
+    assert not same(plain, other)
+    for ours, expected in zip(*map(jax.tree.leaves, (injected, plain)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_injected_settings_change_without_another_compilation():
+    optimizer = optax.inject_hyperparams(SMALL_FC.optimizer)(step_scale=1.0, weight_decay=0.0)
+    update, state = jax.jit(optimizer.update), optimizer.init(PARAMS)
+    state.hyperparams["step_scale"] = jnp.float32(1.0)
+    whole, _ = update(GRADS, state, PARAMS)
+    state.hyperparams["step_scale"] = jnp.float32(0.25)
+    quarter, _ = update(GRADS, state, PARAMS)
+    np.testing.assert_allclose(4 * quarter["w"], whole["w"], rtol=1e-6)
+    assert update._cache_size() == 1
+
+
+def test_injected_schedules_are_followed():
+    optimizer = optax.inject_hyperparams(SMALL_FC.optimizer)(step_scale=optax.linear_schedule(0.0, 1.0, 2))
+    state, sizes = optimizer.init(PARAMS), []
+    for _ in range(3):
+        updates, state = optimizer.update(GRADS, state, PARAMS)
+        sizes.append(float(jnp.abs(updates["w"]).max()))
+    assert sizes[0] == 0 < sizes[1] < sizes[2]
+
+
+def test_injected_settings_leave_the_updates_dtype():
+    half = partial(jax.tree.map, lambda x: x.astype(jnp.bfloat16))
+    optimizer = optax.inject_hyperparams(SMALL_FC.optimizer, hyperparam_dtype=jnp.float32)(step_scale=0.5)
+    updates = first_update(optimizer, half(PARAMS), half(GRADS))
+    assert {x.dtype.name for x in jax.tree.leaves(updates)} == {"bfloat16"}
+
+
+# Rates of other optimizers: prodigy #27; kohya_ss #950
+
+
+@pytest.mark.parametrize("scale", [1e-3, 3e-4, np.float32(1e-3), 0.019])
+def test_a_step_scale_that_looks_like_a_learning_rate_warns_once(scale):
+    with pytest.warns(UserWarning, match=r"step_scale=.* is no learning rate.*times slower") as seen:
+        optimizer = SMALL_FC.optimizer(step_scale=scale)
+        first_update(optimizer)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.5, 1, 0.0, optax.constant_schedule(1e-3), jnp.float32(1e-3)], ids=str)
+def test_other_scales_and_the_values_of_schedules_do_not_warn(scale):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_update(SMALL_FC.optimizer(step_scale=scale))
+
+
+def test_a_learning_rate_by_position_is_refused():
+    with pytest.raises(TypeError, match="positional"):
+        SMALL_FC.optimizer(1e-3)
+
+
+# Entries that never had a gradient: pytorch #3711; NVIDIA-NeMo/Speech #5726; open_lth #6
+
+MASK = {"table": jnp.zeros((6, 4)).at[:3].set(1.0), "half": jnp.zeros(5).at[1].set(1.0), "none": jnp.zeros((2, 3, 4))}
+TABLES = jax.tree.map(lambda x: 0.5 + jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape) / 20, MASK)
+
+
+def moved(optimizer, steps=20):
+    params, state, update = TABLES, optimizer.init(TABLES), jax.jit(optimizer.update)
+    for step in range(steps):
+        noise = jax.tree.map(lambda x, step=step: jax.random.normal(jax.random.key(step), x.shape), MASK)
+        updates, state = update(jax.tree.map(jnp.multiply, noise, MASK), state, params)
+        params = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda a, b: np.asarray(a != b), params, TABLES)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.0}, {"weight_decay": 0.5, "step_scale": 0.5}], ids=str)
+def test_entries_without_a_gradient_stand_still_if_asked_to_and_all_others_move(options):
+    for name, done in moved(SMALL_FC.optimizer(freeze_unseen=True, **options)).items():
+        np.testing.assert_array_equal(done, np.asarray(MASK[name], bool))
+
+
+def test_without_being_asked_they_move():
+    """So that published numbers stay; and the test above can tell."""
+    assert all(done.all() for done in moved(SMALL_FC.optimizer()).values())
+
+
+def test_an_entry_moves_on_from_its_first_gradient_on():
+    optimizer, params = SMALL_FC.optimizer(freeze_unseen=True), jnp.ones(3)
+    state, steps = optimizer.init(params), []
+    for gradient in (jnp.array([1.0, 0, 0]), jnp.array([0, 1.0, 0]), jnp.zeros(3)):
+        updates, state = optimizer.update(gradient, state, params)
+        steps.append((updates != 0).tolist())
+    assert steps == [[True, False, False], [True, True, False], [True, True, False]]
+
+
+def test_entries_that_had_gradients_move_as_they_do_without_the_option():
+    ours, plain = (first_update(SMALL_FC.optimizer(freeze_unseen=asked)) for asked in (True, False))
+    assert same(ours, plain)
+
+
+def test_what_is_not_finite_is_seen_beside_frozen_entries():
+    updates = first_update(SMALL_FC.optimizer(freeze_unseen=True), jnp.ones(3), jnp.array([jnp.nan, 1.0, 0.0]))
+    assert jnp.isnan(updates[:2]).all()
+
+
+def test_freezing_fits_the_state_inside_the_method_too():
+    inside = architecture.build_learner(SMALL_FC.learner).optimizer(SMALL_FC.meta_params)
+    assert not moved(small_fc.freeze_unseen(inside))["none"].any()
+
+
+@pytest.mark.parametrize("name", ["norm_fc", "sgd"])
+def test_architectures_without_the_option_say_so(name):
+    with pytest.raises(ValueError, match=f"learner '{name}' has no freeze_unseen; leave it out"):
+        WEIGHTS[name].optimizer(freeze_unseen=True)
+
+
+# Settings of the process
+
+
+@learned_weights
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: jax.enable_x64(True),
+        lambda: jax.default_matmul_precision("bfloat16"),
+    ],
+    ids=["x64", "matmul precision"],
+)
+def test_settings_of_the_process_change_neither_numbers_nor_dtypes(weights, setting):
+    def run():
+        optimizer = weights.optimizer(step_scale=0.5)
+        state = optimizer.init(PARAMS)
+        for _ in range(2):
+            updates, state = optimizer.update(GRADS, state, PARAMS)
+        return updates, state
+
+    plain = run()
+    with setting():
+        ours = run()
+    assert [x.dtype for x in jax.tree.leaves(ours)] == [x.dtype for x in jax.tree.leaves(plain)]
+    assert same(ours, plain)
+
+
+@all_weights
+def test_meta_parameters_are_float32_under_x64(weights):
+    with jax.enable_x64(True):
+        drawn = architecture.build_learner(weights.learner).init(jax.random.key(0))
+    assert {x.dtype.name for x in drawn.values()} == {"float32"}
