@@ -255,3 +255,20 @@ def test_more_tokens_than_the_context_are_refused():
     model, _ = SMALL["gpt"]
     with pytest.raises(ValueError, match=r"9 tokens do not fit into gpt\(context=8\)"):
         model.apply(*model.init(KEY), jnp.zeros((1, 9), jnp.int32), training=False)
+
+
+def test_the_small_convolution_sees_neighbours_and_halves_the_image():
+    model = models.small_convolution(5, channels=(4, 6), pixels=8)
+    params, stats = model.init(jax.random.key(0))
+    assert {name: leaf.shape for name, leaf in params.items() if name.endswith("weight")} == {
+        "convolutions.0.weight": (3, 3, 1, 4),
+        "convolutions.1.weight": (3, 3, 4, 6),
+        "layers.0.weight": (2 * 2 * 6, 5),
+    }
+    images = jax.random.normal(jax.random.key(1), (3, 64))
+    logits, _ = model.apply(params, stats, images)
+    assert logits.shape == (3, 5)
+    np.testing.assert_allclose(model.apply(params, stats, images.reshape(3, 8, 8))[0], logits, rtol=1e-6)
+    # An MLP would not care which pixel is where, given permuted weights; a convolution does.
+    shuffled = images[:, jax.random.permutation(jax.random.key(2), 64)]
+    assert np.abs(model.apply(params, stats, shuffled)[0] - logits).max() > 1e-2

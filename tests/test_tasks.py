@@ -12,13 +12,20 @@ import pytest
 from lolo.method.task import Splits, TaskError
 from lolo.tasks import by_name
 from lolo.tasks.by_name import TASKS
-from lolo.tasks.small import CONTEXT, books_mlp, fashion_mlp, quadratic
+from lolo.tasks.small import CONTEXT, books_mlp, books_transformer, fashion_autoencoder, fashion_mlp, quadratic
 
 # Tasks whose data come with the package; those on prepared data are in test_prepared_tasks.py.
-EMBEDDED = ("fashion-mlp", "books-mlp", "quadratic")
-CLASSES = {"fashion-mlp": 10, "books-mlp": 48}
-SIZES = {"fashion-mlp": (57_000, 3_000, 10_000)}
-PARAMETERS = {"fashion-mlp": 3_466, "books-mlp": 48 * 8 + 64 * 32 + 32 + 32 * 32 + 32 + 32 * 48 + 48, "quadratic": 8}
+EMBEDDED = ("fashion-mlp", "fashion-conv", "fashion-autoencoder", "books-mlp", "books-transformer", "quadratic")
+CLASSES = {"fashion-mlp": 10, "fashion-conv": 10, "books-mlp": 48, "books-transformer": 48}
+SIZES = dict.fromkeys(("fashion-mlp", "fashion-conv", "fashion-autoencoder"), (57_000, 3_000, 10_000))
+PARAMETERS = {
+    "fashion-mlp": 3_466,
+    "fashion-conv": 9 * 8 + 8 + 9 * 8 * 16 + 16 + 4 * 16 * 10 + 10,
+    "fashion-autoencoder": 2 * 64 * 32 + 2 * 32 * 8 + 32 + 8 + 32 + 64,
+    "books-mlp": 48 * 8 + 64 * 32 + 32 + 32 * 32 + 32 + 32 * 48 + 48,
+    "books-transformer": 48 * 16 + 8 * 16 + (16 * 48 + 48) + (16 * 16 + 16) + 2 * 16 * 64 + 64 + 16 + 6 * 16,
+    "quadratic": 8,
+}
 KEY = jax.random.key(0)
 
 
@@ -42,7 +49,7 @@ def test_splits_are_the_same_problem_on_other_data(name):
     sizes = tuple(split.size for split in splits)
     if name in SIZES:
         assert sizes == SIZES[name]
-    if name == "books-mlp":
+    if name.startswith("books"):
         assert sizes == tuple(len(leaf) - CONTEXT for leaf in leaves)
         assert sizes[0] > 10 * sizes[1] > 0 and sizes[2] > 10_000
 
@@ -69,7 +76,33 @@ def test_loss_and_gradient_at_the_start(name):
         assert abs(float(loss) - chance) < 0.4
         assert task.loss_limit == pytest.approx(1.5 * chance) and task.loss_limit > loss
     else:
-        assert task.loss_limit is None
+        assert task.loss_limit == {"fashion-autoencoder": 1.5, "quadratic": None}[name]
+
+
+@pytest.mark.parametrize("name", [name for name in EMBEDDED if name != "quadratic"])
+def test_batch_and_widths_are_settings(name):
+    widths = {"books-transformer": "width=8", "fashion-conv": "widths=4"}.get(name, "widths=8")
+    task, plain = by_name.resolve(f"{name}:batch=3,{widths}").train, by_name.resolve(name).train
+    assert task.batch == 3
+    count = lambda task: sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, KEY)))  # noqa: E731
+    assert count(task) < count(plain)
+    loss = task.loss(*task.init(KEY), task.sample(KEY, jnp.int32(0)), KEY)[0]
+    assert np.isfinite(loss) and loss < task.loss_limit
+
+
+def test_the_autoencoder_is_scored_on_the_image_it_was_given():
+    task = fashion_autoencoder().train
+    images = task.sample(KEY, jnp.int32(0))
+    nothing = jax.tree.map(jnp.zeros_like, task.init(KEY)[0])
+    np.testing.assert_allclose(task.loss(nothing, {}, images, KEY)[0], np.mean(np.asarray(images) ** 2), rtol=1e-6)
+    assert 0.8 < float(np.mean(np.asarray(images) ** 2)) < 1.2  # what "predict the mean gray" costs; the limit is 1.5
+
+
+def test_the_transformer_predicts_the_character_after_each():
+    task = books_transformer().validation
+    inputs, labels = task.examples(task.data, jnp.array([task.size - 1]))
+    np.testing.assert_array_equal(inputs[0, 1:], labels[0, :-1])
+    assert labels[0, -1] == task.data[-1]
 
 
 def test_a_step_along_the_gradient_lowers_the_loss(name):

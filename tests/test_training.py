@@ -340,7 +340,7 @@ def test_validation_tasks_choose_the_best_and_teach_nothing(tmp_path):
     assert len(stored) == 1 and stored[0].startswith(f"{name}@")  # pinned by its hash
     best = weights_file.read_weights(tmp_path / "held" / "best.safetensors")
     lowest = min(other, key=lambda measured: measured["held_loss"])
-    assert best.about["validation"] == lowest
+    assert best.card["validation"] == lowest
 
 
 def test_a_validation_task_that_has_changed_stops_a_resumed_run(tmp_path):

@@ -24,11 +24,21 @@ from lolo.files.disk import sha256_of
 from lolo.files.settings import did_you_mean, nearest
 from lolo.method.task import Splits, Task, TaskError
 from lolo.tasks import augment, prepared
-from lolo.tasks.small import books_mlp, fashion_mlp, quadratic
+from lolo.tasks.small import (
+    books_mlp,
+    books_transformer,
+    fashion_autoencoder,
+    fashion_conv,
+    fashion_mlp,
+    quadratic,
+)
 
 TASKS: dict[str, prepared.MakeSplits] = {
     "fashion-mlp": fashion_mlp,
     "books-mlp": books_mlp,
+    "fashion-conv": fashion_conv,
+    "fashion-autoencoder": fashion_autoencoder,
+    "books-transformer": books_transformer,
     "quadratic": quadratic,
     "imagenet32-mlp-w128-d3": prepared.imagenet32_mlp,
     "imagenet32-resnet18": prepared.imagenet32_resnet18,

@@ -95,6 +95,33 @@ def _dense_layers(params: Params, x: jax.Array, layers: int) -> jax.Array:
     return x
 
 
+def small_convolution(classes: int, channels: Sequence[int] = (8, 16), pixels: int = 8) -> Model:
+    """3×3 convolutions of stride 2 with bias and ReLU, then one dense layer: gray images [B, pixels²] → [B, classes].
+
+    Each convolution halves the image. Weights are normal, cut at ±2σ with σ = 1/√fan_in, as `mlp`'s; biases are 0.
+    """
+    sides = [pixels]
+    for _ in channels:
+        sides.append(-(-sides[-1] // 2))
+
+    def init(key: jax.Array) -> tuple[Params, Stats]:
+        key_dense, *keys = jax.random.split(key, len(channels) + 1)
+        params = {}
+        for i, (fan_in, fan_out) in enumerate(zip((1, *channels), channels, strict=False)):
+            cut_normal = jax.random.truncated_normal(keys[i], -2.0, 2.0, (3, 3, fan_in, fan_out))
+            params[f"convolutions.{i}.weight"] = cut_normal / math.sqrt(9 * fan_in)
+            params[f"convolutions.{i}.bias"] = jnp.zeros(fan_out)
+        return params | _init_dense_layers(key_dense, (sides[-1] ** 2 * channels[-1], classes)), {}
+
+    def apply(params: Params, stats: Stats, inputs: jax.Array, training: bool = False) -> tuple[jax.Array, Stats]:
+        x = inputs.reshape(-1, pixels, pixels, 1)
+        for i in range(len(channels)):
+            x = jax.nn.relu(_convolve(params, x, f"convolutions.{i}", 2) + params[f"convolutions.{i}.bias"])
+        return _dense_layers(params, x.reshape(len(x), -1), 1), stats
+
+    return Model(init, apply)
+
+
 # ResNet-18
 
 BATCH_NORM_DECAY = 0.9

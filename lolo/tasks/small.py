@@ -32,17 +32,47 @@ def _widths(words: str) -> tuple[int, ...]:
 
 
 @functools.cache
-def fashion_mlp(widths: str = "32-32") -> Splits:
+def fashion_mlp(widths: str = "32-32", batch: int = 128) -> Splits:
     """Fashion-MNIST at 8×8 → 32 → 32 → 10, batch 128; 3,466 parameters."""
+    return _fashion(models.mlp((64, *_widths(widths), 10)), batch)
+
+
+@functools.cache
+def fashion_conv(widths: str = "8-16", batch: int = 32) -> Splits:
+    """Fashion-MNIST at 8×8 through 3×3 convolutions of stride 2 with 8 and 16 channels, batch 32; 1,898 parameters."""
+    return _fashion(models.small_convolution(10, _widths(widths)), batch)
+
+
+def _fashion(model: models.Model, batch: int) -> Splits:
     data = embedded.fashion_mnist()
-    return classification(
-        data,
-        models.mlp((64, *_widths(widths), 10)),
-        _pick_image,
-        classes=10,
-        batch=128,
-        sizes={split: len(labels) for split, (_, labels) in data.items()},
-    )
+    sizes = {split: len(labels) for split, (_, labels) in data.items()}
+    return classification(data, model, _pick_image, classes=10, batch=batch, sizes=sizes)
+
+
+@functools.cache
+def fashion_autoencoder(widths: str = "32-8-32", batch: int = 64) -> Splits:
+    """Fashion-MNIST at 8×8 → 32 → 8 → 32 → the same image, mean squared error, batch 64; 4,744 parameters."""
+    model = models.mlp((64, *_widths(widths), 64))
+
+    def examples(images: jax.Array, indices: jax.Array) -> jax.Array:
+        return (images[indices].astype(jnp.float32) - 73.0) / 85.0
+
+    def error(params: PyTree, stats: PyTree, images: jax.Array) -> jax.Array:
+        return jnp.mean((model.apply(params, stats, images)[0] - images) ** 2)
+
+    def loss(params: PyTree, stats: PyTree, batch: jax.Array, key: jax.Array) -> tuple[jax.Array, PyTree]:
+        return error(params, stats, batch), stats
+
+    def score(params: PyTree, stats: PyTree, batch: jax.Array) -> dict[str, jax.Array]:
+        return {"loss": error(params, stats, batch)}
+
+    def task(images: np.ndarray) -> Task:
+        # Predicting the mean image's gray costs about 1, so 1.5 of that is the limit, as with classifiers.
+        data = jnp.asarray(images)
+        return Task(data, model.init, examples, loss, score, size=len(images), batch=batch, loss_limit=1.5)
+
+    data = embedded.fashion_mnist()
+    return Splits(*(task(data[split][0]) for split in Splits._fields))
 
 
 CONTEXT = 8  # characters that books_mlp predicts the next one from
@@ -54,7 +84,7 @@ def _pick_characters(symbols: jax.Array, indices: jax.Array) -> tuple[jax.Array,
 
 
 @functools.cache
-def books_mlp(widths: str = "32-32") -> Splits:
+def books_mlp(widths: str = "32-32", batch: int = 128) -> Splits:
     """The next character of English books from the 8 before it: embeddings of 8, → 32 → 32 → 48, batch 128."""
     data = embedded.books_symbols()
     return classification(
@@ -62,8 +92,27 @@ def books_mlp(widths: str = "32-32") -> Splits:
         models.char_mlp(symbols=embedded.SYMBOLS, context=CONTEXT, embedding=8, widths=_widths(widths)),
         _pick_characters,
         classes=embedded.SYMBOLS,
-        batch=128,
+        batch=batch,
         sizes={split: len(symbols) - CONTEXT for split, symbols in data.items()},
+    )
+
+
+@functools.cache
+def books_transformer(width: int = 16, heads: int = 2, context: int = 8, batch: int = 8) -> Splits:
+    """The next character after each of 8, by one block of a GPT of width 16 with 2 heads, batch 8; 4,208 parameters."""
+    data = embedded.books_symbols()
+
+    def examples(symbols: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        windows = symbols[indices[:, None] + jnp.arange(context + 1)].astype(jnp.int32)
+        return windows[:, :-1], windows[:, 1:]
+
+    return classification(
+        data,
+        models.gpt(embedded.SYMBOLS, context, layers=1, heads=heads, width=width),
+        examples,
+        classes=embedded.SYMBOLS,
+        batch=batch,
+        sizes={split: len(symbols) - context for split, symbols in data.items()},
     )
 
 
