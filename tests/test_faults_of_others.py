@@ -212,7 +212,11 @@ def test_equinox_modules_train_once_they_are_filtered(weights):
 
 
 @all_weights
-@pytest.mark.parametrize("options", [{}, {"step_scale": 0.5}, {"step_scale": optax.constant_schedule(0.5)}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"step_scale": 0.5}, {"step_scale": optax.constant_schedule(0.5)}],
+    ids=["plain", "half", "schedule"],
+)
 def test_extra_arguments_are_taken(weights, options):
     optimizer = weights.optimizer(**options)
     assert isinstance(optimizer, optax.GradientTransformationExtraArgs)
@@ -333,7 +337,17 @@ def test_a_step_scale_that_looks_like_a_learning_rate_warns_once(scale):
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("scale", [0.02, 0.5, 1, 0.0, optax.constant_schedule(1e-3), jnp.float32(1e-3)], ids=str)
+QUIET = {
+    "0.02": 0.02,
+    "half": 0.5,
+    "whole": 1,
+    "zero": 0.0,
+    "schedule": optax.constant_schedule(1e-3),
+    "array": jnp.float32(1e-3),
+}
+
+
+@pytest.mark.parametrize("scale", QUIET.values(), ids=QUIET)
 def test_other_scales_and_the_values_of_schedules_do_not_warn(scale):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
