@@ -76,6 +76,7 @@ def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
     assert cli.main(["tasks"]) == 5 and "Broken pipe" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_meta_training_goes_on_when_nobody_reads_its_messages(tmp_path):
     done = lolo("train", "lolo", *RUN, "--out", tmp_path / "run", shell="{} 2> >(true); echo status $?")
     assert done.stdout.splitlines() == [f"{tmp_path}/run/last.safetensors".encode(), b"status 0"]
@@ -92,6 +93,7 @@ def test_closed_streams_do_not_fail_a_command(closed):
     assert lolo("recipes", shell="{} " + closed).returncode == 0
 
 
+@pytest.mark.slow
 def test_closed_streams_do_not_fail_several_processes(tmp_path):
     run = tmp_path / "run"
     done = lolo("train", "lolo", *RUN, "--processes", "2", "--out", run, shell="{} <&- >&- 2>&-")
@@ -100,6 +102,7 @@ def test_closed_streams_do_not_fail_several_processes(tmp_path):
         assert file.is_dir() or b"lolo: " not in file.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_closed_input_does_not_fail_several_processes_and_they_print_in_any_encoding(tmp_path):
     argv = ["train", "lolo", *RUN, "--processes", "2", "--out", tmp_path / "run"]
     done = lolo(*argv, shell="{} <&-", env=POOR["ascii"])

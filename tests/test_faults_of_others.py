@@ -18,6 +18,8 @@ from lolo.optimizers import architecture, small_fc
 from lolo.optimizers.pretrained import Weights
 from lolo.optimizers.small_fc_spec import LARGEST_GRADIENT
 
+pytestmark = pytest.mark.slow  # nearly all of it is compilation
+
 SMALL_FC = lolo.load()
 
 
@@ -87,7 +89,6 @@ def test_a_state_with_the_former_empty_leaf_is_still_taken():
     assert same(optimizer.update(GRADS, state._replace(moments=former), PARAMS), optimizer.update(GRADS, state, PARAMS))
 
 
-@pytest.mark.slow
 @learned_weights
 @pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
 @pytest.mark.parametrize("way", ["standard", "pytree", "manager"])
@@ -194,7 +195,6 @@ def test_leaves_that_can_not_move_are_refused_with_the_filter_to_use(weights, le
         optimizer.update(GRADS, optimizer.init(PARAMS), params)
 
 
-@pytest.mark.slow
 @learned_weights
 def test_equinox_modules_train_once_they_are_filtered(weights):
     import equinox

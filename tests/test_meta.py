@@ -174,6 +174,7 @@ def test_adam_read_from_the_learners_accumulators_is_adam(schedule):
 NORM_FC = {"learner.name": "norm_fc", "estimator.pairs": 2, "imitation.expert": "muon", "imitation.loss": "direction"}
 
 
+@pytest.mark.slow
 def test_norm_fc_learns_the_direction_of_muon_with_an_early_hand_over_and_a_floor():
     task = fashion_mlp("4").train
     changes = {"imitation.start": 0.1, "imitation.end": 0.4, "imitation.floor": 0.2, "imitation.schedule": "cosine"}

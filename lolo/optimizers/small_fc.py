@@ -207,12 +207,16 @@ def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.Gradie
         each = jax.tree.map(lambda *fields: with_column(features.Moments(*fields), 3, 0), *state.moments)
         return state._replace(moments=each)
 
+    def limit(grad: Any) -> Any:
+        # What has no real numbers is refused inside, by name.
+        real = hasattr(grad, "dtype") and jnp.issubdtype(grad.dtype, jnp.floating)
+        return base.limited(grad, spec.LARGEST_GRADIENT) if real else grad
+
     def update(
         grads: PyTree, state: SmallFcState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, SmallFcState]:
-        # Here and not inside, where it would change the last bits of what XLA computes, and so of meta-trained φ.
-        grads = jax.tree.map(lambda g: base.limited(g, spec.LARGEST_GRADIENT) if hasattr(g, "dtype") else g, grads)
-        updates, state = inner.update(grads, inside(state), params, **extra_args)
+        # Limited here and not inside, where it would change the last bits of what XLA computes, and so of φ.
+        updates, state = inner.update(jax.tree.map(limit, grads), inside(state), params, **extra_args)
         return updates, outside(state)
 
     return optax.GradientTransformationExtraArgs(lambda params: outside(inner.init(params)), update)
