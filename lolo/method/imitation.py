@@ -74,7 +74,7 @@ def squared_distance(learned: PyTree, expert: PyTree) -> Float[Array, ""]:
 def direction_distance(learned: PyTree, expert: PyTree) -> Float[Array, ""]:
     """1 − ⟨u_O, u_H⟩ / (‖u_O‖ ‖u_H‖ + 1e-30), over all tensors together: 0 for one direction, 2 for opposite ones.
 
-    The sizes of the two updates do not enter; 1 where one of them is 0. ELO's, in place of Eq. 2.
+    The sizes of the two updates do not enter; 1 where one of them is 0. ELO's, instead of Eq. 2.
     """
 
     def dot(x: PyTree, y: PyTree) -> jax.Array:
@@ -136,6 +136,6 @@ def fuse(
 ) -> Float[Array, "J P L"]:
     """δ = max(1 − α, floor) ψ(Δ^bc) + α ψ(Δ^task) (Eq. 4, floor 0; Eq. 3 with `raw`). Invalid steps give 0.
 
-    With a floor (ELO: 0.21) imitation goes on teaching after the hand-over.
+    With a floor (ELO: 0.21) imitation keeps teaching after the hand-over.
     """
     return jnp.maximum(1 - alpha, floor) * normalize(deltas.bc, valid) + alpha * normalize(deltas.task, valid)

@@ -53,7 +53,7 @@ def abandon(stream: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line on standard error. Where it can't be printed, the work goes on without."""
+    """Print a line on standard error. Where it can't be printed, the work continues without it."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:

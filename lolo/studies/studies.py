@@ -1,7 +1,7 @@
 """The studies behind `lolo reproduce`: what is meta-trained, and what it is compared with.
 
 A study's folder holds `runs/` (one folder per meta-training) and, for each task, what `comparisons` writes.
-Every study goes on where it was stopped when it is started again.
+Every study resumes where it was stopped when it is started again.
 """
 
 from __future__ import annotations
