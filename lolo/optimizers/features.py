@@ -117,7 +117,7 @@ def _average(decay: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     return decay * old + (1 - decay) * new
 
 
-def _over_parts(mean: jax.Array, of: Layout, along: int | None = None) -> jax.Array:
+def over_parts(mean: jax.Array, of: Layout, along: int | None = None) -> jax.Array:
     """A mean over the part at hand, along the tensor's axis `along` or over all entries, made one over all parts."""
     crosses = of.sharded is not None and along in (None, of.sharded)
     return jax.lax.pmean(mean, of.axis_name) if crosses else mean
@@ -133,7 +133,7 @@ def accumulate(moments: Moments, grad: Entries, decay: Decays, of: Layout) -> Mo
         row, column = _average(decay.factored, moments.row, floored), moments.column
     else:
         row, column = (
-            _average(decay.factored, old, _over_parts(jnp.mean(floored, axis=axis), of, axis))
+            _average(decay.factored, old, over_parts(jnp.mean(floored, axis=axis), of, axis))
             for old, axis in zip((moments.row, moments.column), axes, strict=True)
         )
     return Moments(
@@ -181,7 +181,7 @@ def inputs(grad: Entries, param: Entries, moments: Moments, of: Layout) -> Input
         momentum_factor = jax.lax.rsqrt(row + spec.MOMENTUM_EPSILON)
     else:
         mean = jnp.mean(row, axis=axes.second + 1 - (axes.second > axes.largest), keepdims=True)
-        mean = _over_parts(mean, of, axes.second)
+        mean = over_parts(mean, of, axes.second)
         factor = jax.lax.rsqrt(jnp.maximum(row / (mean + spec.FACTOR_MEAN_EPSILON), spec.FACTOR_FLOOR))
         factor = as_matrices(jnp.expand_dims(factor, axes.largest + 1), of)
         row = as_matrices(jnp.expand_dims(row, axes.largest + 1), of)
@@ -211,7 +211,7 @@ def inputs(grad: Entries, param: Entries, moments: Moments, of: Layout) -> Input
 def normalizer(x: Float[Array, "F *space"], of: Layout) -> Float[Array, "F"]:
     """One over the root mean square of each input, over the tensor."""
     x = x.reshape(x.shape[0], -1)
-    return jax.lax.rsqrt(spec.NORMALIZE_EPSILON + _over_parts(jnp.sum(x * x, axis=1) / max(x.shape[1], 1), of))
+    return jax.lax.rsqrt(spec.NORMALIZE_EPSILON + over_parts(jnp.sum(x * x, axis=1) / max(x.shape[1], 1), of))
 
 
 def normalized_inputs(grad: Entries, param: Entries, moments: Moments, of: Layout) -> Float[Array, "28 kab"]:

@@ -24,7 +24,7 @@ from lolo.optimizers.base import (
     check_whole,
     truncated_normal,
 )
-from lolo.optimizers.features import Entries, Layout
+from lolo.optimizers.features import Entries, Layout, over_parts
 from lolo.optimizers.norm_fc_features import NormFcMoments, product
 from lolo.trees import PyTree
 
@@ -241,7 +241,7 @@ def limited(grad: Entries) -> Entries:
 
 def unit(x: Entries, of: Layout, epsilon: float) -> Entries:
     """x divided by its root mean square over the whole tensor."""
-    return x * jax.lax.rsqrt(epsilon + nf.over_parts(jnp.mean(x * x), of))
+    return x * jax.lax.rsqrt(epsilon + over_parts(jnp.mean(x * x), of))
 
 
 def on_whole(x: jax.Array, of: Layout, function: Callable[[jax.Array], jax.Array]) -> jax.Array:

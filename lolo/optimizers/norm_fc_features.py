@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from lolo.optimizers import features, sharding
 from lolo.optimizers import norm_fc_spec as spec
-from lolo.optimizers.features import Entries, Layout
+from lolo.optimizers.features import Entries, Layout, over_parts
 
 # On GPUs the default precision of a float32 matrix product is lower than float32.
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -100,12 +100,6 @@ def average(decays: Sequence[float], old: jax.Array, new: jax.Array) -> jax.Arra
     """d·old + (1 − d)·new for several decays, in float32. old: [D, *shape]; new: [*shape]."""
     # One by one: as one product with the decays XLA would first write `new` out D times, twice the time of all.
     return jnp.stack([d * old[i].astype(jnp.float32) + (1 - d) * new for i, d in enumerate(decays)])
-
-
-def over_parts(mean: jax.Array, of: Layout, along: int | None = None) -> jax.Array:
-    """A mean over the part at hand, along the tensor's axis `along` or over all entries, made one over all parts."""
-    crosses = of.sharded is not None and along in (None, of.sharded)
-    return jax.lax.pmean(mean, of.axis_name) if crosses else mean
 
 
 def accumulate(moments: NormFcMoments, grad: Entries, of: Layout) -> NormFcMoments:

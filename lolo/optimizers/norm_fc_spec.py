@@ -15,7 +15,7 @@ import numpy as np
 
 from lolo.files import settings
 from lolo.files.settings import RecipeError
-from lolo.optimizers.small_fc_spec import FactoredAxes
+from lolo.optimizers.small_fc_spec import FactoredAxes, row_slices
 
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 RMS_DECAY = 0.95
@@ -63,16 +63,7 @@ INPUTS = sum(count for _, count in GROUPS)
 DIAGONAL_INPUTS = sum(count for _, count in GROUPS[:9])
 
 
-def group_slices() -> dict[str, slice]:
-    """Where each group lies in the rows of `w0`."""
-    slices, start = {}, 0
-    for name, count in GROUPS:
-        slices[name] = slice(start, start + count)
-        start += count
-    return slices
-
-
-SLICES = group_slices()
+SLICES = row_slices(GROUPS)
 
 # Inputs that differ from entry to entry, the diagonal ones first, and those that are constant along an axis.
 ENTRY_ROWS = np.r_[0:DIAGONAL_INPUTS, SLICES["factored_momentum"]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,16 +52,16 @@ COLUMNS = (
 INPUTS = sum(count for _, count in COLUMNS)
 
 
-def column_slices() -> dict[str, slice]:
-    """Where each named input lies in the rows of `w0`."""
+def row_slices(inputs: Sequence[tuple[str, int]]) -> dict[str, slice]:
+    """Where each of the named inputs, (name, count) in their order, lies in the rows of `w0`."""
     slices, start = {}, 0
-    for name, count in COLUMNS:
+    for name, count in inputs:
         slices[name] = slice(start, start + count)
         start += count
     return slices
 
 
-SLICES = column_slices()
+SLICES = row_slices(COLUMNS)
 
 # Inputs that differ from entry to entry; the others are constant along an axis, or over the tensor.
 ENTRY_COLUMNS = np.r_[
