@@ -1,6 +1,7 @@
 """Named optimizers, their rows, tables, reports and pictures, on the smallest task."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -12,11 +13,12 @@ from test_training import small
 from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
 from lolo.files.disk import FileError
+from lolo.method import meta
 from lolo.optimizers import architecture, pretrained
 from lolo.studies import candidates, comparison_report, comparisons, evaluation_folder, plots, tables
 from lolo.studies.rows import file_name, load_rows, save_rows
 from lolo.tasks.small import quadratic
-from lolo.training import recipes
+from lolo.training import build, recipes
 
 QUADRATIC = quadratic()
 
@@ -47,6 +49,35 @@ def test_a_baseline_spelled_twice_is_evaluated_once():
     assert list(candidates.read(names)) == ["adamw:1e-3", "lolo-small", "sgdm:1e-3", "adamw:grid"]
     with pytest.raises(ValueError, match="adamw:fast: give a learning rate"):
         candidates.read(["adamw:fast"])
+
+
+def test_a_rival_s_name_holds_its_schedule_and_settings():
+    names = ["muon-warmup-cosine:3e-3,weight_decay=0.1,warmup=0.1", "schedule-free-warmup:1e-3", "adamw-wsd:grid"]
+    found = candidates.read(names)
+    assert found[names[0]] == candidates.NamedRival("muon-warmup-cosine", 3e-3, 0.1, 0.1)
+    assert candidates.candidate(found[names[0]], QUADRATIC, 100).label == "muon-warmup-cosine 0.003 wd 0.1 warmup 0.1"
+    files = evaluation_folder.part_files(
+        Path("parts"), "quadratic", candidates.read([*names, "muon-warmup-cosine:3e-3"])
+    )
+    assert len(set(files.values())) == 4  # each keeps rows of its own
+    assert evaluation_folder.part_files(Path(), "quadratic", candidates.read(["adamw:1e-3"]))["adamw:1e-3"] == Path(
+        "quadratic/adamw-0.001.jsonl"
+    )  # where rows have been kept so far
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("muon-linear:1e-3", "unknown optimizer 'muon-linear'; did you mean 'muon"),
+        ("adamw:1e-3,decay=0.1", "unknown setting of adamw:1e-3,decay=0.1 'decay'; did you mean 'weight_decay'"),
+        ("adamw:1e-3,weight_decay=-1", "weight_decay='-1' must be 0 or a positive number"),
+        ("adamw-warmup:1e-3,warmup=1.5", "must be a share of the steps"),
+        ("lion:0", "the learning rate must be a positive number"),
+    ],
+)
+def test_a_rival_that_makes_no_sense_is_refused(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        candidates.read([name])
 
 
 @pytest.mark.parametrize("change", [{"outer.steps": 9}, {"tasks": ("books-mlp",)}, {"estimator.sigma": 0.02}])
@@ -94,6 +125,20 @@ def test_weights_with_deployment_settings_are_rows_of_their_own(tmp_path):
     ]
 
 
+def test_the_untrained_phi_is_the_one_that_the_meta_training_began_with(tmp_path):
+    recipe = small("lolo", seed=3, **{"tasks": ("quadratic",)})
+    path = write(tmp_path / "a.safetensors", recipe)
+    named = candidates.read([path, f"{path}:untrained=true,step_scale=2", f"{path}:untrained=false"])
+    trained, untrained, same = named.values()
+    setup = build.build(recipe)
+    began = meta.meta_init(setup, (QUADRATIC.train,), jax.random.key(3)).meta_params
+    assert [one.label for one in named.values()] == ["lolo", "lolo step_scale=2.0 untrained=true", path]
+    for name, array in began.items():
+        np.testing.assert_array_equal(untrained.weights.meta_params[name], array)
+        np.testing.assert_array_equal(same.weights.meta_params[name], trained.weights.meta_params[name])
+    assert any(np.any(trained.weights.meta_params[name] != began[name]) for name in began)
+
+
 def first_updates(path, steps):
     """The updates of the first `steps` steps on a constant gradient, as `compare` would make them."""
     entry = candidates.candidate(candidates.read([path])[path], QUADRATIC, steps)
@@ -114,6 +159,8 @@ def test_deployment_settings_do_what_they_say(tmp_path):
     np.testing.assert_allclose(scaled, 3 * np.stack([plain, cosine]), rtol=1e-5)
     shrinking = first_updates(f"{path}:step_decay=2", 8)
     np.testing.assert_allclose(shrinking, plain / np.sqrt(1 + np.arange(8) / 2)[:, None], rtol=1e-5)
+    warmed = first_updates(f"{path}:schedule=warmup,warmup=0.5", 8)
+    np.testing.assert_allclose(warmed, plain * np.minimum(np.arange(8) / 4, 1)[:, None], rtol=1e-5)
     decayed = first_updates(f"{path}:weight_decay=2", 8)
     np.testing.assert_allclose(decayed, plain - 1e-3 * 2 * 0.5, atol=1e-7)
     frozen = first_updates(f"{path}:clock_limit=3", 8)
@@ -134,6 +181,8 @@ def test_deployment_settings_do_what_they_say(tmp_path):
         ("clock_limit", "clock_limit='' must be"),
         ("cosine", "unknown setting of .*'cosine'"),
         ("schedule=linear", "unknown .*schedule 'linear'"),
+        ("schedule=warmup,warmup=2", "warmup='2' must be a share of the steps"),
+        ("untrained=yes", "unknown .*untrained 'yes'"),
         ("weight_decay=", "weight_decay='' must be"),
     ],
 )
@@ -149,7 +198,7 @@ def test_a_learner_without_a_clock_refuses_a_limit(tmp_path):
         candidates.read([f"{path}:clock_limit=3"])
 
 
-@pytest.mark.parametrize("name", ["adamw:fast", "adamw:0", "adamw:inf", "sgdm:-1", "lion:1e-3"])
+@pytest.mark.parametrize("name", ["adamw:fast", "adamw:0", "adamw:inf", "sgdm:-1", "tiger:1e-3"])
 def test_a_bad_baseline_is_refused_before_the_first_run(name, monkeypatch):
     monkeypatch.setattr(long_runs, "compare", lambda *args, **kwargs: pytest.fail("ran"))
     with pytest.raises(ValueError, match=name.partition(":")[0]):
@@ -202,7 +251,7 @@ def test_rows_that_do_not_fit_are_made_again(tmp_path):
         ("q", 100, 2, named),
         ("q", 200, 1, named),
         ("q", 200, 3, named),
-        ("q", 200, 2, candidates.NamedBaseline("adam", 0.1)),
+        ("q", 200, 2, candidates.NamedRival("adam", 0.1)),
         ("q", 200, 2, named._replace(meta_seed=1)),
         ("q", 200, 2, named._replace(label="bc-only")),
     ]

@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from lolo.evaluation import baselines, long_runs, statistics
+from lolo.evaluation import long_runs, rivals, schedules, statistics
 from lolo.evaluation.long_runs import Candidate
 from lolo.evaluation.statistics import Row
+from lolo.method import inner
 from lolo.tasks.small import quadratic
 
 QUADRATIC = quadratic()
@@ -101,7 +102,7 @@ def by_hand(optimizer, seed, steps):
 
 def test_a_run_is_plain_optax_on_the_seed_s_init_and_batches():
     names = {"adamw": 3e-3, "sgdm": 0.1, "adamw-rsqrt": 0.1, "adamw-cosine": 0.1}
-    contestants = [baselines.baseline(name, lr, 200) for name, lr in names.items()]
+    contestants = [rivals.rival(name, lr, 200) for name, lr in names.items()]
     found = long_runs.compare("quadratic", QUADRATIC, contestants, (0, 7), 200)
     schedules = [lambda t: 0.1 * (1 + t / 3000) ** -0.5, optax.cosine_decay_schedule(0.1, 200)]
     optimizers = [optax.adamw(3e-3, weight_decay=1e-4), optax.sgd(0.1, momentum=0.9)]
@@ -115,24 +116,98 @@ def test_a_run_is_plain_optax_on_the_seed_s_init_and_batches():
         np.testing.assert_allclose(r.held_loss, test, rtol=1e-3, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    {
+        "constant": lambda: optax.constant_schedule(1.0),
+        "cosine": lambda: optax.cosine_decay_schedule(1.0, 200),
+        "rsqrt": lambda: lambda count: (1 + count / 3000) ** -0.5,
+        "warmup": lambda: optax.linear_schedule(0.0, 1.0, 20),
+        "warmup-cosine": lambda: optax.warmup_cosine_decay_schedule(0.0, 1.0, 20, 200),
+        "wsd": lambda: optax.join_schedules(
+            [optax.linear_schedule(0.0, 1.0, 20), optax.constant_schedule(1.0), optax.linear_schedule(1.0, 0.0, 40)],
+            [20, 160],
+        ),
+    }.items(),
+)
+def test_schedules_are_optax_s_and_may_be_traced(name, theirs):
+    counts = jnp.arange(201)
+    ours = jax.jit(jax.vmap(schedules.SCHEDULES[name], in_axes=(0, None, None)))(counts, 200.0, 20.0)
+    np.testing.assert_allclose(ours, jax.vmap(theirs())(counts), atol=2e-6)
+    assert float(schedules.SCHEDULES[name](0, 200, 0)) == 1.0  # without a warm-up the first step is a whole one
+
+
+def test_every_schedule_has_a_test():
+    (mark,) = (m for m in test_schedules_are_optax_s_and_may_be_traced.pytestmark if m.name == "parametrize")
+    assert dict(mark.args[1]).keys() == schedules.SCHEDULES.keys()
+
+
+OPTAX = {
+    "adamw": lambda rate: optax.adamw(rate, weight_decay=0.1),
+    "adam": lambda rate: optax.adam(rate),
+    "sgdm": lambda rate: optax.sgd(rate, momentum=0.9),
+    "nadamw": lambda rate: optax.nadamw(rate, weight_decay=0.1),
+    "nesterov": lambda rate: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(rate, 0.9, nesterov=True)),
+    "lion": lambda rate: optax.lion(rate, weight_decay=0.1),
+    "muon": lambda rate: optax.contrib.muon(rate, weight_decay=0.1, adam_weight_decay=0.1, consistent_rms=1.0),
+    "schedule-free": lambda rate: optax.contrib.schedule_free_adamw(rate, weight_decay=0.1),
+    "prodigy": lambda rate: optax.contrib.prodigy(rate, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", rivals.RIVALS)
+def test_a_rival_is_optax_s_optimizer_under_its_schedule(kind):
+    params = {"w": jax.random.normal(jax.random.key(0), (6, 4)), "b": jnp.ones(4)}
+    grads = jax.random.normal(jax.random.key(1), (5, 4))
+    rate = optax.constant_schedule(0.01) if kind == "schedule-free" else optax.cosine_decay_schedule(0.01, 8)
+    name = kind if kind == "schedule-free" else f"{kind}-cosine"
+    of = rivals.rival(name, 0.01, 8, 0.1)
+
+    def run(optimizer):
+        state, now = optimizer.init(params), params
+        for g in grads:
+            updates, state = optimizer.update({"w": g * now["w"], "b": g}, state, now)
+            now = optax.apply_updates(now, updates)
+        return now, state
+
+    ours, state = run(of.make(jax.tree.map(jnp.asarray, of.setting)))
+    theirs, reference = run(OPTAX[kind](0.01 if kind == "schedule-free" else rate))
+    for leaf, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(leaf, expected, rtol=2e-5, atol=1e-6)
+    scored = of.scored(inner.InnerState(ours, {}, state, (), jnp.int32(5)))
+    if kind == "schedule-free":
+        theirs = optax.contrib.schedule_free_eval_params(reference, theirs)
+        assert not np.allclose(scored["w"], ours["w"], atol=1e-4)  # its average is another point
+    np.testing.assert_allclose(scored["w"], theirs["w"], rtol=2e-5, atol=1e-6)
+
+
+def test_scores_are_taken_where_the_rival_says():
+    moved = rivals.rival("sgdm", 0.1, 100)
+    frozen = moved._replace(scored=lambda state: jax.tree.map(jnp.zeros_like, state.params))
+    first, second = long_runs.compare("quadratic", QUADRATIC, [moved, frozen], [0], 100)
+    at_zero = QUADRATIC.test.score({"x": jnp.zeros(8)}, {}, QUADRATIC.test.data)["loss"]
+    assert first.train_curve == second.train_curve and first.held_loss != second.held_loss
+    np.testing.assert_allclose(second.held_loss, at_zero, atol=1e-6)
+
+
 def test_the_grid_s_best_is_picked_by_train_loss_on_seeds_that_are_not_reported():
-    best = baselines.best_of_grid(QUADRATIC, "sgdm", 100)
+    best = rivals.best_of_grid(QUADRATIC, "sgdm", 100)
     assert best.label == "best sgdm 0.3"
-    assert not set(baselines.PICK_SEEDS) & set(range(100_000))
+    assert not set(rivals.PICK_SEEDS) & set(range(100_000))
 
 
 def test_the_wide_grid_tries_a_second_weight_decay_and_its_label_says_which():
-    labels = [c.label for c in baselines.grid("adamw-cosine", "wide-grid", 100)]
+    labels = [c.label for c in rivals.grid("adamw-cosine", "wide-grid", 100)]
     assert len(labels) == len(set(labels)) == 10 and "adamw-cosine 0.003 wd 0.1" in labels
-    assert len(baselines.grid("adam", "wide-grid", 100)) == 5  # has none
-    assert baselines.grid_size("adamw", "wide-grid") == 20 and baselines.grid_size("adamw", 1e-3) == 0
+    assert len(rivals.grid("adam", "wide-grid", 100)) == 5  # has none
+    assert rivals.grid_size("adamw", "wide-grid") == 20 and rivals.grid_size("adamw", 1e-3) == 0
 
 
 def test_a_run_that_diverged_counts_with_the_loss_limit():
     limited = QUADRATIC._replace(train=dataclasses.replace(QUADRATIC.train, loss_limit=3.0))
-    (found,) = long_runs.compare("quadratic", limited, [baselines.baseline("sgdm", 1e9, 100)], [0], 100)
+    (found,) = long_runs.compare("quadratic", limited, [rivals.rival("sgdm", 1e9, 100)], [0], 100)
     assert found.diverged and found.train_loss == found.held_loss == 3.0
-    (found,) = long_runs.compare("quadratic", QUADRATIC, [baselines.baseline("sgdm", 1e9, 100)], [0], 100)
+    (found,) = long_runs.compare("quadratic", QUADRATIC, [rivals.rival("sgdm", 1e9, 100)], [0], 100)
     assert found.diverged and found.train_loss == math.inf
 
 
@@ -153,12 +228,14 @@ def test_scores_are_means_over_the_examples_asked_for(size, limit):
 @pytest.mark.parametrize("steps", [0, -100])
 def test_a_run_without_a_step_is_refused(steps):
     with pytest.raises(ValueError, match=f"steps={steps} must be at least 1"):
-        long_runs.compare("q", QUADRATIC, [Candidate("sgd", None, baselines.sgdm, {"lr": 0.1})], [0], steps)
+        long_runs.compare(
+            "q", QUADRATIC, [Candidate("sgd", None, rivals.maker("sgdm"), {"lr": 0.1, "weight_decay": 0.0})], [0], steps
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 50, 100, 150, 230])
 def test_a_run_may_have_any_number_of_steps_and_its_loss_is_the_mean_of_its_last_hundred(steps):
-    (found,) = long_runs.compare("q", QUADRATIC, [baselines.baseline("sgdm", 0.1, steps)], [3], steps)
+    (found,) = long_runs.compare("q", QUADRATIC, [rivals.rival("sgdm", 0.1, steps)], [3], steps)
     params, losses = by_hand(optax.sgd(0.1, momentum=0.9), 3, steps)
     ends = {1: [1], 50: [50], 100: [100], 150: [100, 150], 230: [100, 200, 230]}[steps]
     expected = [losses[max(end - 100, 0) : end].mean() for end in ends]

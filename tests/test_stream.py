@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lolo.data import npy, stream
 from lolo.data.errors import DataError
 from lolo.data.stream import Cursor, Rows, SegmentReader, Stream
-from lolo.evaluation import baselines, long_runs
+from lolo.evaluation import long_runs, rivals
 from lolo.method.task import Splits
 from lolo.tasks.small import quadratic
 from lolo.training import checkpoints, loop, recipes
@@ -185,8 +185,8 @@ def test_evaluation_reads_one_stream_for_each_seed_and_every_optimizer():
         task, data=(), stream=Stream((values,)), examples=lambda data, i: data[0][i], size=700, batch=4
     )
     held = dataclasses.replace(task, stream=None, data=(jnp.ones(5),), size=5)
-    lr = {"lr": 0.1}
-    curves = long_runs.run(task, held, baselines.sgdm, [lr] * 4, [1, 2, 1, 2], 200)
+    lr = {"lr": 0.1, "weight_decay": 0.0}
+    curves = long_runs.run(task, held, rivals.maker("sgdm"), [lr] * 4, [1, 2, 1, 2], 200)
     for k, seed in enumerate([1, 2, 1, 2]):
         order = stream.indices((long_runs.EVAL_STREAM, seed), Cursor(0, 0), 800, 700)
         expected = values[order].reshape(2, 400).mean(axis=1)

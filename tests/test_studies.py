@@ -23,7 +23,7 @@ TINY = definitions.Study(
     meta_seeds=2,
     eval_steps=100,
     eval_seeds=2,
-    baselines=("adamw:1e-2",),
+    rivals=("adamw:1e-2",),
     changes=tuple((SMALL | {"outer.steps": 3, "learner.name": "sgd"}).items()),
 )
 
@@ -81,7 +81,7 @@ def test_parts_of_a_study_share_their_meta_trainings(tmp_path, monkeypatch):
     second = dataclasses.replace(
         TINY, methods=("lolo", "lolo replay.read=pop"), deployments=(("lolo", "schedule=cosine"),)
     )
-    second = dataclasses.replace(second, changes=(*TINY.changes, ("learner.name", "small_fc")), baselines=())
+    second = dataclasses.replace(second, changes=(*TINY.changes, ("learner.name", "small_fc")), rivals=())
     first = dataclasses.replace(second, methods=("lolo",), deployments=(), eval_tasks=("quadratic:dimensions=3",))
     monkeypatch.setattr(definitions, "STUDY", {"a": first, "b": second})
     monkeypatch.setattr(studies, "META_LOSS_WINDOW", 1)
@@ -161,7 +161,7 @@ def test_every_recipe_of_the_study_can_be_built(part):
         for method in study.methods:
             build.build(studies.recipe_of(study, method, task, 0))
     assert all(method in study.methods for method, _ in study.deployments)
-    for name in study.baselines:
-        assert candidates.baseline(name) is not None
+    for name in study.rivals:
+        assert candidates.rival(name) is not None
     for _, words in study.deployments:
         candidates.parse_deployment(words, "weights", recipes.LOLO.learner)

@@ -35,10 +35,13 @@ def eval_command(argv: list[str]) -> int:
         adds these.
 
         Args:
-          optimizers: weights (a name of `lolo weights`, or files; with other deployment settings:
-            FILE:clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000 or FILE:schedule=cosine), adamw:1e-3,
-            adamw-cosine:1e-3, adamw-rsqrt:1e-3 (over √(1 + t/3000)), adam:1e-3, sgdm:0.1, or adamw:grid (its best
-            learning rate, picked on other seeds; adamw:wide-grid tries weight decay 0.1 too).
+          optimizers: weights or rivals. Weights: a name of `lolo weights`, or a file, with other deployment settings
+            FILE:clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000 or FILE:schedule=cosine, or as they
+            were before meta-training, FILE:untrained=true. Rivals: adamw:1e-3, or adamw:grid for its best learning
+            rate, picked on other seeds (adamw:wide-grid tries weight decay 0.1 too); likewise adam, nadamw, sgdm,
+            nesterov, lion, muon, schedule-free and prodigy. Schedules, of all: adamw-cosine:1e-3, FILE:schedule=cosine;
+            likewise rsqrt (over √(1 + t/3000)), warmup, warmup-cosine and wsd (warm-up, constant, down to 0 in the last
+            fifth). A warm-up takes 2 % of the steps: muon-warmup-cosine:1e-3,warmup=0.05,weight_decay=0.1.
           task: a name of `lolo tasks`, or path.py:function.
           steps: inner steps of each run.
           seeds: runs per optimizer.

@@ -29,6 +29,12 @@ WINDOW = 100  # steps that a reported loss is the mean of, and between two score
 EVAL_STREAM = 1  # streams of evaluations: their order is drawn from (this, evaluation seed, epoch)
 
 Make = Callable[[Any], optax.GradientTransformation]
+Scored = Callable[[inner.InnerState], PyTree]  # the parameters whose scores count
+
+
+def params_of(state: inner.InnerState) -> PyTree:
+    """The parameters that the optimizer steps from."""
+    return state.params
 
 
 class Curves(NamedTuple):
@@ -62,7 +68,9 @@ def seed_key(seed: int) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _programs(make: Make, devices: int, window: int = WINDOW) -> tuple[Callable, Callable, Callable, Any]:
+def _programs(
+    make: Make, devices: int, window: int = WINDOW, scored: Scored = params_of
+) -> tuple[Callable, Callable, Callable, Any]:
     """Jitted: begin, one window of steps, final scores; each over K runs spread over devices."""
     over = parallel.mesh(devices, devices)
     spread, everywhere = PartitionSpec(parallel.AXIS), PartitionSpec()
@@ -83,13 +91,13 @@ def _programs(make: Make, devices: int, window: int = WINDOW) -> tuple[Callable,
                 return state, record.task
 
             state, losses = jax.lax.scan(step, state, length=window)
-            score = score_split(held, state.params, state.stats, held.score_examples)["loss"]
+            score = score_split(held, scored(state), state.stats, held.score_examples)["loss"]
             return state, jnp.mean(losses), score
 
         return jax.lax.map(one, (settings, keys, states))
 
     def finish(held: Task, states: inner.InnerState) -> dict[str, jax.Array]:
-        return jax.lax.map(lambda state: score_split(held, state.params, state.stats), states)
+        return jax.lax.map(lambda state: score_split(held, scored(state), state.stats), states)
 
     def spread_over(function: Callable, in_specs: tuple, out_specs: Any, donate: tuple[int, ...] = ()) -> Callable:
         mapped = jax.shard_map(function, mesh=over, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -157,6 +165,7 @@ def run(
     steps: int,
     on_steps: Callable[[int], None] = lambda steps: None,
     window: int = WINDOW,
+    scored: Scored = params_of,
 ) -> Curves:
     """K = len(settings) runs: run k trains with `make(settings[k])` from the init and batches of `seeds[k]`.
 
@@ -167,13 +176,14 @@ def run(
       steps: any number; the last window is shorter where it is no multiple of `window`.
       on_steps: called with the number of steps that each window did, all runs together (for progress bars).
       window: steps between two scores, and that a point of the train curve is the mean of.
+      scored: the parameters that are scored, from the state; the loss in training is that of the state's own.
     """
     check_steps(steps)
     if task.stream is not None and len(set(seeds)) > 1:
-        return _by_seed(task, held, make, settings, seeds, steps, on_steps, window)
+        return _by_seed(task, held, make, settings, seeds, steps, on_steps, window, scored)
     count = len(settings)
     devices = max(min(len(jax.local_devices()), count), 1)
-    begin, _, finish, over = _programs(make, devices, window)
+    begin, _, finish, over = _programs(make, devices, window, scored)
     padded = -(-count // devices) * devices
     pad = [min(i, count - 1) for i in range(padded)]
     stacked = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(x[i]) for i in pad]), *settings)
@@ -185,7 +195,7 @@ def run(
         for lengths in pieces_of(steps, window):
             segment = feed.next(lambda data: parallel.place(data, over))
             for length in lengths:
-                _, advance, _, _ = _programs(make, devices, length)
+                _, advance, _, _ = _programs(make, devices, length, scored)
                 states, loss, score = advance(segment, held, stacked, keys, states)
                 means.append((length, np.asarray(loss)))
                 on_steps(length * count)
@@ -204,11 +214,12 @@ def _by_seed(
     steps: int,
     on_steps: Callable[[int], None],
     window: int,
+    scored: Scored,
 ) -> Curves:
     """`run` for one seed after the other: the runs of a call share the segments of one stream."""
     groups = {seed: [k for k, other in enumerate(seeds) if other == seed] for seed in seeds}
     parts = [
-        run(task, held, make, [settings[k] for k in group], [seed] * len(group), steps, on_steps, window)
+        run(task, held, make, [settings[k] for k in group], [seed] * len(group), steps, on_steps, window, scored)
         for seed, group in groups.items()
     ]
     places = np.argsort(np.concatenate(list(groups.values())))
@@ -216,12 +227,13 @@ def _by_seed(
 
 
 class Candidate(NamedTuple):
-    """One optimizer in a comparison: a φ, or a hand-made optimizer with its settings."""
+    """One optimizer in a comparison: a φ, or a rival with its settings."""
 
     label: str  # rows with the same label are meta-seeds of one method
-    meta_seed: int | None  # None for hand-made optimizers
+    meta_seed: int | None  # None for rivals
     make: Make
     setting: Any
+    scored: Scored = params_of
 
 
 def compare(
@@ -236,10 +248,10 @@ def compare(
 ) -> list[Row]:
     """Every candidate on every seed, from the same inits and batches. `held`: which split is scored."""
     rows: list[Row] = []
-    by_make: dict[Make, list[Candidate]] = {}
+    by_make: dict[tuple[Make, Scored], list[Candidate]] = {}
     for candidate in candidates:
-        by_make.setdefault(candidate.make, []).append(candidate)
-    for make, group in by_make.items():
+        by_make.setdefault((candidate.make, candidate.scored), []).append(candidate)
+    for (make, scored), group in by_make.items():
         pairs = [(candidate, seed) for candidate in group for seed in seeds]
         curves = run(
             splits.train,
@@ -250,6 +262,7 @@ def compare(
             steps,
             on_steps,
             window,
+            scored,
         )
         for k, (candidate, seed) in enumerate(pairs):
             rows.append(_row(name, splits.train, candidate, seed, steps, curves, k))

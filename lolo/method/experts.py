@@ -72,15 +72,18 @@ def muon(learning_rate: Rate) -> Expert:
     is the matrix [all other axes, last axis]; the others are on AdamW (.9, .999), with Nesterov too, as optax has it.
     """
 
-    def matrices(params: PyTree) -> PyTree:
-        def axes(param: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-            last = param.ndim - 1
-            return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last) if last > 0 else None
-
-        return jax.tree.map(axes, params)
-
-    muon_ = optax.contrib.muon(learning_rate, consistent_rms=1.0, muon_weight_dimension_numbers=matrices)
+    muon_ = optax.contrib.muon(learning_rate, consistent_rms=1.0, muon_weight_dimension_numbers=last_axis_is_output)
     return optax.with_extra_args_support(muon_)
+
+
+def last_axis_is_output(params: PyTree) -> PyTree:
+    """Muon's axes for every tensor of two axes or more: the last one is the output, all others are inputs."""
+
+    def axes(param: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        last = param.ndim - 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last) if last > 0 else None
+
+    return jax.tree.map(axes, params)
 
 
 EXPERTS: dict[str, Callable[[Rate], Expert]] = {

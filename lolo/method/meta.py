@@ -115,11 +115,16 @@ class Shards(NamedTuple):
 ALONE = Shards(own=lambda tree: tree, gather=lambda tree: tree)
 
 
+def first_params(learned: LearnedOptimizer, seed_key: Key[Array, ""]) -> PyTree:
+    """φ before the first outer step."""
+    return learned.init(jax.random.split(seed_key)[0])
+
+
 def meta_init(setup: Setup, tasks: tuple[Task, ...], seed_key: Key[Array, ""], meta_params: PyTree = None) -> MetaState:
     """The state before the first outer step. `meta_params` continues from other weights; None draws new ones."""
-    key_params, key_run = jax.random.split(seed_key)
+    key_run = jax.random.split(seed_key)[1]
     if meta_params is None:
-        meta_params = setup.learned.init(key_params)
+        meta_params = first_params(setup.learned, seed_key)
     pairs = setup.estimator.pairs
     learner = setup.learned.optimizer(meta_params)
 

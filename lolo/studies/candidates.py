@@ -1,29 +1,28 @@
-"""Optimizers by name, as `lolo eval` and studies take them: weights with deployment settings, or a baseline.
+"""Optimizers by name, as `lolo eval` and studies take them: weights with deployment settings, or a rival.
 
-`lolo-small`, `FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine`, `FILE:step_scale=2`, `adamw:1e-3`,
-`adamw-cosine:grid`, `sgdm:…`.
+`lolo-small`, `FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine`, `FILE:step_scale=2`, `FILE:untrained=true`,
+`adamw:1e-3`, `adamw-cosine:grid`, `muon-warmup-cosine:1e-3,weight_decay=0.1`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import optax
+import jax
 
-from lolo.evaluation import baselines, long_runs
+from lolo.evaluation import long_runs, rivals, schedules
 from lolo.evaluation.long_runs import Candidate
 from lolo.files import settings
 from lolo.files.settings import RecipeError
+from lolo.method import meta
 from lolo.method.task import Splits
 from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.optimizers.architecture import LearnerSettings
 from lolo.training import recipes
-
-SCHEDULES = ("constant", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +31,17 @@ class DeploymentSettings:
 
     learner: dict[str, Any]  # settings of the architecture that are others than the weights came with
     step_scale: float = 1.0  # what updates are multiplied by
-    schedule: str = "constant"  # and this besides: 1, or half a cosine from 1 to 0
+    schedule: str = "constant"  # and this besides: a name in `schedules.SCHEDULES`
+    warmup: float = schedules.WARMUP  # share of the steps in which the schedule rises, if it does
+    untrained: bool = False  # the φ that the meta-training began with, in the same frame
 
     @property
     def words(self) -> str:
         """The settings that were given, for a row's label: " weight_decay=0.1 schedule=cosine"."""
-        given = dict(self.learner)
-        if self.step_scale != 1.0:
-            given["step_scale"] = self.step_scale
-        if self.schedule != "constant":
-            given["schedule"] = self.schedule
-        return "".join(f" {name}={value}" for name, value in given.items())
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = self.learner | {name: value for name, value in own.items() if value != defaults[name]}
+        return "".join(f" {name}={'true' if value is True else value}" for name, value in given.items())
 
 
 def parse_deployment(words: str, name: str, learner: LearnerSettings) -> DeploymentSettings:
@@ -51,24 +50,26 @@ def parse_deployment(words: str, name: str, learner: LearnerSettings) -> Deploym
     rules: dict[str, Callable[[Any], Any]] = {
         **own,
         "step_scale": functools.partial(settings.number, positive=True),
-        "schedule": functools.partial(settings.pick, {word: word for word in SCHEDULES}, f"{name}: schedule"),
+        "schedule": functools.partial(settings.pick, {word: word for word in schedules.SCHEDULES}, f"{name}: schedule"),
+        "warmup": _share,
+        "untrained": functools.partial(settings.pick, {"true": True, "false": False}, f"{name}: untrained"),
     }
     others = {field for row in architecture.ARCHITECTURES.values() for field in row.deployment}
-    found = dict[str, Any]()
-    for word in words.split(",") if words else ():
-        field, _, value = word.partition("=")
+    given = words.split(",") if words else []
+    for field in (word.partition("=")[0] for word in given):
         if field in others - set(rules):
             raise ValueError(f"{name}:{words}: learner {learner.name!r} has no {field}; leave it out.")
-        if field not in rules:
-            raise settings.unknown(f"setting of {name}", field, rules)
-        try:
-            found[field] = rules[field](value)
-        except RecipeError:  # a sentence by itself
-            raise
-        except ValueError as error:
-            raise ValueError(f"{name}: {field}={value!r} {error}") from error
+    found = _parse_words(given, rules, name)
     inside = {field: found.pop(field) for field in own if field in found}
     return DeploymentSettings(inside, **found)
+
+
+def _share(word: str) -> float:
+    """A number from 0 to 1. Raises ValueError."""
+    share = settings.number(word)
+    if share > 1:
+        raise ValueError("must be a share of the steps, from 0 to 1.")
+    return share
 
 
 class NamedWeights(NamedTuple):
@@ -80,14 +81,16 @@ class NamedWeights(NamedTuple):
     deployment: DeploymentSettings
 
 
-class NamedBaseline(NamedTuple):
-    """An optimizer made by hand."""
+class NamedRival(NamedTuple):
+    """An optimizer that people use today."""
 
-    kind: str  # of `baselines.BASELINES`
-    learning_rate: float | str  # a number, or a grid of `baselines.GRIDS`
+    name: str  # of `rivals.NAMES`: kind and schedule
+    learning_rate: float | str  # a number, or a grid of `rivals.GRIDS`
+    weight_decay: float = rivals.WEIGHT_DECAY
+    warmup: float = schedules.WARMUP
 
 
-Named: TypeAlias = NamedWeights | NamedBaseline
+Named: TypeAlias = NamedWeights | NamedRival
 
 
 def read(names: Sequence[str | Path], methods: Mapping[str, str] = settings.NONE) -> dict[str, Named]:
@@ -101,39 +104,57 @@ def read(names: Sequence[str | Path], methods: Mapping[str, str] = settings.NONE
     Raises ValueError, FileError.
     """
     found: dict[str, Named] = {}
-    baseline_of = {name: baseline(name) for name in map(str, names)}  # first: reading weights takes longer
+    rival_of = {name: rival(name) for name in map(str, names)}  # first: reading weights takes longer
     loaded: dict[str, pretrained.Weights] = {}  # by path: weights may be deployed in several ways
     kinds: dict[str, Any] = {}
-    for name, by_hand in baseline_of.items():
-        if by_hand is None:
+    for name, named in rival_of.items():
+        if named is None:
             found[name] = _named_weights(name, methods, loaded, kinds, found)
-        elif by_hand not in found.values():
-            found[name] = by_hand
+        elif named not in found.values():
+            found[name] = named
     return found
 
 
-def baseline(name: str) -> NamedBaseline | None:
-    """What "adamw:1e-3" or "adamw:grid" names; None for weights. Raises ValueError, RecipeError."""
-    kind, separator, setting = name.partition(":")
-    if separator and kind in baselines.BASELINES:
-        return NamedBaseline(kind, _learning_rate(name, kind, setting))
+def rival(name: str) -> NamedRival | None:
+    """What "adamw:1e-3" or "muon-cosine:grid" names; None for weights. Raises ValueError, RecipeError."""
+    kind, separator, words = name.partition(":")
+    if separator and kind in rivals.NAMES:
+        rate, *others = words.split(",")
+        rules: dict[str, Callable[[Any], Any]] = {"weight_decay": settings.number, "warmup": _share}
+        return NamedRival(kind, _learning_rate(name, kind, rate), **_parse_words(others, rules, name))
     weights = kind in weights_file.shipped_weights() or Path(name.rpartition(":")[0]).is_file()
-    if separator and "=" not in setting and not weights and not Path(name).exists():
-        raise settings.unknown("optimizer", kind, baselines.BASELINES)
+    if separator and "=" not in words and not weights and not Path(name).exists():
+        raise settings.unknown("optimizer", kind, rivals.NAMES)
     return None
 
 
-def _learning_rate(name: str, kind: str, setting: str) -> float | str:
-    if setting in baselines.GRIDS:
-        return setting
+def _learning_rate(name: str, kind: str, word: str) -> float | str:
+    if word in rivals.GRIDS:
+        return word
     try:
-        rate = float(setting)
+        rate = float(word)
     except ValueError:
-        grids = " or ".join(f"{kind}:{grid}" for grid in baselines.GRIDS)
+        grids = " or ".join(f"{kind}:{grid}" for grid in rivals.GRIDS)
         raise ValueError(f"{name}: give a learning rate ({kind}:1e-3), or {grids}.") from None
     if not 0 < rate < float("inf"):
         raise ValueError(f"{name}: the learning rate must be a positive number.")
     return rate
+
+
+def _parse_words(words: Iterable[str], rules: Mapping[str, Callable[[Any], Any]], name: str) -> dict[str, Any]:
+    """Settings by name from words such as weight_decay=0.1. Raises ValueError, which names what is wrong."""
+    found = dict[str, Any]()
+    for word in words:
+        field, _, value = word.partition("=")
+        if field not in rules:
+            raise settings.unknown(f"setting of {name}", field, rules)
+        try:
+            found[field] = rules[field](value)
+        except RecipeError:  # a sentence by itself
+            raise
+        except ValueError as error:
+            raise ValueError(f"{name}: {field}={value!r} {error}") from error
+    return found
 
 
 def _named_weights(
@@ -153,8 +174,11 @@ def _named_weights(
     deployment = parse_deployment(words, path, weights.learner)
     taken = {(other.label, other.meta_seed) for other in before.values() if isinstance(other, NamedWeights)}
     label, seed = _label(weights, deployment, path, methods.get(path), kinds, taken)
-    learner = architecture.deployed(weights.learner, deployment.learner)
-    return NamedWeights(label, seed, weights._replace(learner=learner), deployment)
+    weights = weights._replace(learner=architecture.deployed(weights.learner, deployment.learner))
+    if deployment.untrained:
+        learned, key = architecture.build_learner(weights.learner), jax.random.key(seed or 0)
+        weights = weights._replace(meta_params=meta.first_params(learned, key))
+    return NamedWeights(label, seed, weights, deployment)
 
 
 def _label(
@@ -188,10 +212,12 @@ def _label(
 
 
 @functools.lru_cache(maxsize=64)
-def _make(learner: LearnerSettings, step_scale: float, cosine_steps: int | None) -> long_runs.Make:
+def _make(learner: LearnerSettings, step_scale: float, schedule: str, steps: int, warmup: float) -> long_runs.Make:
     """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
-    cosine = None if cosine_steps is None else optax.cosine_decay_schedule(step_scale, cosine_steps)
-    return pretrained.maker(learner, step_scale if cosine is None else cosine)
+    if schedule == "constant":
+        return pretrained.maker(learner, step_scale)
+    factor = schedules.SCHEDULES[schedule]
+    return pretrained.maker(learner, lambda count: step_scale * factor(count, steps, warmup * steps))
 
 
 def candidate(
@@ -199,10 +225,11 @@ def candidate(
 ) -> Candidate:
     """What `long_runs.compare` takes. The best of a grid is found here; on_steps gets the number of steps done."""
     if isinstance(named, NamedWeights):
-        label, seed, weights, deployment = named
-        make = _make(weights.learner, deployment.step_scale, steps if deployment.schedule == "cosine" else None)
+        label, seed, weights, deployed = named
+        horizon = 0 if deployed.schedule == "constant" else steps
+        make = _make(weights.learner, deployed.step_scale, deployed.schedule, horizon, deployed.warmup)
         return Candidate(label, seed, make, weights.meta_params)
-    kind, rate = named
+    name, rate, weight_decay, warmup = named
     if isinstance(rate, str):
-        return baselines.best_of_grid(splits, kind, steps, rate, on_steps=on_steps)
-    return baselines.baseline(kind, rate, steps)
+        return rivals.best_of_grid(splits, name, steps, rate, on_steps=on_steps)
+    return rivals.rival(name, rate, steps, weight_decay, warmup)

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from lolo.evaluation import baselines, long_runs
+from lolo.evaluation import long_runs, rivals
 from lolo.evaluation.statistics import Row
 from lolo.method.task import Splits
 from lolo.optimizers import pretrained
@@ -47,7 +47,7 @@ def evaluate(
 
     def size(name: str) -> int:
         named = optimizers[name]
-        picking = baselines.grid_size(*named) if isinstance(named, candidates.NamedBaseline) else 0
+        picking = rivals.grid_size(named.name, named.learning_rate) if isinstance(named, candidates.NamedRival) else 0
         return (seeds + picking) * steps
 
     found = {

@@ -17,7 +17,7 @@ class Study:
     eval_tasks: tuple[str, ...] = ()  # where the weights are evaluated; the meta-training's own task, if none is named
     eval_steps: int = 10_000
     eval_seeds: int = 5
-    baselines: tuple[str, ...] = ("adamw:1e-3", "adamw:grid")
+    rivals: tuple[str, ...] = ("adamw:1e-3", "adamw:grid")
     deployments: tuple[tuple[str, str], ...] = ()  # (method, deployment settings of its weights): further rows
     changes: tuple[tuple[str, Any], ...] = ()  # recipe fields of every method that does not set them itself
     fixed: tuple[tuple[str, Any], ...] = ()  # recipe fields, whatever a method says
@@ -51,7 +51,7 @@ STUDIES: dict[str, Study] = {
     ),
 }
 
-BASELINES = (
+RIVALS = (
     "adamw:1e-3",
     "adamw:wide-grid",
     "adamw-cosine:wide-grid",
@@ -72,7 +72,7 @@ TUNED = Study(
     tasks=(),
     methods=("naive outer.lr=0.001", "lolo"),
     meta_seeds=3,
-    baselines=("adamw:1e-3",),
+    rivals=("adamw:1e-3",),
     changes=(("outer.steps", 2000),),
 )
 LONG_DEPLOYED = (STABILISERS, ANYTIME, f"clock_limit=10000,weight_decay=0.02,{COSINE}")
@@ -83,7 +83,7 @@ LONG = Study(
     meta_seeds=3,
     eval_steps=100_000,
     eval_seeds=2,
-    baselines=(
+    rivals=(
         "adamw:1e-3",
         "adamw:3e-3",
         "adamw-cosine:3e-3",
@@ -101,7 +101,7 @@ STUDY: dict[str, Study] = {
         tasks=("fashion-mlp",),
         methods=FIGURE2,
         meta_seeds=5,
-        baselines=BASELINES,
+        rivals=RIVALS,
         deployments=DEPLOYED,
         changes=(("outer.steps", 2000), ("validation.every", 0)),
     ),
@@ -110,7 +110,7 @@ STUDY: dict[str, Study] = {
         tasks=("books-mlp",),
         methods=FIGURE2,
         meta_seeds=3,
-        baselines=BASELINES,
+        rivals=RIVALS,
         deployments=DEPLOYED,
         changes=(("outer.steps", 2000),),
     ),
@@ -150,7 +150,7 @@ STUDY: dict[str, Study] = {
             *(f"naive outer.lr={lr}" for lr in (0.001, 0.01)),
             "naive unroll.schedule=log-uniform",
         ),
-        baselines=("adamw:1e-3", "adamw:grid"),
+        rivals=("adamw:1e-3", "adamw:grid"),
         changes=SHORT,
     ),
     "settings-confirmed": Study(
@@ -158,7 +158,7 @@ STUDY: dict[str, Study] = {
         tasks=("fashion-mlp",),
         methods=("lolo", "lolo imitation.alpha_mix=one", "lolo imitation.lr=0.003", "lolo replay.capacity=8"),
         meta_seeds=3,
-        baselines=("adamw:1e-3", "adamw:grid"),
+        rivals=("adamw:1e-3", "adamw:grid"),
         changes=SHORT,
     ),
     "outer-steps": Study(
@@ -166,7 +166,7 @@ STUDY: dict[str, Study] = {
         tasks=("fashion-mlp",),
         methods=("lolo", "lolo outer.steps=5000"),
         meta_seeds=3,
-        baselines=("adamw:1e-3", "adamw:grid"),
+        rivals=("adamw:1e-3", "adamw:grid"),
         changes=(("outer.steps", 2000), ("validation.every", 0)),
     ),
     "transfer": Study(
@@ -174,7 +174,7 @@ STUDY: dict[str, Study] = {
         tasks=("fashion-mlp+books-mlp",),
         eval_tasks=("fashion-mlp:widths=128-128-128", "textures-mlp:batch=128,width=64,depth=2,score_examples=4096"),
         eval_seeds=3,
-        baselines=(
+        rivals=(
             "adamw:3e-4",
             "adamw:1e-3",
             "adamw:3e-3",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lolo.evaluation import long_runs
+from lolo.evaluation import long_runs, rivals, schedules
 from lolo.evaluation.statistics import Row
 from lolo.files import disk, jsonl, tensors
 from lolo.files.disk import FileError
@@ -26,15 +26,17 @@ from lolo.training.run_folder import RunError
 
 
 def part_files(parts: Path, task: str, optimizers: Mapping[str, candidates.Named]) -> dict[str, Path]:
-    """Where the rows of each name are kept: weights by what is in them, a baseline by what it is."""
+    """Where the rows of each name are kept: weights by what is in them, rivals by what they are."""
     place = file_name(task) + "".join(by_name.pin(task).partition("@")[1:])[:9]  # of a user's file: how its sum begins
 
     def part(named: candidates.Named) -> str:
         if isinstance(named, candidates.NamedWeights):
             digest = hashlib.sha256(_contents(named).encode()).hexdigest()[:8]
             return f"{slug(named.label)[:160]}-{digest}.jsonl"
-        kind, rate = named
-        return slug(f"{kind}-{rate if isinstance(rate, str) else f'{rate:g}'}") + ".jsonl"
+        name, rate, *others = named
+        words = [rate if isinstance(rate, str) else f"{rate:g}"]
+        words += [f"{x:g}" for x in others if others != [rivals.WEIGHT_DECAY, schedules.WARMUP]]
+        return slug("-".join([name, *words])) + ".jsonl"
 
     return {name: parts / place / part(named) for name, named in optimizers.items()}
 
