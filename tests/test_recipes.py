@@ -67,7 +67,7 @@ def test_a_recipe_differs_from_itself_in_nothing_and_diff_finds_each_field():
 
 def test_methods_are_recognised_by_imitation_and_replay_alone():
     for name, recipe in recipes.RECIPES.items():
-        method = "lolo" if name == "lolo-paper" else name  # the same method, on the paper's task
+        method = {"lolo-paper": "lolo", "norm-fc-naive": "naive"}.get(name, name)  # the same method, elsewhere
         assert recipes.method_of(changed({"seed": 3, "outer.steps": 7}, recipe)) == method
     assert recipes.method_of(with_field(LOLO, "replay.capacity", 5)) is None
 
@@ -113,7 +113,7 @@ def test_replay_without_imitation_is_naive_with_lolo_s_buffer():
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_recipes_build_as_they_are(name):
     setup = build.build(recipes.RECIPES[name])
-    assert (setup.expert is None) == (name in ("naive", "replay-only"))
+    assert (setup.expert is None) == (name in ("naive", "replay-only", "norm-fc-naive"))
     assert (setup.truncation, setup.capacity, setup.estimator.pairs) == (50, 4, 8)
     assert setup.first_lengths == (20,) * 8
 

@@ -163,5 +163,6 @@ def test_every_recipe_of_the_study_can_be_built(part):
     assert all(method in study.methods for method, _ in study.deployments)
     for name in study.rivals:
         assert candidates.rival(name) is not None
-    for _, words in study.deployments:
-        candidates.parse_deployment(words, "weights", recipes.LOLO.learner)
+    for method, words in study.deployments:
+        learner = studies.recipe_of(study, method, study.tasks[0], 0).learner
+        candidates.parse_deployment(words, "weights", learner)

@@ -19,6 +19,7 @@ class Study:
     eval_seeds: int = 5
     rivals: tuple[str, ...] = ("adamw:1e-3", "adamw:grid")
     deployments: tuple[tuple[str, str], ...] = ()  # (method, deployment settings of its weights): further rows
+    as_meta_trained: bool = True  # whether there are rows without deployment settings
     changes: tuple[tuple[str, Any], ...] = ()  # recipe fields of every method that does not set them itself
     fixed: tuple[tuple[str, Any], ...] = ()  # recipe fields, whatever a method says
 
@@ -30,6 +31,31 @@ SMOKE = (
     ("unroll.truncations_per_update", 1),
     ("estimator.pairs", 2),
     ("validation.every", 0),
+)
+
+NORM_FC_METHODS = ("norm-fc", "norm-fc learner.baseline=none", "norm-fc-bc-only", "norm-fc-naive")
+FALLING = "schedule=warmup-cosine"
+NORM_FC = Study(
+    about="norm_fc with Newton-Schulz, three meta-seeds, on models that no meta-training met",
+    tasks=("fashion-mlp+books-mlp",),
+    methods=NORM_FC_METHODS,
+    meta_seeds=3,
+    eval_tasks=(
+        "books-transformer:width=64,heads=4,context=32",
+        "fashion-conv:widths=16-32",
+        "fashion-mlp:widths=256-256",
+    ),
+    eval_steps=2000,
+    eval_seeds=3,
+    rivals=("adamw-warmup-cosine:grid", "muon-warmup-cosine:grid"),
+    deployments=(
+        *((method, FALLING) for method in NORM_FC_METHODS),
+        ("norm-fc", f"{FALLING},learning_rate=2e-3"),
+        ("norm-fc", f"{FALLING},untrained=true"),
+        ("norm-fc learner.baseline=none", f"{FALLING},untrained=true"),
+    ),
+    as_meta_trained=False,
+    changes=(("validation.every", 0), ("validation.tasks", ())),
 )
 
 STUDIES: dict[str, Study] = {
@@ -184,6 +210,10 @@ STUDY: dict[str, Study] = {
         ),
         deployments=(("lolo", COSINE), ("lolo", ANYTIME)),
         changes=(("outer.steps", 2000),),
+    ),
+    "norm-fc": NORM_FC,
+    "norm-fc-long": dataclasses.replace(
+        NORM_FC, about="the same over five times as many steps", eval_steps=10_000, eval_seeds=2
     ),
 }
 """The parts of `lolo reproduce study`. They share the meta-trainings that they have in common."""

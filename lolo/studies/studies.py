@@ -162,7 +162,8 @@ def run_study(
         deployed = [
             f"{made[method, seed]}:{words}" for method, words in study.deployments for seed in range(study.meta_seeds)
         ]
-        optimizers = candidates.read([*map(str, made.values()), *deployed, *study.rivals], methods)
+        plain = map(str, made.values()) if study.as_meta_trained else ()
+        optimizers = candidates.read([*plain, *deployed, *study.rivals], methods)
         for where in study.eval_tasks or (task,):
             rows, loaded = comparisons.evaluate(
                 optimizers, where, study.eval_steps, study.eval_seeds, checked, out / "parts"

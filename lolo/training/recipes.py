@@ -12,6 +12,7 @@ from lolo.files import settings
 from lolo.files.settings import RecipeError, fields, parse, pick, unknown_field, with_field
 from lolo.optimizers import architecture
 from lolo.optimizers.architecture import LearnerSettings
+from lolo.optimizers.norm_fc_spec import NormFcSettings
 from lolo.optimizers.small_fc_spec import SmallFcSettings
 
 FORMAT_VERSION = 1
@@ -128,12 +129,36 @@ LOLO_PAPER = dataclasses.replace(LOLO, tasks=("imagenet32-mlp-w128-d3",))
 The paper's three evaluations of its weights, and the hardware, are in docs/paper_tasks.md. Not run yet.
 """
 
+NORM_FC = dataclasses.replace(
+    LOLO,
+    tasks=("fashion-mlp", "books-mlp"),
+    learner=NormFcSettings(),
+    imitation=dataclasses.replace(LOLO.imitation, expert="muon", loss="direction"),
+    outer=dataclasses.replace(LOLO.outer, steps=1000),
+    validation=dataclasses.replace(LOLO.validation, tasks=("books-transformer",)),
+)
+"""LoLO of `norm_fc`: Muon's direction as expert, two small MLPs, best weights by a transformer that is not among them.
+
+    lolo train norm-fc --out runs/norm-fc
+
+Its use on larger models, and what its parts are worth, is the study `lolo reproduce study --only norm-fc`.
+"""
+
+NORM_FC_BC_ONLY = dataclasses.replace(NORM_FC, replay=BC_ONLY.replay)
+"""`NORM_FC` without its buffer."""
+
+NORM_FC_NAIVE = dataclasses.replace(NORM_FC, imitation=NAIVE.imitation, replay=NAIVE.replay)
+"""Naive-LO of `norm_fc`."""
+
 RECIPES: dict[str, Recipe] = {
     "lolo": LOLO,
     "bc-only": BC_ONLY,
     "naive": NAIVE,
     "replay-only": REPLAY_ONLY,
     "lolo-paper": LOLO_PAPER,
+    "norm-fc": NORM_FC,
+    "norm-fc-bc-only": NORM_FC_BC_ONLY,
+    "norm-fc-naive": NORM_FC_NAIVE,
 }
 
 
