@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import importlib.util
 import lzma
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -125,6 +126,17 @@ def test_symbols_spell_the_lower_case_text(split):
     assert symbols.dtype == np.uint8 and symbols.shape == (len(text),) and symbols.max() == 47
     place = {character: k for k, character in enumerate(embedded.books_alphabet())}
     assert symbols.tobytes() == bytes(place.get(character, 47) for character in text)
+
+
+def test_words_are_numbered_from_the_commonest_of_train():
+    words = {split: re.findall("[a-z]+", text.lower()) for split, text in embedded.books_text().items()}
+    numbered = embedded.books_words(100)
+    commonest = [word for word, _ in sorted(Counter(words["train"]).items(), key=lambda of: (-of[1], of[0]))][:99]
+    assert commonest[0] == "the" and {array.dtype for array in numbered.values()} == {np.dtype(np.int32)}
+    for split in embedded.SPLITS:
+        assert len(numbered[split]) == len(words[split])
+        for word, number in zip(words[split][:5000], numbered[split], strict=False):
+            assert number == (commonest.index(word) if word in commonest else 99)
 
 
 def test_ties_in_the_alphabet_go_by_code_point(monkeypatch):

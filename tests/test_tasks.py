@@ -10,20 +10,51 @@ import numpy as np
 import pytest
 
 from lolo.method.task import Splits, TaskError
-from lolo.tasks import by_name
+from lolo.tasks import by_name, compact
 from lolo.tasks.by_name import TASKS
-from lolo.tasks.small import CONTEXT, books_mlp, books_transformer, fashion_autoencoder, fashion_mlp, quadratic
+from lolo.tasks.small import (
+    CONTEXT,
+    books_mlp,
+    books_transformer,
+    fashion_autoencoder,
+    fashion_conv,
+    fashion_mlp,
+    quadratic,
+)
 
 # Tasks whose data come with the package; those on prepared data are in test_prepared_tasks.py.
-EMBEDDED = ("fashion-mlp", "fashion-conv", "fashion-autoencoder", "books-mlp", "books-transformer", "quadratic")
-CLASSES = {"fashion-mlp": 10, "fashion-conv": 10, "books-mlp": 48, "books-transformer": 48}
-SIZES = dict.fromkeys(("fashion-mlp", "fashion-conv", "fashion-autoencoder"), (57_000, 3_000, 10_000))
+# The digits, which are scikit-learn's, too.
+EMBEDDED = (
+    "fashion-mlp",
+    "fashion-conv",
+    "fashion-autoencoder",
+    "fashion-resnet",
+    "fashion-vit",
+    "books-mlp",
+    "books-transformer",
+    "books-gru",
+    "books-words",
+    "digits-mlp",
+    "digits-finetune",
+    "quadratic",
+)
+CLASSES = {name: 10 for name in EMBEDDED if name.startswith(("fashion", "digits")) and name != "fashion-autoencoder"}
+CLASSES |= {"books-mlp": 48, "books-transformer": 48, "books-gru": 48, "books-words": 4096}
+SIZES = {name: (57_000, 3_000, 10_000) for name in EMBEDDED if name.startswith("fashion")}
+SIZES |= dict.fromkeys(("digits-mlp", "digits-finetune"), (1_285, 256, 256))
+WINDOWS = {"books-mlp": CONTEXT, "books-transformer": 8, "books-gru": 32, "books-words": 3}
 PARAMETERS = {
     "fashion-mlp": 3_466,
     "fashion-conv": 9 * 8 + 8 + 9 * 8 * 16 + 16 + 4 * 16 * 10 + 10,
     "fashion-autoencoder": 2 * 64 * 32 + 2 * 32 * 8 + 32 + 8 + 32 + 64,
     "books-mlp": 48 * 8 + 64 * 32 + 32 + 32 * 32 + 32 + 32 * 48 + 48,
     "books-transformer": 48 * 16 + 8 * 16 + (16 * 48 + 48) + (16 * 16 + 16) + 2 * 16 * 64 + 64 + 16 + 6 * 16,
+    "fashion-resnet": 9 * 8 + 16 + (2 * 9 * 64 + 2 * 16) + (9 * 8 * 16 + 9 * 256 + 8 * 16 + 2 * 32) + 16 * 10 + 10,
+    "fashion-vit": 4 * 32 + 32 + 16 * 32 + 2 * (12 * 32 * 32 + 9 * 32 + 4 * 32) + 2 * 32 + 32 * 10 + 10,
+    "books-gru": 48 * 16 + (16 + 64) * 192 + 2 * 192 + 64 * 48 + 48,
+    "books-words": 4096 * 16 + 48 * 64 + 64 + 64 * 4096 + 4096,
+    "digits-mlp": 64 * 64 * 2 + 128 + 64 * 10 + 10,
+    "digits-finetune": 9 * 16 + 16 + 9 * 16 * 32 + 32 + 4 * 32 * 10 + 10,
     "quadratic": 8,
 }
 KEY = jax.random.key(0)
@@ -50,7 +81,7 @@ def test_splits_are_the_same_problem_on_other_data(name):
     if name in SIZES:
         assert sizes == SIZES[name]
     if name.startswith("books"):
-        assert sizes == tuple(len(leaf) - CONTEXT for leaf in leaves)
+        assert sizes == tuple(len(leaf) - WINDOWS[name] for leaf in leaves)
         assert sizes[0] > 10 * sizes[1] > 0 and sizes[2] > 10_000
 
 
@@ -70,7 +101,7 @@ def test_loss_and_gradient_at_the_start(name):
     assert jax.tree.structure(new_stats) == jax.tree.structure(stats)
     assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, params)
     for leaf in jax.tree.leaves(gradient):
-        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, name
     if name in CLASSES:
         chance = math.log(CLASSES[name])
         assert abs(float(loss) - chance) < 0.4
@@ -81,7 +112,9 @@ def test_loss_and_gradient_at_the_start(name):
 
 @pytest.mark.parametrize("name", [name for name in EMBEDDED if name != "quadratic"])
 def test_batch_and_widths_are_settings(name):
-    widths = {"books-transformer": "width=8", "fashion-conv": "widths=4"}.get(name, "widths=8")
+    others = {"fashion-conv": "widths=4", "fashion-resnet": "width=4", "digits-finetune": "widths=4-8"}
+    others |= dict.fromkeys(("books-transformer", "books-gru", "fashion-vit"), "width=8")
+    widths = others.get(name, "widths=8")
     task, plain = by_name.resolve(f"{name}:batch=3,{widths}").train, by_name.resolve(name).train
     assert task.batch == 3
     count = lambda task: sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, KEY)))  # noqa: E731
@@ -96,6 +129,39 @@ def test_the_autoencoder_is_scored_on_the_image_it_was_given():
     nothing = jax.tree.map(jnp.zeros_like, task.init(KEY)[0])
     np.testing.assert_allclose(task.loss(nothing, {}, images, KEY)[0], np.mean(np.asarray(images) ** 2), rtol=1e-6)
     assert 0.8 < float(np.mean(np.asarray(images) ** 2)) < 1.2  # what "predict the mean gray" costs; the limit is 1.5
+
+
+def test_rare_words_are_rarely_seen():
+    counts = np.bincount(np.asarray(by_name.resolve("books-words").train.data), minlength=4096)
+    assert counts.argmax() == 0 and counts.min() > 0
+    # A batch of 64 has 192 words of context: half of the rows are seen less than once in 100 steps.
+    assert np.mean(counts / counts.sum() * 192 * 100 < 1) > 0.5
+
+
+def test_digits_are_split_evenly_and_no_image_is_in_two_splits():
+    splits = by_name.resolve("digits-mlp")
+    images = [{row.tobytes() for row in np.asarray(split.data[0])} for split in splits]
+    assert not images[0] & images[1] and not images[0] & images[2] and not images[1] & images[2]
+    for split in splits:
+        shares = np.bincount(np.asarray(split.data[1]), minlength=10) / split.size
+        assert shares.min() > 0.06 and shares.max() < 0.14
+
+
+def test_without_scikit_learn_the_digits_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(TaskError, match=r"pip install 'lolo\[race\]'"):
+        compact.digits.__wrapped__()
+
+
+def test_fine_tuning_begins_at_a_trained_net_with_a_new_output_layer():
+    task = by_name.resolve("digits-finetune").train
+    (first, _), (second, _) = task.init(KEY), task.init(jax.random.key(1))
+    fashion = by_name.resolve("fashion-conv:widths=16-32,batch=64").validation
+    kept = [name for name in first if np.array_equal(first[name], second[name]) and not name.endswith("bias")]
+    assert kept == ["convolutions.0.weight", "convolutions.1.weight"]
+    trained = compact._trained(fashion_conv("16-32", 64).train, 500)
+    scores = fashion.score(trained, {}, fashion.examples(fashion.data, jnp.arange(1000)))
+    assert scores["accuracy"] > 0.75 and all(np.array_equal(trained[name], first[name]) for name in kept)
 
 
 def test_the_transformer_predicts_the_character_after_each():

@@ -4,13 +4,15 @@ Both files are checked against their sha256 when first read. Licences and the li
 this file; how the files were made: tools/build_embedded_data.py.
 """
 
+import collections
 import functools
 import hashlib
 import io
 import json
 import lzma
+import re
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,11 +136,27 @@ def books_symbols() -> dict[str, NDArray[np.uint8]]:
     return {split: _read_only(symbol_of[_code_points(text)]) for split, text in books_text().items()}
 
 
+@functools.lru_cache(maxsize=2)
+def books_words(vocabulary: int) -> dict[str, NDArray[np.int32]]:
+    """The books as words, lower case: word k is the k-th commonest of the train split, ties in alphabetical order.
+
+    Returns: for each of `SPLITS` int32 [n] in 0..vocabulary - 1; the last stands for all rarer words.
+    """
+    words = {split: re.findall("[a-z]+", text.lower()) for split, text in books_text().items()}
+    counts = collections.Counter(words["train"])
+    commonest = sorted(counts, key=lambda word: (-counts[word], word))[: vocabulary - 1]
+    number = {word: k for k, word in enumerate(commonest)}
+    return {
+        split: _read_only(np.array([number.get(word, vocabulary - 1) for word in found], np.int32))
+        for split, found in words.items()
+    }
+
+
 def _code_points(text: str) -> NDArray[np.uint32]:
     """Code points of the lower-cased text: uint32 [n]."""
     return np.frombuffer(text.lower().encode("utf-32-le"), "<u4")
 
 
-def _read_only(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
     array.setflags(write=False)
     return array

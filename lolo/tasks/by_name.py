@@ -23,7 +23,7 @@ import jax
 from lolo.files.disk import sha256_of
 from lolo.files.settings import did_you_mean, nearest
 from lolo.method.task import Splits, Task, TaskError
-from lolo.tasks import augment, prepared
+from lolo.tasks import augment, compact, prepared
 from lolo.tasks.small import (
     books_mlp,
     books_transformer,
@@ -40,6 +40,12 @@ TASKS: dict[str, prepared.MakeSplits] = {
     "fashion-autoencoder": fashion_autoencoder,
     "books-transformer": books_transformer,
     "quadratic": quadratic,
+    "fashion-resnet": compact.fashion_resnet,
+    "fashion-vit": compact.fashion_vit,
+    "books-gru": compact.books_gru,
+    "books-words": compact.books_words,
+    "digits-mlp": compact.digits_mlp,
+    "digits-finetune": compact.digits_finetune,
     "imagenet32-mlp-w128-d3": prepared.imagenet32_mlp,
     "imagenet32-resnet18": prepared.imagenet32_resnet18,
     "fineweb-gpt2-mini": prepared.fineweb_gpt2_mini,

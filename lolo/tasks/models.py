@@ -90,7 +90,7 @@ def _init_dense_layers(key: jax.Array, widths: Sequence[int]) -> Params:
 
 def _dense_layers(params: Params, x: jax.Array, layers: int) -> jax.Array:
     for i in range(layers):
-        x = _dense(params, x, f"layers.{i}")
+        x = dense(params, x, f"layers.{i}")
         x = jax.nn.relu(x) if i < layers - 1 else x
     return x
 
@@ -116,7 +116,7 @@ def small_convolution(classes: int, channels: Sequence[int] = (8, 16), pixels: i
     def apply(params: Params, stats: Stats, inputs: jax.Array, training: bool = False) -> tuple[jax.Array, Stats]:
         x = inputs.reshape(-1, pixels, pixels, 1)
         for i in range(len(channels)):
-            x = jax.nn.relu(_convolve(params, x, f"convolutions.{i}", 2) + params[f"convolutions.{i}.bias"])
+            x = jax.nn.relu(convolve(params, x, f"convolutions.{i}", 2) + params[f"convolutions.{i}.bias"])
         return _dense_layers(params, x.reshape(len(x), -1), 1), stats
 
     return Model(init, apply)
@@ -172,21 +172,21 @@ def resnet18(
     def block(
         params: Params, stats: Stats, x: jax.Array, name: str, stride: int, training: bool
     ) -> tuple[jax.Array, Stats]:
-        y, first = _batch_norm(params, stats, _convolve(params, x, f"{name}.conv1", stride), f"{name}.bn1", training)
-        y = _convolve(params, jax.nn.relu(y), f"{name}.conv2", 1)
-        y, second = _batch_norm(params, stats, y, f"{name}.bn2", training)
+        y, first = batch_norm(params, stats, convolve(params, x, f"{name}.conv1", stride), f"{name}.bn1", training)
+        y = convolve(params, jax.nn.relu(y), f"{name}.conv2", 1)
+        y, second = batch_norm(params, stats, y, f"{name}.bn2", training)
         third: Stats = {}
         if f"{name}.downsample.0.weight" in params:
-            x = _convolve(params, x, f"{name}.downsample.0", stride)
-            x, third = _batch_norm(params, stats, x, f"{name}.downsample.1", training)
+            x = convolve(params, x, f"{name}.downsample.0", stride)
+            x, third = batch_norm(params, stats, x, f"{name}.downsample.1", training)
         return jax.nn.relu(x + y), {**first, **second, **third}
 
     if remat:
         block = jax.checkpoint(block, static_argnums=(3, 4, 5))
 
     def apply(params: Params, stats: Stats, inputs: jax.Array, training: bool = False) -> tuple[jax.Array, Stats]:
-        x = _convolve(params, inputs.astype(dtype), "conv1", stride)
-        x, new_stats = _batch_norm(params, stats, x, "bn1", training)
+        x = convolve(params, inputs.astype(dtype), "conv1", stride)
+        x, new_stats = batch_norm(params, stats, x, "bn1", training)
         x = jax.nn.relu(x)
         if stem == "imagenet":
             x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -217,7 +217,7 @@ def _resnet_convolutions(kernel: int, width: int) -> list[tuple[str, str, tuple[
     return convolutions
 
 
-def _convolve(params: Params, x: jax.Array, name: str, stride: int) -> jax.Array:
+def convolve(params: Params, x: jax.Array, name: str, stride: int) -> jax.Array:
     """x: [B, H, W, in] → [B, H', W', out], padded by half the kernel on every side, as PyTorch does.
 
     JAX's "SAME" would pad a strided convolution more on the right than on the left.
@@ -233,7 +233,7 @@ def _convolve(params: Params, x: jax.Array, name: str, stride: int) -> jax.Array
     )
 
 
-def _batch_norm(params: Params, stats: Stats, x: jax.Array, name: str, training: bool) -> tuple[jax.Array, Stats]:
+def batch_norm(params: Params, stats: Stats, x: jax.Array, name: str, training: bool) -> tuple[jax.Array, Stats]:
     """x: [B, H, W, C], normalised in float32 over all axes but the last. Also the entries of `stats` after it."""
     values = x.astype(jnp.float32)
     mean, variance = stats[f"{name}.running_mean"], stats[f"{name}.running_var"]
@@ -310,12 +310,12 @@ def gpt(
 
     def block(params: Params, x: jax.Array) -> jax.Array:
         batch, length, _ = x.shape
-        queries_keys_values = _dense(params, _layer_norm(params, x, "ln_1"), "attn.c_attn")
+        queries_keys_values = dense(params, layer_norm(params, x, "ln_1"), "attn.c_attn")
         queries, keys, values = jnp.split(queries_keys_values.reshape(batch, length, 3 * heads, -1), 3, axis=2)
         mixed = jax.nn.dot_product_attention(queries, keys, values, is_causal=True, implementation=attention)
-        x = x + _dense(params, mixed.reshape(batch, length, width), "attn.c_proj")
-        hidden = _dense(params, _layer_norm(params, x, "ln_2"), "mlp.c_fc")
-        return x + _dense(params, jax.nn.gelu(hidden, approximate=True), "mlp.c_proj")
+        x = x + dense(params, mixed.reshape(batch, length, width), "attn.c_proj")
+        hidden = dense(params, layer_norm(params, x, "ln_2"), "mlp.c_fc")
+        return x + dense(params, jax.nn.gelu(hidden, approximate=True), "mlp.c_proj")
 
     if remat:
         block = jax.checkpoint(block)
@@ -328,7 +328,7 @@ def gpt(
         for i in range(layers):
             prefix = f"h.{i}."
             x = block({name[len(prefix) :]: p for name, p in params.items() if name.startswith(prefix)}, x)
-        x = _layer_norm(params, x, "ln_f")
+        x = layer_norm(params, x, "ln_f")
         embedding = params["wte.weight"].astype(dtype)
         return jnp.einsum("btd,vd->btv", x, embedding, preferred_element_type=jnp.float32), stats
 
@@ -337,12 +337,12 @@ def gpt(
 
 def _gpt_shapes(vocabulary: int, context: int, layers: int, width: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (vocabulary, width), "wpe.weight": (context, width)}
-    dense = {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width)}
-    dense |= {"mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width)}
+    projections = {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width)}
+    projections |= {"mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width)}
     for i in range(layers):
         for norm in ("ln_1", "ln_2"):
             shapes |= {f"h.{i}.{norm}.weight": (width,), f"h.{i}.{norm}.bias": (width,)}
-        for name, (fan_in, fan_out) in dense.items():
+        for name, (fan_in, fan_out) in projections.items():
             shapes |= {f"h.{i}.{name}.weight": (fan_in, fan_out), f"h.{i}.{name}.bias": (fan_out,)}
     return shapes | {"ln_f.weight": (width,), "ln_f.bias": (width,)}
 
@@ -356,12 +356,14 @@ def _init_gpt(key: jax.Array, name: str, shape: tuple[int, ...], layers: int) ->
     return std * jax.random.normal(key, shape)
 
 
-def _layer_norm(params: Params, x: jax.Array, name: str) -> jax.Array:
+def layer_norm(params: Params, x: jax.Array, name: str) -> jax.Array:
+    """x: [..., C], centred and scaled over its last axis in float32, times weight plus bias."""
     values = x.astype(jnp.float32)
     centred = values - jnp.mean(values, axis=-1, keepdims=True)
     scale = lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + LAYER_NORM_EPSILON)
     return (centred * scale * params[f"{name}.weight"] + params[f"{name}.bias"]).astype(x.dtype)
 
 
-def _dense(params: Params, x: jax.Array, name: str) -> jax.Array:
+def dense(params: Params, x: jax.Array, name: str) -> jax.Array:
+    """x: [..., in] → [..., out], in x's dtype."""
     return x @ params[f"{name}.weight"].astype(x.dtype) + params[f"{name}.bias"].astype(x.dtype)

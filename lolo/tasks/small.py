@@ -20,7 +20,7 @@ def _pick_image(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]
     return (images[indices].astype(jnp.float32) - 73.0) / 85.0, labels[indices]
 
 
-def _widths(words: str) -> tuple[int, ...]:
+def parse_widths(words: str) -> tuple[int, ...]:
     """Widths of hidden layers: "128-64" -> (128, 64). Raises TaskError."""
     try:
         widths = tuple(map(int, words.split("-")))
@@ -34,16 +34,17 @@ def _widths(words: str) -> tuple[int, ...]:
 @functools.cache
 def fashion_mlp(widths: str = "32-32", batch: int = 128) -> Splits:
     """Fashion-MNIST at 8×8 → 32 → 32 → 10, batch 128; 3,466 parameters."""
-    return _fashion(models.mlp((64, *_widths(widths), 10)), batch)
+    return fashion(models.mlp((64, *parse_widths(widths), 10)), batch)
 
 
 @functools.cache
 def fashion_conv(widths: str = "8-16", batch: int = 32) -> Splits:
     """Fashion-MNIST at 8×8 through 3×3 convolutions of stride 2 with 8 and 16 channels, batch 32; 1,898 parameters."""
-    return _fashion(models.small_convolution(10, _widths(widths)), batch)
+    return fashion(models.small_convolution(10, parse_widths(widths)), batch)
 
 
-def _fashion(model: models.Model, batch: int) -> Splits:
+def fashion(model: models.Model, batch: int) -> Splits:
+    """Fashion-MNIST at 8×8 through a model of gray images [B, 64]."""
     data = embedded.fashion_mnist()
     sizes = {split: len(labels) for split, (_, labels) in data.items()}
     return classification(data, model, _pick_image, classes=10, batch=batch, sizes=sizes)
@@ -52,7 +53,7 @@ def _fashion(model: models.Model, batch: int) -> Splits:
 @functools.cache
 def fashion_autoencoder(widths: str = "32-8-32", batch: int = 64) -> Splits:
     """Fashion-MNIST at 8×8 → 32 → 8 → 32 → the same image, mean squared error, batch 64; 4,744 parameters."""
-    model = models.mlp((64, *_widths(widths), 64))
+    model = models.mlp((64, *parse_widths(widths), 64))
 
     def examples(images: jax.Array, indices: jax.Array) -> jax.Array:
         return (images[indices].astype(jnp.float32) - 73.0) / 85.0
@@ -89,7 +90,7 @@ def books_mlp(widths: str = "32-32", batch: int = 128) -> Splits:
     data = embedded.books_symbols()
     return classification(
         data,
-        models.char_mlp(symbols=embedded.SYMBOLS, context=CONTEXT, embedding=8, widths=_widths(widths)),
+        models.char_mlp(symbols=embedded.SYMBOLS, context=CONTEXT, embedding=8, widths=parse_widths(widths)),
         _pick_characters,
         classes=embedded.SYMBOLS,
         batch=batch,
@@ -98,8 +99,13 @@ def books_mlp(widths: str = "32-32", batch: int = 128) -> Splits:
 
 
 @functools.cache
-def books_transformer(width: int = 16, heads: int = 2, context: int = 8, batch: int = 8) -> Splits:
+def books_transformer(width: int = 16, heads: int = 2, context: int = 8, batch: int = 8, layers: int = 1) -> Splits:
     """The next character after each of 8, by one block of a GPT of width 16 with 2 heads, batch 8; 4,208 parameters."""
+    return next_symbols(models.gpt(embedded.SYMBOLS, context, layers, heads, width), context, batch)
+
+
+def next_symbols(model: models.Model, context: int, batch: int) -> Splits:
+    """The next character of English books after each of `context`; the model gives logits [B, context, SYMBOLS]."""
     data = embedded.books_symbols()
 
     def examples(symbols: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -108,7 +114,7 @@ def books_transformer(width: int = 16, heads: int = 2, context: int = 8, batch: 
 
     return classification(
         data,
-        models.gpt(embedded.SYMBOLS, context, layers=1, heads=heads, width=width),
+        model,
         examples,
         classes=embedded.SYMBOLS,
         batch=batch,

@@ -1,0 +1,128 @@
+"""Tasks of kinds that people train, at the size of a laptop: what `lolo race` compares optimizers on.
+
+Fashion-MNIST and books come with the package; the handwritten digits are scikit-learn's (`pip install 'lolo[race]'`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpy.typing import NDArray
+
+from lolo.data import embedded
+from lolo.method.task import Splits, Task, TaskError
+from lolo.tasks import compact_models, models
+from lolo.tasks.classification import classification
+from lolo.tasks.small import fashion, fashion_conv, next_symbols, parse_widths
+from lolo.trees import PyTree
+
+VALIDATION, TEST = 5, 6  # of seven digits in a row, the places of those that are held out
+
+
+@functools.cache
+def fashion_resnet(width: int = 8, blocks: int = 2, batch: int = 32) -> Splits:
+    """Fashion-MNIST at 8×8 through two residual blocks with BatchNorm, 8 and 16 channels, batch 32."""
+    return fashion(compact_models.small_resnet(10, width, blocks), batch)
+
+
+@functools.cache
+def fashion_vit(width: int = 32, layers: int = 2, heads: int = 2, batch: int = 32) -> Splits:
+    """Fashion-MNIST at 8×8 through a vision transformer of 16 tokens, 2 blocks of width 32, batch 32."""
+    return fashion(compact_models.vision_transformer(10, width, layers, heads), batch)
+
+
+@functools.cache
+def books_gru(width: int = 64, context: int = 32, batch: int = 16) -> Splits:
+    """The next character after each of 32, by a gated recurrent unit of width 64, batch 16."""
+    return next_symbols(compact_models.gru(embedded.SYMBOLS, width), context, batch)
+
+
+@functools.cache
+def books_words(vocabulary: int = 4096, embedding: int = 16, widths: str = "64", batch: int = 64) -> Splits:
+    """The next word of 4,096 from the 3 before it: most rows of the embedding are rarely seen. Batch 64."""
+    data, context = embedded.books_words(vocabulary), 3
+
+    def examples(words: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        windows = words[indices[:, None] + jnp.arange(context + 1)]
+        return windows[:, :context], windows[:, context]
+
+    return classification(
+        data,
+        models.char_mlp(vocabulary, context, embedding, parse_widths(widths)),
+        examples,
+        classes=vocabulary,
+        batch=batch,
+        sizes={split: len(words) - context for split, words in data.items()},
+    )
+
+
+@functools.cache
+def digits() -> dict[str, tuple[NDArray[np.float32], NDArray[np.int32]]]:
+    """Handwritten digits at 8×8: for each split images [N, 64] from 0 to 255, labels [N]; N = 1,285, 256 and 256.
+
+    Of seven digits in a row the sixth is validation and the seventh test. Raises TaskError without scikit-learn.
+    Reference: Alpaydin, Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998 (CC BY 4.0).
+    """
+    try:
+        from sklearn import datasets
+    except ImportError:
+        raise TaskError("the handwritten digits come with scikit-learn: pip install 'lolo[race]'.") from None
+    images, labels = datasets.load_digits(return_X_y=True)
+    place = np.arange(len(images)) % 7
+    chosen = {"train": place < VALIDATION, "validation": place == VALIDATION, "test": place == TEST}
+    return {
+        split: ((images[mask] * 255 / 16).astype(np.float32), labels[mask].astype(np.int32))
+        for split, mask in chosen.items()
+    }
+
+
+def _digits(model: models.Model, batch: int) -> Splits:
+    def pick(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        images, labels = data
+        return (images[indices] - 73.0) / 85.0, labels[indices]  # the scale of Fashion-MNIST
+
+    data = digits()
+    sizes = {split: len(labels) for split, (_, labels) in data.items()}
+    return classification(data, model, pick, classes=10, batch=batch, sizes=sizes)
+
+
+@functools.cache
+def digits_mlp(widths: str = "64-64", batch: int = 4) -> Splits:
+    """Handwritten digits at 8×8 → 64 → 64 → 10, in small batches of 4."""
+    return _digits(models.mlp((64, *parse_widths(widths), 10)), batch)
+
+
+@functools.cache
+def digits_finetune(widths: str = "16-32", batch: int = 32, pretraining: int = 500) -> Splits:
+    """Handwritten digits, from a convolution net that was trained on Fashion-MNIST; a new output layer. Batch 32."""
+    channels = parse_widths(widths)
+    model = models.small_convolution(10, channels)
+    trained = _trained(fashion_conv(widths, 64).train, pretraining)
+
+    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+        fresh, stats = model.init(key)
+        return {name: fresh[name] if name.startswith("layers.") else trained[name] for name in fresh}, stats
+
+    return _digits(model._replace(init=init), batch)
+
+
+def _trained(task: Task, steps: int) -> PyTree:
+    """Parameters after AdamW with a cosine from 3e-3, from a fixed key."""
+    optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps))
+
+    def step(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
+        params, stats, state = carry
+        key_batch, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
+        grads, stats = jax.grad(task.loss, has_aux=True)(params, stats, task.sample(key_batch, i), key_loss)
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), stats, state), None
+
+    def run(task: Task) -> PyTree:
+        params, stats = task.init(jax.random.key(0))
+        return jax.lax.scan(step, (params, stats, optimizer.init(params)), jnp.arange(steps))[0][0]
+
+    return {name: np.asarray(x) for name, x in jax.jit(run)(task).items()}
