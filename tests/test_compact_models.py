@@ -91,4 +91,4 @@ def test_the_gru_is_pytorch_s():
         theirs.bias_hh_l0.copy_(tensors["hidden.bias"])
         states, _ = theirs(tensors["embedding.weight"][torch.from_numpy(symbols).long()])
         expected = states @ tensors["output.weight"] + tensors["output.bias"]
-    np.testing.assert_allclose(model.apply(params, {}, symbols)[0], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.apply(params, {}, jnp.asarray(symbols))[0], expected, rtol=1e-4, atol=1e-5)
