@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, MutableMapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -30,6 +30,7 @@ class BlockLayout(NamedTuple):
     last_is_largest: bool  # row moments are means over B, column moments over A; else the other way round
 
 
+@runtime_checkable
 class Network(Protocol):
     """What moments and their share of the first layer take from φ."""
 
