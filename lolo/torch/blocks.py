@@ -145,7 +145,8 @@ def gather(
     """
     grads = [as_float32(arrange(param.grad, place)) for param in params]
     values = [arrange(param, place).float() for param in params]
-    moments = {name: [state[param][name].float() for param in params] for name in moment_shapes(place)}
+    states = [state[param] for param in params]
+    moments = {name: [own[name].float() for own in states] for name in moment_shapes(place)}
     if len(params) == 1:
         grad, value = grads[0].unsqueeze(0), values[0].unsqueeze(0)
         together = {name: moment[0].unsqueeze(-4) for name, moment in moments.items()}
@@ -158,14 +159,15 @@ def gather(
 def scatter(batch: Batch, params: list[torch.Tensor], state: State, place: BlockLayout) -> None:
     """Give T tensors what their batch has become, and count the step."""
     if not in_place(batch, params):
-        for param, change in zip(params, batch.param, strict=True):
-            param.add_(restore(change, place, param.shape))
+        changes = zip(params, batch.param, strict=True)
+        torch._foreach_add_(params, [restore(change, place, param.shape) for param, change in changes])
+    states = [state[param] for param in params]
     for name in moment_shapes(place):
-        kept = [state[param][name] for param in params]
+        kept = [own[name] for own in states]
         if len(params) > 1 or kept[0].dtype != torch.float32:
             torch._foreach_copy_(kept, getattr(batch, name).unbind(-4))
-    for param in params:
-        state[param]["step"] += 1
+    for own in states:
+        own["step"] += 1
 
 
 def in_place(batch: Batch, params: list[torch.Tensor]) -> bool:
@@ -265,10 +267,13 @@ def project_moment(weight: torch.Tensor, moment: torch.Tensor, epsilon: float) -
 
 
 def pieces_of(
-    batch: Batch, place: BlockLayout, network: Network, bias: torch.Tensor, epsilon: float, space: Workspace
+    batch: Batch, place: BlockLayout, network: Network, bias: torch.Tensor, epsilon: float, limit: int
 ) -> list[Piece]:
-    """A batch in blocks, its row and column moments updated. bias: [H], of the first layer; epsilon: of normalisers."""
-    extents, bias = block_extents(place.shape, max(1, space.block // batch.grad.shape[0])), bias.view(-1, 1, 1, 1, 1)
+    """A batch in blocks of `limit` entries, its row and column moments updated.
+
+    bias: [H], of the first layer; epsilon: of normalisers.
+    """
+    extents, bias = block_extents(place.shape, max(1, limit // batch.grad.shape[0])), bias.view(-1, 1, 1, 1, 1)
 
     def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
         return split(tensor, place.shape, extents)

@@ -21,6 +21,7 @@ from lolo.torch import blocks
 from lolo.torch.blocks import Batch, BlockLayout, Piece, State, Workspace, Zeros
 from lolo.torch.checks import check_number
 
+WIDER = 2  # blocks have so many times the entries of small_fc's: the network is narrower
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 # Rows of a block's inputs: what is multiplied by the same thing lies side by side. Below two axes the last is absent.
 ORDER = (
@@ -149,7 +150,7 @@ def step(
         members.append(param)
     for shape, members in alike.items():
         place = layout(shape)
-        for some in blocks.batches(members, place, space.block):
+        for some in blocks.batches(members, place, WIDER * space.block):
             batch = blocks.gather(some, state, place, negated if group["maximize"] else limited)
             step_batch(batch, shape, group, network, space, blocks.in_place(batch, some))
             blocks.scatter(batch, some, state, place)
@@ -194,7 +195,7 @@ def step_batch(
 def directions(batch: Batch, place: BlockLayout, network: Network, baseline: bool, space: Workspace) -> torch.Tensor:
     """What the network says of T tensors, and the momentum that it corrects. Updates their moments. -> [T, K, A, B]"""
     tensors, entries = batch.grad.shape[0], math.prod(place.shape)
-    pieces = blocks.pieces_of(batch, place, network, network.first_bias, spec.NORMALIZE_EPSILON, space)
+    pieces = blocks.pieces_of(batch, place, network, network.first_bias, spec.NORMALIZE_EPSILON, WIDER * space.block)
     weight = network.entry if place.factored else network.entry[:, : spec.DIAGONAL_INPUTS]
     scratches = [space.scratch(views, piece.grad.shape, weight.shape[1], len(weight)) for piece in pieces]
     squares, baseline_squares = batch.grad.new_zeros(weight.shape[1], tensors), batch.grad.new_zeros(1, tensors)
@@ -298,16 +299,17 @@ def adam_step(params: list[torch.Tensor], state: State, group: Mapping[str, Any]
     """AdamW's step (.9, .95, 1e-8) of tensors of any shape, each with its own step count."""
     decays, limit = (spec.MOMENTUM_DECAYS[0], spec.RMS_DECAY), negated if group["maximize"] else limited
     grads = [limit(blocks.as_float32(param.grad)) for param in params]
-    kept, squares = ([state[param][name] for param in params] for name in ("momentum", "rms"))
+    states = [state[param] for param in params]
+    kept, squares = ([own[name] for own in states] for name in ("momentum", "rms"))
     means = [mean.float() for mean in kept]
     torch._foreach_lerp_(means, grads, 1 - decays[0])
     torch._foreach_mul_(squares, decays[1])
     torch._foreach_addcmul_(squares, grads, grads, 1 - decays[1])
     if group["state_dtype"] != torch.float32:
         torch._foreach_copy_(kept, means)
-    for param in params:
-        state[param]["step"] += 1
-    counts = [int(state[param]["step"]) for param in params]
+    for own in states:
+        own["step"] += 1
+    counts = [int(own["step"]) for own in states]
     roots = torch._foreach_sqrt(squares)
     torch._foreach_div_(roots, [math.sqrt(1 - decays[1] ** count) for count in counts])
     torch._foreach_add_(roots, spec.ADAM_EPSILON)

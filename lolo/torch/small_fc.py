@@ -221,7 +221,7 @@ def run_network(weight: torch.Tensor, base: tuple[torch.Tensor, ...], rule: Rule
 def step_batch(batch: Batch, place: BlockLayout, rule: Rule, space: Workspace, in_place: bool) -> None:
     """Update the moments of T tensors, and `batch.param`: by adding the step, or, not in place, by becoming it."""
     network, tensors = rule.network, batch.grad.shape[0]
-    pieces = blocks.pieces_of(batch, place, network, rule.bias, spec.NORMALIZE_EPSILON, space)
+    pieces = blocks.pieces_of(batch, place, network, rule.bias, spec.NORMALIZE_EPSILON, space.block)
     weight = network.entry if place.factored else torch.cat([network.entry, network.row + network.column], dim=1)
     scratches = [space.scratch(views, piece.grad.shape, weight.shape[1], len(rule.bias)) for piece in pieces]
 
