@@ -619,11 +619,12 @@ def test_a_compiled_step_alone_works():
     assert same(values(model), trained(3))
 
 
-def test_processes_with_averaged_gradients_stay_equal(tmp_path, architecture):
+def test_processes_with_averaged_gradients_stay_equal_and_may_share_the_work(tmp_path, architecture):
     code = f"""
         import sys
         import torch
         import torch.multiprocessing as mp
+        from torch.distributed.optim import ZeroRedundancyOptimizer
         from torch.nn.parallel import DistributedDataParallel
         from drawn import {ARCHITECTURES[architecture].__name__} as draw
         from lolo.torch import LoLO
@@ -641,6 +642,18 @@ def test_processes_with_averaged_gradients_stay_equal(tmp_path, architecture):
                 optimizer.zero_grad()
                 (parallel(x) - x[:, :3]).square().mean().backward()
                 optimizer.step()
+            torch.manual_seed(0)
+            twin = torch.nn.Linear(6, 3)
+            sharded = ZeroRedundancyOptimizer(DistributedDataParallel(twin).parameters(), LoLO, weights=draw())
+            for step in range(3):
+                for steps_on in range(2):
+                    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(10 * step + steps_on))
+                    loss = (twin(x) - x[:, :3]).square().mean() / 2
+                    loss.backward()
+                sharded.step()
+                twin.zero_grad()
+            close = [torch.allclose(p, q, rtol=0, atol=1e-6) for p, q in zip(model.parameters(), twin.parameters())]
+            assert all(close), close
             torch.save(model.state_dict(), f"{{folder}}/{{rank}}.pt")
             torch.distributed.destroy_process_group()
 
