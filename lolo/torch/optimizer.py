@@ -1,13 +1,12 @@
-"""`small_fc` as a `torch.optim.Optimizer`; it needs no JAX.
+"""Learned optimizers as a `torch.optim.Optimizer`; it needs no JAX.
 
     from lolo.torch import LoLO
 
     optimizer = LoLO(model.parameters())
 
-The same function as `lolo.small_fc`, computed features-first and in blocks that stay in cache: 16 inputs per
-entry, those of the row and column moments in their own smaller spaces, normalisation folded into the first weights and
-time into the first bias. Small tensors of equal shape share a block, so that many leaves cost little. Written in plain
-torch operations, which any device has, and tuned for CPUs (docs/performance.md has a GPU's times).
+What is particular to an architecture lies in `small_fc` and `norm_fc`, which `architecture` names; here is what all
+have: param groups, state, saving and loading. Written in plain torch operations, which any device has, and tuned for
+CPUs (docs/performance.md has a GPU's times).
 """
 
 from __future__ import annotations
@@ -32,44 +31,59 @@ SETTINGS = (*COMMON, *ABSENT)
 
 
 class LoLO(torch.optim.Optimizer):
-    """The learned optimizer instead of `torch.optim.AdamW`, with no hyper-parameter to tune.
+    """The learned optimizer instead of `torch.optim.AdamW`, or of `torch.optim.Muon`.
 
         optimizer = LoLO(model.parameters())
 
+    The weights say which architecture it is. `small_fc` has no hyper-parameter to tune:
     θ ← θ − lr·λ1/√(1 + t/step_decay)·(d·exp(λ2·m) + weight_decay·θ), (d, m) the network's outputs for an entry (Eq. 7).
 
+    `norm_fc` chooses directions, and its learning rate is the root mean square of a matrix's step:
+    θ ← θ − lr·(step + weight_decay·θ). Vectors and scalars get AdamW (.9, .95, 1e-8) at lr·adam_scale, and so should
+    embeddings and output layers, which you name:
+
+        optimizer = LoLO([{"params": hidden}, {"params": embedding_and_head, "is_matrix": False}], "mine.safetensors")
+
     Args:
-      params: parameters, named parameters or param groups; a group may have its own `lr`, `weights`, `weight_decay`,
-        `clock_limit`, `step_decay`, `maximize` and `freeze_unseen`. float32, bfloat16, float16 or float64, of any
-        rank; all of it computed in float32.
+      params: parameters, named parameters or param groups; a group may have all settings below for itself. float32,
+        bfloat16, float16 or float64, of any rank; all of it computed in float32.
       weights: name of shipped weights, path of a weights file, a `weights_file.WeightsFile`, or a dict of φ's arrays
-        (then λ1 = λ2 = 1e-3, no weight decay, no limit, no step decay).
-      lr: the step's scale; 1 is as shipped with the weights, and AdamW's 1e-3 a thousand times too small. Schedulers
-        may change it.
+        (then with the default settings of its architecture: λ1 = λ2 = 1e-3, or a learning rate of 1e-3).
+      lr: None: 1 for `small_fc`, the learning rate in the metadata for `norm_fc`. In `small_fc` it multiplies the step
+        that came with the weights, so that AdamW's 1e-3 is a thousand times too small. Schedulers may change it.
       weight_decay: decoupled; None: as shipped with the weights, 0: none.
-      clock_limit: the time inputs see min(t, clock_limit); None: as shipped, math.inf: no limit.
-      step_decay: steps after which updates have shrunk by √2; None: as shipped, math.inf: they don't shrink.
+      clock_limit: of `small_fc`: the time inputs see min(t, clock_limit); None: as shipped, math.inf: no limit.
+      step_decay: of `small_fc`: steps after which updates have shrunk by √2; None: as shipped, math.inf: never.
       maximize: climb instead of descend.
-      freeze_unseen: entries that never had a gradient do not move, by weight decay neither. Without it padding rows,
-        rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
+      freeze_unseen: of `small_fc`: entries that never had a gradient do not move, by weight decay neither. Without it
+        padding rows, rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
+        (`norm_fc` gives such entries no step; weight decay reaches them.)
+      adam_scale: of `norm_fc`: AdamW's learning rate in units of lr; None: as shipped.
+      is_matrix: of `norm_fc`: whether the network moves the tensors of a group; None: those of two axes or more; False:
+        AdamW; True: vectors too. Axis 0 is a matrix's output, all others are its input, as in torch's layers.
+      state_dtype: of `norm_fc`: torch.float32, or torch.bfloat16 for the momenta, which takes a third off the state.
 
-    State per parameter: `step`, `momentum`, `rms`, `row`, `column`, all float32 (`step` int64, on the CPU): 4 numbers
-    per entry and the factored moments, 7 per entry below two axes. A tensor's moments lie as [K, A, B], A and B its two
-    largest axes; `load_state_dict` brings them back bit for bit, whatever the parameters' dtype, and refuses the state
-    of other weights. Parameters without a gradient are skipped, and their clock with them.
+    State per parameter: `step` (int64, on the CPU) and `momentum`, `rms`, `row`, `column`, float32: 4 numbers per entry
+    and the factored moments, 7 per entry below two axes; on `norm_fc`'s AdamW `momentum` and `rms` only. A tensor's
+    moments lie as [K, A, B], A and B its two largest axes; `load_state_dict` brings them back bit for bit, whatever the
+    parameters' dtype, and refuses the state of other weights. Parameters without a gradient are skipped, and their
+    clock with them.
 
-    A weight matrix [out, in] here is [in, out] in JAX. Sides of unequal length give the same update, transposed;
-    for square ones the row and column moments swap roles, since the later axis counts as the larger.
+    A weight matrix [out, in] here is [in, out] in JAX, a convolution [out, in, h, w] is [h, w, in, out]. Both get the
+    same update from `norm_fc`, transposed; from `small_fc` if their sides differ in length. For equal ones its row and
+    column moments swap roles, since the later axis counts as the larger.
 
     Data parallel (DDP): gradients are averaged before the step, so every process makes the same update; nothing to set.
     Sharded parameters (FSDP, DTensor) are refused: normalisation needs means over the whole tensor.
     `torch.compile` around a training step works; the optimizer's part runs as it is, uncompiled (a graph break, so
     not under fullgraph=True).
     Default dtype, default device, autocast, and the precision that torch is told for float32 products do not change a
-    step. Finite gradients beyond ±2⁴⁸ count as ±2⁴⁸; one that is not finite shows as NaN in its tensor.
+    step. Finite gradients beyond ±2⁴⁸ (`norm_fc`: ±2²⁴) count as that; one that is not finite shows as NaN in its
+    tensor.
 
-    Raises ValueError for weights or numbers that make no sense, TypeError for parameters it can't move and for
-    arguments of other optimizers, RuntimeError for gradients it can't use. Warns if every lr is below 0.02.
+    Raises ValueError for weights or numbers that make no sense and for settings that the weights' architecture does not
+    have, TypeError for parameters it can't move and for arguments of other optimizers, RuntimeError for gradients it
+    can't use. Warns if every lr of `small_fc` is below 0.02.
     """
 
     def __init__(
