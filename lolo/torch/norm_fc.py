@@ -21,7 +21,7 @@ from lolo.torch import blocks
 from lolo.torch.blocks import Batch, BlockLayout, Piece, State, Workspace, Zeros
 from lolo.torch.checks import check_number
 
-WIDER = 2  # blocks have so many times the entries of small_fc's: the network is narrower
+WIDER = 2  # a block has this many times the entries of one of small_fc: the network is narrower
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 # Rows of a block's inputs: what is multiplied by the same thing lies side by side. Below two axes the last is absent.
 ORDER = (
