@@ -1,7 +1,8 @@
-"""Speed of the optimizer's step in PyTorch, beside the textbook form and AdamW. Needs torch."""
+"""Speed of the optimizers' steps in PyTorch, beside the textbook form, AdamW and Muon. Needs torch."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -12,7 +13,11 @@ import torch
 
 from lolo.bench.textbook_torch import Textbook
 from lolo.bench.timing import Line, interleaved
-from lolo.optimizers import small_fc
+from lolo.files import tensors
+from lolo.optimizers import norm_fc, small_fc
+from lolo.optimizers.base import LearnedOptimizer
+from lolo.optimizers.norm_fc_spec import NormFcSettings
+from lolo.optimizers.weights_file import WeightsFile
 from lolo.torch import LoLO
 
 SIZES = {"1M": (784, 640, 640, 136, 10), "10M": (1024, 2560, 2560, 256, 10)}
@@ -20,7 +25,7 @@ SIZES = {"1M": (784, 640, 640, 136, 10), "10M": (1024, 2560, 2560, 256, 10)}
 
 
 def measure(seconds: float) -> Iterator[Line]:
-    """On one CPU thread against the textbook form and AdamW; then on a GPU, if there is one, against AdamW."""
+    """On one CPU thread against the textbook form, AdamW and Muon; then on a GPU, if there is one, against both."""
     torch.set_num_threads(1)
     yield from steps("cpu", "1M", seconds)
     if torch.cuda.is_available():
@@ -39,24 +44,42 @@ def parameters(size: str, device: str) -> list[Any]:
     return params
 
 
+def arrays(learned: LearnedOptimizer) -> dict[str, np.ndarray]:
+    """Meta-parameters before any meta-training: a step's time does not depend on them."""
+    return {name: np.array(x) for name, x in learned.init(jax.random.key(0)).items()}
+
+
+def norm_fc_weights(orthogonal: bool) -> WeightsFile:
+    """Weights of `norm_fc`, with or without Newton-Schulz."""
+    phi = arrays(norm_fc.norm_fc())
+    return WeightsFile(phi, dataclasses.asdict(NormFcSettings(orthogonal=orthogonal)), {}, {}, tensors.digest(phi))
+
+
 def steps(device: str, size: str, seconds: float) -> Iterator[Line]:
-    """One step of each optimizer on the parameters of an MLP."""
+    """One step of each optimizer on the parameters of an MLP. Muon moves the matrices alone."""
 
     def wait_for(step: Callable[[], Any]) -> None:
         step()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    phi = {name: np.array(x) for name, x in small_fc.small_fc().init(jax.random.key(0)).items()}
+    phi = arrays(small_fc.small_fc())
     calls = {"lolo": LoLO(parameters(size, device), weights=phi).step}
+    for name, orthogonal in (("norm_fc", False), ("norm_fc orthogonal", True)):
+        calls[name] = LoLO(parameters(size, device), weights=norm_fc_weights(orthogonal)).step
     if device == "cpu":
         calls["textbook"] = Textbook(parameters(size, device), phi).step
     else:
         calls["adamw fused"] = torch.optim.AdamW(parameters(size, device), fused=True).step
+    if hasattr(torch.optim, "Muon"):  # since torch 2.9
+        calls["muon"] = torch.optim.Muon([p for p in parameters(size, device) if p.ndim == 2]).step
     calls["adamw foreach"] = torch.optim.AdamW(parameters(size, device), foreach=True).step
     times = interleaved({name: partial(wait_for, step) for name, step in calls.items()}, seconds)
     for name, t in times.items():
         yield Line(f"torch {torch.__version__} step on {size} parameters, {device}: {name}", 1000 * t, "ms")
     if device == "cpu":
         yield Line("torch: textbook / lolo", times["textbook"] / times["lolo"], "x")
-    yield Line(f"torch {size}, {device}: lolo / adamw foreach", times["lolo"] / times["adamw foreach"], "x")
+    pairs = [("lolo", "adamw foreach"), ("norm_fc", "adamw foreach"), ("norm_fc orthogonal", "muon")]
+    for ours, rival in pairs:
+        if rival in times:
+            yield Line(f"torch {size}, {device}: {ours} / {rival}", times[ours] / times[rival], "x")

@@ -1,13 +1,28 @@
 """What users of other optimizers reported as bugs does not happen in `lolo.torch`."""
 
+import sys
 import warnings
 
 import pytest
 import torch
+from drawn import norm_fc_file
 
+from lolo.optimizers.weights_file import DEFAULT_WEIGHTS
 from lolo.torch.optimizer import LoLO
 
 pytestmark = pytest.mark.torch
+
+ARCHITECTURES = {"small_fc": DEFAULT_WEIGHTS, "norm_fc": norm_fc_file()}
+WEIGHTS = DEFAULT_WEIGHTS  # of the architecture that a test runs with
+
+
+@pytest.fixture(autouse=True, params=ARCHITECTURES)
+def architecture(request, monkeypatch):
+    """Every test runs with each architecture, unless it names one."""
+    monkeypatch.setattr(sys.modules[__name__], "WEIGHTS", ARCHITECTURES[request.param])
+
+
+small_fc_only = pytest.mark.parametrize("architecture", ["small_fc"], indirect=True)
 
 
 def trained(steps=3, grad=None, dtype=torch.float32, **options):
@@ -15,7 +30,7 @@ def trained(steps=3, grad=None, dtype=torch.float32, **options):
     generator = torch.Generator().manual_seed(0)
     numbers = [torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype) for shape in ((64, 32), (32,))]
     params = [torch.nn.Parameter(x) for x in numbers]
-    optimizer = LoLO(params, **options)
+    optimizer = LoLO(params, WEIGHTS, **options)
     for _ in range(steps):
         for param in params:
             draw = torch.randn(param.shape, generator=generator, dtype=torch.float32)
@@ -52,7 +67,7 @@ def test_the_default_device_changes_nothing():
 
     def run():
         again = [torch.nn.Parameter(x.detach().clone()) for x in params]
-        optimizer = LoLO(again)
+        optimizer = LoLO(again, WEIGHTS)
         for param, grad in zip(again, grads, strict=True):
             param.grad = grad.clone()
         optimizer.step()
@@ -112,7 +127,7 @@ def test_a_gradient_that_is_not_finite_is_seen(bad):
 def test_a_wrappers_key_survives_saving_and_loading():
     params, optimizer = trained()
     optimizer.state[params[0]]["slow"] = params[0].detach().clone()
-    again = LoLO(params)
+    again = LoLO(params, WEIGHTS)
     again.load_state_dict(optimizer.state_dict())
     assert torch.equal(again.state[params[0]]["slow"], params[0]) and "slow" not in again.state[params[1]]
     assert_same((params, again), (params, optimizer))
@@ -120,9 +135,9 @@ def test_a_wrappers_key_survives_saving_and_loading():
 
 def test_a_wrappers_key_from_before_the_first_step_is_kept():
     param = torch.nn.Parameter(torch.ones(3))
-    optimizer = LoLO([param])
+    optimizer = LoLO([param], WEIGHTS)
     optimizer.state[param]["slow"] = torch.zeros(3)
-    LoLO([param]).load_state_dict(optimizer.state_dict())
+    LoLO([param], WEIGHTS).load_state_dict(optimizer.state_dict())
     param.grad = torch.ones(3)
     optimizer.step()
     assert "slow" in optimizer.state[param] and int(optimizer.state[param]["step"]) == 1
@@ -133,21 +148,29 @@ def test_a_missing_key_of_our_own_is_still_refused():
     saved = optimizer.state_dict()
     del saved["state"][0]["rms"]
     with pytest.raises(ValueError, match="saved state of parameter 0"):
-        LoLO(params).load_state_dict(saved)
+        LoLO(params, WEIGHTS).load_state_dict(saved)
 
 
 # Habits of AdamW: prodigy #27; kohya_ss #950
 
 
 def make(**options):
-    return LoLO([torch.nn.Parameter(torch.ones(3))], **options)
+    return LoLO([torch.nn.Parameter(torch.ones(3))], WEIGHTS, **options)
 
 
+@small_fc_only
 @pytest.mark.parametrize("lr", [1e-3, 3e-4, torch.tensor(1e-3)])
 def test_an_lr_of_adamw_warns_once(lr):
     with pytest.warns(UserWarning, match="lr=.* is a multiple of the step.*leave lr out") as seen:
         make(lr=lr)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("architecture", ["norm_fc"], indirect=True)
+def test_an_lr_of_adamw_is_one_of_norm_fc_too():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert make(lr=3e-4).param_groups[0]["lr"] == 3e-4
 
 
 def test_other_rates_and_the_values_of_schedules_do_not_warn():
@@ -166,7 +189,10 @@ def test_other_rates_and_the_values_of_schedules_do_not_warn():
     ids=str,
 )
 def test_arguments_of_other_optimizers_are_refused_with_the_reason(option):
-    for call in (lambda: make(**option), lambda: LoLO([{"params": [torch.nn.Parameter(torch.ones(3))], **option}])):
+    for call in (
+        lambda: make(**option),
+        lambda: LoLO([{"params": [torch.nn.Parameter(torch.ones(3))], **option}], WEIGHTS),
+    ):
         with pytest.raises(TypeError, match=f"LoLO has no {next(iter(option))}: .*Leave it out"):
             call()
 
@@ -185,6 +211,7 @@ def test_one_cycle_works_without_momentum_and_otherwise_names_its_option():
 # Entries that never had a gradient: pytorch #3711; NVIDIA-NeMo/Speech #5726; open_lth #6
 
 
+@small_fc_only
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 def test_entries_without_a_gradient_stand_still_if_asked_to(weight_decay):
     mask = (torch.arange(64) < 20)[:, None].expand(64, 32)
@@ -196,6 +223,7 @@ def test_entries_without_a_gradient_stand_still_if_asked_to(weight_decay):
         assert moved[mask].all() and moved[~mask].any() != asked
 
 
+@small_fc_only
 def test_a_state_from_before_the_option_goes_on_without_it():
     params, optimizer = trained()
     saved = optimizer.state_dict()

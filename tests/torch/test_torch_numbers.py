@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from drawn import draw_meta_params
+from drawn import draw_meta_params, norm_fc_file
 
 from lolo.bench import torch_speed
 from lolo.bench.textbook_torch import Textbook
@@ -68,6 +68,14 @@ def weights_file(meta_params, **learner):
         **learner,
     }
     return WeightsFile(dict(meta_params), learner, {}, {}, tensors.digest(meta_params))
+
+
+LEARNERS = {
+    "small_fc": weights_file(draw_meta_params(), step_mult=0.1),
+    "norm_fc": norm_fc_file(learning_rate=0.1),
+    "norm_fc, not orthogonal": norm_fc_file(learning_rate=0.1, orthogonal=False, baseline="none"),
+}
+each_learner = pytest.mark.parametrize("weights", LEARNERS.values(), ids=LEARNERS)
 
 
 def draw(shapes, seed, scale=1.0):
@@ -209,9 +217,9 @@ def test_a_transposed_matrix_moves_transposed_unless_it_is_square():
     assert relative_distance(moved((24, 24), True), moved((24, 24), False)) > 1e-4
 
 
-def test_small_tensors_move_alike_alone_and_together():
+@each_learner
+def test_small_tensors_move_alike_alone_and_together(weights):
     shapes = {**{f"bias {i}": (17,) for i in range(9)}, **{f"head {i}": (6, 20) for i in range(9)}}
-    weights = weights_file(draw_meta_params(), step_mult=1.0)
     together = final_params(shapes, weights, 3)
     for index, (name, shape) in enumerate(shapes.items()):
         param = torch.nn.Parameter(torch.tensor(draw(shapes, 1)[name]))
@@ -223,8 +231,8 @@ def test_small_tensors_move_alike_alone_and_together():
         assert relative_distance(param.detach(), together[index]) <= 1e-5
 
 
-def test_memory_layout_does_not_matter():
-    weights = weights_file(draw_meta_params(), step_mult=1.0)
+@each_learner
+def test_memory_layout_does_not_matter(weights):
     shapes = {"kernel": (24, 16, 3, 3), "matrix": (30, 40), "vector": (9,)}
     expected = final_params(shapes, weights, 2)
     params = {
@@ -245,9 +253,10 @@ def test_memory_layout_does_not_matter():
     assert [p.stride() for p in params.values()] == strides
 
 
+@each_learner
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_are_stepped_in_float32(dtype):
-    weights, shapes = weights_file(draw_meta_params(), step_mult=0.1), {"matrix": (20, 30), "a": (5,), "b": (5,)}
+def test_other_dtypes_are_stepped_in_float32(dtype, weights):
+    shapes = {"matrix": (20, 30), "a": (5,), "b": (5,)}
     start = {n: torch.tensor(x).to(dtype) for n, x in draw(shapes, 1).items()}
     grads = {n: torch.tensor(x).to(dtype) for n, x in draw(shapes, 2).items()}
     params = {n: torch.nn.Parameter(x.clone()) for n, x in start.items()}
@@ -261,7 +270,8 @@ def test_other_dtypes_are_stepped_in_float32(dtype):
     for name, param in params.items():
         assert param.dtype == dtype
         change = (twins[name].double() - start[name].float().double()).detach()
-        ulp = torch.finfo(dtype).eps * start[name].double().abs().clamp(min=0.1)
+        size = torch.maximum(start[name].double().abs(), (start[name].double() + change).abs())
+        ulp = torch.finfo(dtype).eps * size.clamp(min=0.1)
         if dtype == torch.float64:  # computed in float32, added in float64: no digit of the parameter is lost
             ulp = 1e-6
         assert ((param.detach().double() - (start[name].double() + change)).abs() <= ulp).all()
@@ -321,10 +331,11 @@ def test_closed_loops_in_jax_and_torch_stay_together(record_property):
     assert distances[10] <= 1e-3
 
 
-def test_the_benchmark_times_both_forms_and_adamw(monkeypatch):
+def test_the_benchmark_times_both_architectures_the_textbook_and_rivals(monkeypatch):
     monkeypatch.setattr(torch_speed, "SIZES", {"1M": (4, 3)})
     lines = list(torch_speed.steps("cpu", "1M", 0.0))
     assert [line.what.rpartition(": ")[2] for line in lines] == [
-        "lolo", "textbook", "adamw foreach", "textbook / lolo", "lolo / adamw foreach",
+        "lolo", "norm_fc", "norm_fc orthogonal", "textbook", "muon", "adamw foreach",
+        "textbook / lolo", "lolo / adamw foreach", "norm_fc / adamw foreach", "norm_fc orthogonal / muon",
     ]  # fmt: skip
     assert all(line.value > 0 for line in lines)

@@ -11,15 +11,28 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from drawn import draw_meta_params, following_momentum
+from drawn import draw_meta_params, draw_norm_fc, following_momentum, norm_fc_file
 
 from lolo.optimizers import weights_file
 from lolo.torch.optimizer import LoLO
 
 pytestmark = pytest.mark.torch
 
-PHI = draw_meta_params()
-OTHER_PHI = draw_meta_params(seed=1)
+ARCHITECTURES = {"small_fc": draw_meta_params, "norm_fc": draw_norm_fc}
+DEFAULT_LR = {"small_fc": 1.0, "norm_fc": 1e-3}
+PHI, OTHER_PHI, LR = {}, {}, 1.0  # of the architecture that a test runs with
+
+
+@pytest.fixture(autouse=True, params=ARCHITECTURES)
+def architecture(request, monkeypatch):
+    """Every test runs with each architecture, unless it names one."""
+    draw = ARCHITECTURES[request.param]
+    for name, value in {"PHI": draw(), "OTHER_PHI": draw(seed=1), "LR": DEFAULT_LR[request.param]}.items():
+        monkeypatch.setattr(sys.modules[__name__], name, value)
+    return request.param
+
+
+small_fc_only = pytest.mark.parametrize("architecture", ["small_fc"], indirect=True)
 
 
 def make_model(dtype=torch.float32, seed=0):
@@ -63,12 +76,14 @@ def trained(steps=5, dtype=torch.float32, **options):
     return values(model)
 
 
-def write(path, phi=PHI, **learner):
-    learner = {
+def write(path, phi=None, **learner):
+    phi = PHI if phi is None else phi
+    small_fc = {
         **{"name": "small_fc", "hidden": 32, "step_mult": 1e-3, "exp_mult": 1e-3, "learn_decays": False},
-        **{"weight_decay": 0.0, "clock_limit": None, **learner},
+        **{"weight_decay": 0.0, "clock_limit": None},
     }
-    weights_file.write_weights(path, phi, learner=learner)
+    default = small_fc if len(phi["w0"]) == 39 else norm_fc_file(phi).learner
+    weights_file.write_weights(path, phi, learner=default | learner)
     return path
 
 
@@ -77,9 +92,9 @@ def write(path, phi=PHI, **learner):
 
 def test_lr_scales_the_step():
     start = values(make_model())
-    once, half = trained(1), trained(1, lr=0.5)
+    once, half = trained(1), trained(1, lr=LR / 2)
     for x, a, b in zip(start, once, half, strict=True):
-        torch.testing.assert_close(a - x, 2 * (b - x), rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(a - x, 2 * (b - x), rtol=1e-3, atol=2e-7)
     assert same(trained(3, lr=0.0), start)
 
 
@@ -91,6 +106,7 @@ def test_weights_by_path_by_value_and_as_arrays_are_the_same(tmp_path):
     assert same(trained(weights=weights_file.read_weights(path)), expected)
 
 
+@small_fc_only
 def test_settings_come_with_the_weights_and_can_be_switched_off(tmp_path):
     settings = {"weight_decay": 2.0, "clock_limit": 1.0, "step_decay": 3.0}
     plain, shipped = trained(8), write(tmp_path / "w.safetensors", **settings)
@@ -101,6 +117,7 @@ def test_settings_come_with_the_weights_and_can_be_switched_off(tmp_path):
     assert {name: group[name] for name in settings} == settings
 
 
+@small_fc_only
 def test_weight_decay_is_decoupled_and_scaled_by_lr_and_lambda1():
     param = torch.nn.Parameter(torch.full((4,), 2.0))
     twin = torch.nn.Parameter(param.detach().clone())
@@ -121,6 +138,7 @@ def test_maximize_follows_the_negated_gradient():
     assert same(values(model), values(twin))
 
 
+@small_fc_only
 def test_groups_have_their_own_settings_and_weights(tmp_path):
     other = write(tmp_path / "other.safetensors", OTHER_PHI, step_mult=1e-2)
     model = make_model()
@@ -160,11 +178,11 @@ def test_added_groups_are_trained_with_a_clock_of_their_own():
     start = values(model)
     train(model, optimizer, 2)
     assert torch.equal(head_weight, start[-2])
-    optimizer.add_param_group({"params": [head_weight, head_bias], "lr": 2.0})
+    optimizer.add_param_group({"params": [head_weight, head_bias], "lr": 2 * LR})
     train(model, optimizer, 3, start=2)
     assert not torch.equal(head_weight, start[-2])
     assert [int(optimizer.state[p]["step"]) for p in (body[0], head_bias)] == [5, 3]
-    assert [g["lr"] for g in optimizer.param_groups] == [1.0, 2.0]
+    assert [g["lr"] for g in optimizer.param_groups] == [LR, 2 * LR]
 
 
 def test_named_parameters_are_taken():
@@ -186,17 +204,17 @@ def test_schedulers_drive_the_step():
         seen.append(scheduler.get_last_lr()[0])
         moved, before = not same(values(model), before), values(model)
         assert moved == (step < 4)
-    assert seen == pytest.approx([0.5 * (1 + math.cos(math.pi * t / 4)) for t in (1, 2, 3, 4, 5)], abs=1e-9)
+    assert seen == pytest.approx([LR * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in (1, 2, 3, 4, 5)], abs=1e-12)
 
 
 def test_warm_up_and_one_cycle_schedulers_work():
     optimizer = LoLO(make_model().parameters(), weights=PHI)
-    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10, cycle_momentum=False)
-    assert 0 < optimizer.param_groups[0]["lr"] < 1
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=10, cycle_momentum=False)
+    assert 0 < optimizer.param_groups[0]["lr"] < LR
 
 
 def test_lr_may_be_a_tensor():
-    assert same(trained(lr=torch.tensor(0.5)), trained(lr=0.5))
+    assert same(trained(lr=torch.tensor(LR / 2)), trained(lr=LR / 2))
 
 
 def test_clipped_gradients_and_gradient_scalers_work():
@@ -307,12 +325,13 @@ def test_a_gradient_that_is_not_finite_reaches_the_parameter_and_no_other():
     model = make_model()
     optimizer = LoLO(model.parameters(), weights=PHI)
     backward(model)
-    model[0].bias.grad[0] = math.nan
+    model[0].weight.grad[0, 0] = math.nan
     optimizer.step()
-    assert model[0].bias.isnan().all()  # through the mean over the tensor
-    assert all(p.isfinite().all() for p in model.parameters() if p is not model[0].bias)
+    assert model[0].weight.isnan().all()  # through the mean over the tensor
+    assert all(p.isfinite().all() for p in model.parameters() if p is not model[0].weight)
 
 
+@small_fc_only
 def test_loss_falls_with_a_network_that_follows_momentum():
     model = make_model()
     optimizer = LoLO(model.parameters(), weights=following_momentum(), lr=3.0)
@@ -345,6 +364,7 @@ def test_resuming_is_exact(dtype):
     assert same(values(model), values(resumed))
 
 
+@small_fc_only
 def test_states_from_before_there_was_a_step_decay_go_on_without_one():
     model, twin = make_model(), make_model()
     optimizer, other = LoLO(model.parameters(), weights=PHI), LoLO(twin.parameters(), weights=PHI, step_decay=2.0)
@@ -468,6 +488,7 @@ def test_sharded_parameters_are_refused():
         one(DTensor(torch.zeros(3)))
 
 
+@small_fc_only
 def test_real_dtensors_are_refused(tmp_path):
     code = f"""
         import torch
@@ -498,13 +519,9 @@ def test_real_dtensors_are_refused(tmp_path):
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": math.inf}, "lr=inf"),
         ({"weight_decay": math.nan}, "weight_decay=nan"),
-        ({"clock_limit": -3.0}, "clock_limit=-3.0"),
-        ({"step_decay": 0.0}, "step_decay=0.0; expected a positive number"),
-        ({"step_decay": math.nan}, "step_decay=nan"),
         ({"weights": "no-such-weights"}, "no-such-weights"),
         ({"weights": {"w0": np.zeros((39, 4), np.float32)}}, "hidden=0"),
-        ({"weights": {n: x for n, x in PHI.items() if n != "b1"}}, "has tensors"),
-        ({"weights": {**PHI, "b1": PHI["b1"] * math.nan}}, "not finite"),
+        ({"weights": {"w0": np.zeros((30, 4), np.float32)}}, "hidden=0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options, message):
@@ -512,6 +529,42 @@ def test_settings_that_make_no_sense_are_refused(options, message):
         LoLO(make_model().parameters(), **{"weights": PHI} | options)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda phi: phi.pop("b1"), "has tensors"), (lambda phi: phi.update(b1=phi["b1"] * math.nan), "not finite")],
+)
+def test_weights_that_make_no_sense_are_refused(change, message):
+    phi = dict(PHI)
+    change(phi)
+    with pytest.raises(ValueError, match=message):
+        LoLO(make_model().parameters(), weights=phi)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("small_fc", {"clock_limit": -3.0}, "clock_limit=-3.0"),
+        ("small_fc", {"step_decay": 0.0}, "step_decay=0.0; expected a positive number"),
+        ("small_fc", {"step_decay": math.nan}, "step_decay=nan"),
+        ("norm_fc", {"adam_scale": -1.0}, "adam_scale=-1.0; expected a number"),
+        ("norm_fc", {"state_dtype": torch.float16}, "state_dtype=torch.float16; expected torch.float32 or"),
+        ("small_fc", {"adam_scale": 1.0}, "adam_scale=1.0: these weights are of small_fc, which has no adam_scale"),
+        ("small_fc", {"is_matrix": False}, "of small_fc, which has no is_matrix; leave it out"),
+        ("small_fc", {"state_dtype": torch.bfloat16}, "of small_fc, which has no state_dtype"),
+        ("norm_fc", {"clock_limit": 100.0}, "of norm_fc, which has no clock_limit; leave it out"),
+        ("norm_fc", {"step_decay": 100.0}, "of norm_fc, which has no step_decay"),
+        ("norm_fc", {"freeze_unseen": True}, "of norm_fc, which has no freeze_unseen"),
+    ],
+    indirect=["architecture"],
+)
+def test_settings_of_one_architecture_are_checked_and_refused_by_the_other(options, message):
+    model = make_model()
+    for groups, arguments in ((model.parameters(), options), ([{"params": model.parameters(), **options}], {})):
+        with pytest.raises(ValueError, match=message):
+            LoLO(groups, weights=PHI, **arguments)
+
+
+@small_fc_only
 def test_weights_of_another_architecture_are_refused(tmp_path):
     path, numbers = (
         tmp_path / "sgd.safetensors",
@@ -566,13 +619,14 @@ def test_a_compiled_step_alone_works():
     assert same(values(model), trained(3))
 
 
-def test_processes_with_averaged_gradients_stay_equal(tmp_path):
+def test_processes_with_averaged_gradients_stay_equal_and_may_share_the_work(tmp_path, architecture):
     code = f"""
         import sys
         import torch
         import torch.multiprocessing as mp
+        from torch.distributed.optim import ZeroRedundancyOptimizer
         from torch.nn.parallel import DistributedDataParallel
-        from drawn import draw_meta_params
+        from drawn import {ARCHITECTURES[architecture].__name__} as draw
         from lolo.torch import LoLO
 
         def work(rank, folder):
@@ -582,12 +636,24 @@ def test_processes_with_averaged_gradients_stay_equal(tmp_path):
             torch.manual_seed(0)
             model = torch.nn.Linear(6, 3)
             parallel = DistributedDataParallel(model)
-            optimizer = LoLO(parallel.parameters(), weights=draw_meta_params())
+            optimizer = LoLO(parallel.parameters(), weights=draw())
             for step in range(3):
                 x = torch.randn(8, 6, generator=torch.Generator().manual_seed(10 * step + rank))
                 optimizer.zero_grad()
                 (parallel(x) - x[:, :3]).square().mean().backward()
                 optimizer.step()
+            torch.manual_seed(0)
+            twin = torch.nn.Linear(6, 3)
+            sharded = ZeroRedundancyOptimizer(DistributedDataParallel(twin).parameters(), LoLO, weights=draw())
+            for step in range(3):
+                for steps_on in range(2):
+                    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(10 * step + steps_on))
+                    loss = (twin(x) - x[:, :3]).square().mean() / 2
+                    loss.backward()
+                sharded.step()
+                twin.zero_grad()
+            close = [torch.allclose(p, q, rtol=0, atol=1e-6) for p, q in zip(model.parameters(), twin.parameters())]
+            assert all(close), close
             torch.save(model.state_dict(), f"{{folder}}/{{rank}}.pt")
             torch.distributed.destroy_process_group()
 
@@ -617,6 +683,7 @@ def run_python(code=None, script=None):
     return done.stdout
 
 
+@small_fc_only
 def test_lolo_torch_needs_no_jax_and_lolo_no_torch():
     blocked = """
         import sys
@@ -630,10 +697,11 @@ def test_lolo_torch_needs_no_jax_and_lolo_no_torch():
     """
     without_jax = textwrap.dedent(blocked.format(names={"jax", "jaxlib", "optax"})) + textwrap.dedent("""
         import lolo.torch, lolo.interop, torch
-        from drawn import draw_meta_params
+        from drawn import draw_meta_params, draw_norm_fc
         param = torch.nn.Parameter(torch.ones(3, 4))
         param.grad = torch.ones(3, 4)
-        lolo.torch.LoLO([param], weights=draw_meta_params()).step()
+        for phi in (draw_meta_params(), draw_norm_fc()):
+            lolo.torch.LoLO([param], weights=phi).step()
         assert not any(name.split(".")[0] == "jax" for name in sys.modules)
         print("stepped", bool((param != 1).all()))
     """)

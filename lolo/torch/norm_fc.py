@@ -1,0 +1,320 @@
+"""`norm_fc` in PyTorch: its settings in a param group, its state, and one step.
+
+The same function as `lolo.optimizers.norm_fc`, in blocks that stay in cache: 18 inputs per entry, those of the row and
+column moments in their own smaller spaces, normalisers folded into the first weights. Small matrices of equal shape
+share a block, and all tensors on AdamW are worked on together.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lolo.optimizers import norm_fc_spec as spec
+from lolo.torch import blocks
+from lolo.torch.blocks import Batch, BlockLayout, Piece, State, Workspace, Zeros
+from lolo.torch.checks import check_number
+
+WIDER = 2  # a block has this many times the entries of one of small_fc: the network is narrower
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+# Rows of a block's inputs: what is multiplied by the same thing lies side by side. Below two axes the last is absent.
+ORDER = (
+    *("momentum", "gradient", "scaled_momentum", "scaled_gradient", "factored_gradient"),
+    *("clipped_gradient", "parameter", "second_moment", "inverse_root", "factored_momentum"),
+)
+ENTRY_ROWS = np.r_[tuple(spec.SLICES[name] for name in ORDER)]
+
+
+class Network(NamedTuple):
+    """φ as the blocks want it: weights transposed, rows of the first grouped by where inputs vary."""
+
+    entry: torch.Tensor  # [H, 18], of ENTRY_ROWS
+    row: torch.Tensor  # [H, 6]
+    column: torch.Tensor  # [H, 6]
+    first_bias: torch.Tensor  # [H]
+    second: torch.Tensor  # [H, H]
+    second_bias: torch.Tensor  # [H, 1]
+    last: torch.Tensor  # [1, H]
+    last_bias: torch.Tensor  # [1, 1]
+    momentum_gain: torch.Tensor  # [3, 1, 1, 1, 1], 1 − decay
+    rms_gain: float
+    factored_gain: torch.Tensor  # [3, 1, 1, 1, 1]
+
+    def to(self, device: torch.device) -> Network:
+        return Network(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
+
+
+class Scratch(NamedTuple):
+    """Views of a workspace for blocks of one shape, [T, k, a, b] with n entries."""
+
+    momentum: torch.Tensor  # [3, T, k, a, b], this and what follows parts of the inputs
+    grad: torch.Tensor
+    source: torch.Tensor  # [4, ...], momentum and gradient
+    scaled: torch.Tensor  # [4, ...], the same times the inverse root
+    factored_gradient: torch.Tensor  # [3, ...]
+    clipped: torch.Tensor
+    param: torch.Tensor
+    rms: torch.Tensor
+    root: torch.Tensor
+    factored_momentum: torch.Tensor  # [3, ...]; [0, ...] below two axes
+    flat: torch.Tensor  # [18 or 15, n], the inputs
+    per_tensor: torch.Tensor  # [18 or 15, T, n / T], the inputs
+    baseline: torch.Tensor  # [T, k, a, b]
+    squared: torch.Tensor  # [T, k, a, b]
+    first: torch.Tensor  # [H, T, k, a, b]
+    first_flat: torch.Tensor  # [H, n]
+    second: torch.Tensor  # [H, n]
+    out: torch.Tensor  # [1, n]
+
+
+def default(arrays: Mapping[str, np.ndarray]) -> spec.NormFcSettings:
+    """The settings that bare arrays have."""
+    return spec.NormFcSettings(hidden=arrays["b0"].size if "b0" in arrays else 0)
+
+
+def settings_of(learner: spec.NormFcSettings, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a param group; what is not given is as shipped. Raises ValueError."""
+    adam_scale = learner.adam_scale if given["adam_scale"] is None else given["adam_scale"]
+    check_number("adam_scale", adam_scale)
+    is_matrix, state_dtype = given["is_matrix"], given["state_dtype"] or torch.float32
+    if is_matrix not in (None, True, False):
+        raise ValueError(f"is_matrix={is_matrix!r}; expected None, True or False: one answer for a whole param group.")
+    if state_dtype not in STATE_DTYPES:
+        raise ValueError(f"state_dtype={state_dtype!r}; expected torch.float32 or torch.bfloat16.")
+    kind = {"orthogonal": learner.orthogonal, "baseline": learner.baseline}
+    return {"adam_scale": adam_scale, "is_matrix": is_matrix, "state_dtype": state_dtype, **kind}
+
+
+def is_learned(param: torch.Tensor, is_matrix: bool | None) -> bool:
+    """Whether the network moves a tensor; otherwise AdamW does."""
+    return param.ndim > 1 if is_matrix is None else is_matrix
+
+
+@functools.lru_cache(maxsize=4096)
+def layout(shape: tuple[int, ...]) -> BlockLayout:
+    """Ties between axes are broken by their names: [out, in, *window] is [*window, in, out] in JAX."""
+    inputs_first = (*range(2, len(shape)), 1, 0) if len(shape) > 1 else None
+    return blocks.layout(shape, spec.factored_axes(shape, inputs_first))
+
+
+def zeros(param: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Zeros]:
+    """What is kept for a parameter beside its step count."""
+    if is_learned(param, group["is_matrix"]):
+        shapes = blocks.moment_shapes(layout(tuple(param.shape)))
+    else:
+        shapes = dict.fromkeys(("momentum", "rms"), tuple(param.shape))
+    return {
+        name: (shape, group["state_dtype"] if name == "momentum" else torch.float32) for name, shape in shapes.items()
+    }
+
+
+def network_from(arrays: Mapping[str, np.ndarray]) -> Network:
+    """Regroup φ for the blocks."""
+
+    def tensor(array: Any) -> torch.Tensor:
+        return torch.from_numpy(np.array(array, np.float32, order="C"))  # torch.tensor asks for the default device
+
+    def gain(decays: tuple[float, ...]) -> torch.Tensor:
+        return tensor(1 - np.array(decays).reshape(-1, 1, 1, 1, 1))
+
+    w0 = arrays["w0"]
+    return Network(
+        entry=tensor(w0[ENTRY_ROWS].T),
+        row=tensor(w0[spec.ROW_ROWS].T),
+        column=tensor(w0[spec.COLUMN_ROWS].T),
+        first_bias=tensor(arrays["b0"]),
+        second=tensor(arrays["w1"].T),
+        second_bias=tensor(arrays["b1"][:, None]),
+        last=tensor(arrays["w2"].T),
+        last_bias=tensor(arrays["b2"][:, None]),
+        momentum_gain=gain(spec.MOMENTUM_DECAYS),
+        rms_gain=1 - spec.RMS_DECAY,
+        factored_gain=gain(spec.FACTORED_DECAYS),
+    )
+
+
+def step(
+    params: list[torch.Tensor], state: State, group: Mapping[str, Any], network: Network, space: Workspace
+) -> None:
+    """One step of parameters of one group and device, all with a gradient and entries."""
+    alike = defaultdict[tuple[int, ...], list[torch.Tensor]](list)
+    others: list[torch.Tensor] = []
+    for param in params:
+        members = alike[tuple(param.shape)] if is_learned(param, group["is_matrix"]) else others
+        members.append(param)
+    for shape, members in alike.items():
+        place = layout(shape)
+        for some in blocks.batches(members, place, WIDER * space.block):
+            batch = blocks.gather(some, state, place, negated if group["maximize"] else limited)
+            step_batch(batch, shape, group, network, space, blocks.in_place(batch, some))
+            blocks.scatter(batch, some, state, place)
+    if others:
+        adam_step(others, state, group)
+
+
+def limited(grad: torch.Tensor) -> torch.Tensor:
+    return blocks.limited(grad, spec.LARGEST_GRADIENT, math.nan)
+
+
+def negated(grad: torch.Tensor) -> torch.Tensor:
+    return -limited(grad)
+
+
+def step_batch(
+    batch: Batch,
+    shape: tuple[int, ...],
+    group: Mapping[str, Any],
+    network: Network,
+    space: Workspace,
+    in_place: bool,
+) -> None:
+    """Update the moments of T tensors, and `batch.param`: by adding the step, or, not in place, by becoming it."""
+    place = layout(shape)
+    change = directions(batch, place, network, group["baseline"] == "momentum", space)
+    if group["orthogonal"] and place.factored:
+        change = orthogonalized(change, place, shape)
+    change = change.mul_(batch.rms > 0)  # NaN stays NaN
+    squares = blocks.sum_of_squares(change.flatten(1).unsqueeze(0))
+    scale = blocks.normalizer(squares, math.prod(shape), spec.NORMALIZE_EPSILON)
+    change.mul_(scale.view(-1, 1, 1, 1))
+    rate, decay = float(group["lr"]), float(group["weight_decay"])
+    if decay:
+        change.add_(batch.param, alpha=decay)
+    if in_place:
+        batch.param.add_(change, alpha=-rate)
+    else:
+        torch.mul(change, -rate, out=batch.param)
+
+
+def directions(batch: Batch, place: BlockLayout, network: Network, baseline: bool, space: Workspace) -> torch.Tensor:
+    """What the network says of T tensors, and the momentum that it corrects. Updates their moments. -> [T, K, A, B]"""
+    tensors, entries = batch.grad.shape[0], math.prod(place.shape)
+    pieces = blocks.pieces_of(batch, place, network, network.first_bias, spec.NORMALIZE_EPSILON, WIDER * space.block)
+    weight = network.entry if place.factored else network.entry[:, : spec.DIAGONAL_INPUTS]
+    scratches = [space.scratch(views, piece.grad.shape, weight.shape[1], len(weight)) for piece in pieces]
+    squares, baseline_squares = batch.grad.new_zeros(weight.shape[1], tensors), batch.grad.new_zeros(1, tensors)
+    for piece, scratch in zip(pieces, scratches, strict=True):
+        blocks.accumulate(piece, network, scratch.squared)
+        fill_inputs(piece, scratch)
+        squares.add_(blocks.sum_of_squares(scratch.per_tensor))
+        if baseline:
+            fill_baseline(scratch)
+            baseline_squares.add_(blocks.sum_of_squares(scratch.baseline.flatten(1).unsqueeze(0)))
+    scale = blocks.normalizer(squares, entries, spec.NORMALIZE_EPSILON)
+    size = blocks.normalizer(baseline_squares, entries, spec.BASELINE_EPSILON).view(-1, 1, 1, 1)
+    if tensors == 1:
+        weight = weight * scale.T
+    found = torch.empty_like(batch.grad, memory_format=torch.contiguous_format)
+    extents = tuple(pieces[0].grad.shape[1:])
+    for piece, scratch, part in zip(pieces, scratches, blocks.split(found, place.shape, extents), strict=True):
+        if len(pieces) > 1:
+            fill_inputs(piece, scratch)
+        if baseline:
+            if len(pieces) > 1:
+                fill_baseline(scratch)
+            torch.mul(scratch.baseline, size, out=part)
+        else:
+            part.zero_()
+        if tensors > 1:
+            scratch.per_tensor.mul_(scale.unsqueeze(2))
+        part.add_(run_network(weight, piece.base, network, scratch))
+    return found
+
+
+def views(space: Workspace, shape: torch.Size, count: int, hidden: int) -> Scratch:
+    """Views for blocks of this shape, `count` inputs and a network of this width."""
+    x, first = space.take("inputs", count, *shape), space.take("first", hidden, *shape)
+    baseline, squared = space.take("baseline", *shape), space.take("squared", *shape)
+    return Scratch(
+        *(x[0:3], x[3], x[0:4], x[4:8], x[8:11], x[11], x[12], x[13], x[14], x[15:18], x.flatten(1), x.flatten(2)),
+        *(baseline, squared, first, first.flatten(1)),
+        *(space.take("second", hidden, shape.numel()), space.take("out", 1, shape.numel())),
+    )
+
+
+def fill_inputs(piece: Piece, scratch: Scratch) -> None:
+    """The inputs that vary from entry to entry, not normalised."""
+    scratch.momentum.copy_(piece.momentum)
+    scratch.grad.copy_(piece.grad)
+    scratch.param.copy_(piece.param)
+    scratch.rms.copy_(piece.rms)
+    torch.clamp(piece.grad, -spec.GRADIENT_CLIP, spec.GRADIENT_CLIP, out=scratch.clipped)
+    torch.add(piece.rms, spec.MOMENT_EPSILON, out=scratch.root).rsqrt_()
+    torch.mul(scratch.source, scratch.root, out=scratch.scaled)
+    if piece.column is not None:
+        torch.mul(piece.row, piece.column, out=scratch.factored_gradient)
+        torch.mul(scratch.momentum, scratch.factored_gradient, out=scratch.factored_momentum)
+    else:
+        torch.add(piece.row, spec.FACTOR_MEAN_EPSILON, out=scratch.factored_gradient)
+        scratch.factored_gradient.clamp_(min=spec.FACTOR_FLOOR).rsqrt_()
+    scratch.factored_gradient.mul_(scratch.grad)
+
+
+def fill_baseline(scratch: Scratch) -> None:
+    """Nesterov momentum, from the inputs."""
+    torch.lerp(scratch.momentum[0], scratch.grad, 1 - spec.MOMENTUM_DECAYS[0], out=scratch.baseline)
+
+
+def run_network(
+    weight: torch.Tensor, base: tuple[torch.Tensor, ...], network: Network, scratch: Scratch
+) -> torch.Tensor:
+    """The network's output for the block whose inputs lie in the scratch, [T, k, a, b]. base: one or two summands."""
+    if len(base) == 2:
+        torch.add(*base, out=scratch.first)
+    else:
+        scratch.first.copy_(base[0])
+    first = scratch.first_flat.addmm_(weight, scratch.flat).relu_()
+    second = torch.addmm(network.second_bias, network.second, first, out=scratch.second).relu_()
+    return torch.addmm(network.last_bias, network.last, second, out=scratch.out).view(scratch.grad.shape)
+
+
+def orthogonalized(x: torch.Tensor, place: BlockLayout, shape: tuple[int, ...]) -> torch.Tensor:
+    """Newton-Schulz on the matrices [output axis, all others] of T tensors. x, and the result: [T, K, A, B]."""
+    order = [axis + 1 for axis in place.order]
+    inverse = sorted(range(len(shape)), key=place.order.__getitem__)
+    whole = x.view(-1, *(shape[axis] for axis in place.order)).permute(0, *(axis + 1 for axis in inverse))
+    done = newton_schulz(whole.reshape(len(x), shape[0], -1))
+    return done.reshape(len(x), *shape).permute(0, *order).reshape(x.shape)
+
+
+def newton_schulz(x: torch.Tensor) -> torch.Tensor:
+    """Five iterations that bring all singular values near 1. [T, m, n] -> [T, m, n]"""
+    a, b, c = spec.NEWTON_SCHULZ
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + spec.NEWTON_SCHULZ_EPSILON)
+    for _ in range(spec.NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def adam_step(params: list[torch.Tensor], state: State, group: Mapping[str, Any]) -> None:
+    """AdamW's step (.9, .95, 1e-8) of tensors of any shape, each with its own step count."""
+    decays, limit = (spec.MOMENTUM_DECAYS[0], spec.RMS_DECAY), negated if group["maximize"] else limited
+    grads = [limit(blocks.as_float32(param.grad)) for param in params]
+    states = [state[param] for param in params]
+    kept, squares = ([own[name] for own in states] for name in ("momentum", "rms"))
+    means = [mean.float() for mean in kept]
+    torch._foreach_lerp_(means, grads, 1 - decays[0])
+    torch._foreach_mul_(squares, decays[1])
+    torch._foreach_addcmul_(squares, grads, grads, 1 - decays[1])
+    if group["state_dtype"] != torch.float32:
+        torch._foreach_copy_(kept, means)
+    for own in states:
+        own["step"] += 1
+    counts = [int(own["step"]) for own in states]
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_div_(roots, [math.sqrt(1 - decays[1] ** count) for count in counts])
+    torch._foreach_add_(roots, spec.ADAM_EPSILON)
+    changes = torch._foreach_div(means, roots)
+    torch._foreach_mul_(changes, [float(group["adam_scale"]) / (1 - decays[0] ** count) for count in counts])
+    decay = float(group["weight_decay"])
+    for param, change in zip(params, changes, strict=True):
+        param.add_(change.add_(param.float(), alpha=decay) if decay else change, alpha=-float(group["lr"]))
