@@ -36,7 +36,8 @@ def eval_command(argv: list[str]) -> int:
 
         Args:
           optimizers: weights (a name of `lolo weights`, or files; with other deployment settings:
-            FILE:clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000 or FILE:schedule=cosine), adamw:1e-3,
+            FILE:clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000, FILE:schedule=cosine, or
+            FILE:freeze_unseen=true, where entries that never had a gradient stand still), adamw:1e-3,
             adamw-cosine:1e-3, adamw-rsqrt:1e-3 (over √(1 + t/3000)), adam:1e-3, sgdm:0.1, or adamw:grid (its best
             learning rate, picked on other seeds; adamw:wide-grid tries weight decay 0.1 too).
           task: a name of `lolo tasks`, or path.py:function.

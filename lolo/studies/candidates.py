@@ -1,7 +1,7 @@
 """Optimizers by name, as `lolo eval` and studies take them: weights with deployment settings, or a baseline.
 
-`lolo-small`, `FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine`, `FILE:step_scale=2`, `adamw:1e-3`,
-`adamw-cosine:grid`, `sgdm:…`.
+`lolo-small`, `FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine`, `FILE:step_scale=2,freeze_unseen=true`,
+`adamw:1e-3`, `adamw-cosine:grid`, `sgdm:…`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lolo.optimizers.architecture import LearnerSettings
 from lolo.training import recipes
 
 SCHEDULES = ("constant", "cosine")
+FLAGS = {"true": True, "false": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class DeploymentSettings:
     learner: dict[str, Any]  # settings of the architecture that are others than the weights came with
     step_scale: float = 1.0  # what updates are multiplied by
     schedule: str = "constant"  # and this besides: 1, or half a cosine from 1 to 0
+    freeze_unseen: bool = False  # whether entries that never had a gradient stand still
 
     @property
     def words(self) -> str:
@@ -42,18 +44,23 @@ class DeploymentSettings:
             given["step_scale"] = self.step_scale
         if self.schedule != "constant":
             given["schedule"] = self.schedule
+        if self.freeze_unseen:
+            given["freeze_unseen"] = "true"
         return "".join(f" {name}={value}" for name, value in given.items())
 
 
 def parse_deployment(words: str, name: str, learner: LearnerSettings) -> DeploymentSettings:
     """Raises ValueError, which names the weights, the word and what could stand there."""
-    own = architecture.of(learner).deployment
+    row = architecture.of(learner)
+    own = row.deployment
     rules: dict[str, Callable[[Any], Any]] = {
         **own,
         "step_scale": functools.partial(settings.number, positive=True),
         "schedule": functools.partial(settings.pick, {word: word for word in SCHEDULES}, f"{name}: schedule"),
     }
-    others = {field for row in architecture.ARCHITECTURES.values() for field in row.deployment}
+    if row.freeze_unseen is not None:
+        rules["freeze_unseen"] = functools.partial(settings.pick, FLAGS, f"{name}: freeze_unseen")
+    others = {field for other in architecture.ARCHITECTURES.values() for field in other.deployment} | {"freeze_unseen"}
     found = dict[str, Any]()
     for word in words.split(",") if words else ():
         field, _, value = word.partition("=")
@@ -188,10 +195,10 @@ def _label(
 
 
 @functools.lru_cache(maxsize=64)
-def _make(learner: LearnerSettings, step_scale: float, cosine_steps: int | None) -> long_runs.Make:
+def _make(learner: LearnerSettings, step_scale: float, cosine_steps: int | None, freeze_unseen: bool) -> long_runs.Make:
     """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
     cosine = None if cosine_steps is None else optax.cosine_decay_schedule(step_scale, cosine_steps)
-    return pretrained.maker(learner, step_scale if cosine is None else cosine)
+    return pretrained.maker(learner, step_scale if cosine is None else cosine, freeze_unseen=freeze_unseen)
 
 
 def candidate(
@@ -200,7 +207,8 @@ def candidate(
     """What `long_runs.compare` takes. The best of a grid is found here; on_steps gets the number of steps done."""
     if isinstance(named, NamedWeights):
         label, seed, weights, deployment = named
-        make = _make(weights.learner, deployment.step_scale, steps if deployment.schedule == "cosine" else None)
+        cosine_steps = steps if deployment.schedule == "cosine" else None
+        make = _make(weights.learner, deployment.step_scale, cosine_steps, deployment.freeze_unseen)
         return Candidate(label, seed, make, weights.meta_params)
     kind, rate = named
     if isinstance(rate, str):

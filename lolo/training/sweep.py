@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-
 from lolo.files import disk, jsonl, settings
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
