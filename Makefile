@@ -83,7 +83,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(TORCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,hub,tensorboard,wandb]'
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[examples]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[examples,trainers]'
 	@touch $@
 
 $(BROWSER_INSTALLED): $(INSTALLED)

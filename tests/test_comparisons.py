@@ -168,9 +168,24 @@ def test_deployment_settings_do_what_they_say(tmp_path):
     assert not np.array_equal(frozen[4:], plain[4:])
 
 
+def test_entries_that_never_had_a_gradient_stand_still_if_asked_to(tmp_path):
+    path, grads, params = write(tmp_path / "a.safetensors", small("lolo")), jnp.array([1.0, 0.0]), jnp.ones(2)
+
+    def moved(words):
+        (named,) = candidates.read([f"{path}{words}"]).values()
+        entry = candidates.candidate(named, QUADRATIC, 8)
+        optimizer = entry.make(entry.setting)
+        return entry.label, (optimizer.update(grads, optimizer.init(params), params)[0] != 0).tolist()
+
+    assert moved(":freeze_unseen=true") == ("lolo freeze_unseen=true", [True, False])
+    assert moved(":freeze_unseen=true,step_scale=2") == ("lolo step_scale=2.0 freeze_unseen=true", [True, False])
+    assert moved("") == moved(":freeze_unseen=false") == ("lolo", [True, True])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("freeze_unseen=yes", "unknown .*freeze_unseen 'yes'"),
         ("clock=3", "did you mean 'clock_limit'"),
         ("weight_decay=-1", "weight_decay='-1' must be 0 or a positive number"),
         ("weight_decay=nan", "must be 0 or a positive number"),
@@ -192,10 +207,11 @@ def test_unknown_deployment_settings_are_refused(tmp_path, words, message):
         candidates.read([f"{path}:{words}"])
 
 
-def test_a_learner_without_a_clock_refuses_a_limit(tmp_path):
+@pytest.mark.parametrize("words", ["clock_limit=3", "freeze_unseen=true"])
+def test_a_learner_refuses_settings_that_it_lacks(tmp_path, words):
     path = write(tmp_path / "a.safetensors", small("lolo", **{"learner.name": "sgd"}))
-    with pytest.raises(ValueError, match="'sgd' has no clock_limit"):
-        candidates.read([f"{path}:clock_limit=3"])
+    with pytest.raises(ValueError, match=f"'sgd' has no {words.partition('=')[0]}; leave it out"):
+        candidates.read([f"{path}:{words}"])
 
 
 @pytest.mark.parametrize("name", ["adamw:fast", "adamw:0", "adamw:inf", "sgdm:-1", "tiger:1e-3"])

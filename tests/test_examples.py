@@ -20,7 +20,7 @@ def test_the_loss_falls(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flax_nnx.py", "equinox_module.py"])
+@pytest.mark.parametrize("name", ["flax_nnx.py", "equinox_module.py", "orbax_checkpoint.py"])
 def test_the_loss_falls_with_libraries_of_models(name):
     example_runs.assert_trains(example_runs.FOLDER / name)
 

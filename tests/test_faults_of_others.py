@@ -158,6 +158,20 @@ def test_the_state_of_other_parameters_is_refused_by_name(others, message):
         optimizer.update(GRADS, optimizer.init(others), PARAMS)
 
 
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (changed(PARAMS, w=jnp.ones((3, 4))), r"the state of params\['w'\] has momenta of shape \(3, 3, 4\); expected"),
+        ({"w": PARAMS["w"]}, "the state belongs to parameters of another tree"),
+        (changed(PARAMS, more=jnp.ones(3)), "the state belongs to parameters of another tree"),
+    ],
+)
+def test_norm_fc_refuses_the_state_of_other_parameters(others, message):
+    optimizer = WEIGHTS["norm_fc"].optimizer()
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(GRADS, optimizer.init(others), PARAMS)
+
+
 # Parameters that are no arrays of real numbers: pytorch #65711; optax #1506; equinox #590
 
 COMPLEX, COMPLEX_GRADIENT = jnp.array([1 + 2j, 3 - 1j]), jnp.array([0.1 + 0.2j, 0.3 - 0.1j])
@@ -171,9 +185,14 @@ def test_complex_parameters_are_refused_with_the_cure(weights):
             call(COMPLEX)
 
 
-def test_the_cure_for_complex_parameters_moves_both_parts():
-    optimizer = optax.contrib.split_real_and_imaginary(SMALL_FC.optimizer())
-    update = first_update(optimizer, COMPLEX, COMPLEX_GRADIENT)
+@learned_weights
+def test_the_cure_for_complex_parameters_moves_both_parts(weights):
+    update = first_update(optax.contrib.split_real_and_imaginary(weights.optimizer()), COMPLEX, COMPLEX_GRADIENT)
+    assert update.real.all() and update.imag.all()
+
+
+def test_the_cure_for_complex_parameters_has_the_expected_values():
+    update = first_update(optax.contrib.split_real_and_imaginary(SMALL_FC.optimizer()), COMPLEX, COMPLEX_GRADIENT)
     right = np.array([-0.00044092 - 0.00088102j, -0.00128229 + 0.00098402j])
     np.testing.assert_allclose(update, right, rtol=0, atol=1e-7)
 
@@ -223,8 +242,9 @@ def test_extra_arguments_are_taken(weights, options):
     assert same(first_update(optimizer, value=1.0, grad_fn=None), first_update(optimizer))
 
 
-def test_a_wrapper_that_gives_the_loss_works():
-    optimizer = optax.chain(SMALL_FC.optimizer(), optax.contrib.reduce_on_plateau(patience=1))
+@all_weights
+def test_a_wrapper_that_gives_the_loss_works(weights):
+    optimizer = optax.chain(weights.optimizer(), optax.contrib.reduce_on_plateau(patience=1))
     assert all(x.any() for x in jax.tree.leaves(first_update(optimizer, value=1.0)))
 
 
@@ -299,8 +319,9 @@ def test_every_numeric_setting_may_be_injected(name, options, jit):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-9)
 
 
-def test_injected_settings_change_without_another_compilation():
-    optimizer = optax.inject_hyperparams(SMALL_FC.optimizer)(step_scale=1.0, weight_decay=0.0)
+@learned_weights
+def test_injected_settings_change_without_another_compilation(weights):
+    optimizer = optax.inject_hyperparams(weights.optimizer)(step_scale=1.0, weight_decay=0.0)
     update, state = jax.jit(optimizer.update), optimizer.init(PARAMS)
     state.hyperparams["step_scale"] = jnp.float32(1.0)
     whole, _ = update(GRADS, state, PARAMS)
@@ -310,8 +331,9 @@ def test_injected_settings_change_without_another_compilation():
     assert update._cache_size() == 1
 
 
-def test_injected_schedules_are_followed():
-    optimizer = optax.inject_hyperparams(SMALL_FC.optimizer)(step_scale=optax.linear_schedule(0.0, 1.0, 2))
+@learned_weights
+def test_injected_schedules_are_followed(weights):
+    optimizer = optax.inject_hyperparams(weights.optimizer)(step_scale=optax.linear_schedule(0.0, 1.0, 2))
     state, sizes = optimizer.init(PARAMS), []
     for _ in range(3):
         updates, state = optimizer.update(GRADS, state, PARAMS)
@@ -319,9 +341,21 @@ def test_injected_schedules_are_followed():
     assert sizes[0] == 0 < sizes[1] < sizes[2]
 
 
-def test_injected_settings_leave_the_updates_dtype():
+@pytest.mark.parametrize(("name", "options"), NUMERIC.items(), ids=NUMERIC)
+def test_settings_may_be_traced_where_the_optimizer_is_made(name, options):
+    """A sweep vmaps over them; and a traced setting is none that a program has compiled in."""
+    weights, several = WEIGHTS[name], {setting: jnp.array([value, 2 * value]) for setting, value in options.items()}
+    together = jax.jit(jax.vmap(lambda each: first_update(weights.optimizer(**each))))(several)
+    for i, factor in enumerate((1, 2)):
+        alone = first_update(weights.optimizer(**{setting: factor * value for setting, value in options.items()}))
+        for ours, expected in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(ours[i], expected, rtol=1e-4, atol=1e-8)
+
+
+@learned_weights
+def test_injected_settings_leave_the_updates_dtype(weights):
     half = partial(jax.tree.map, lambda x: x.astype(jnp.bfloat16))
-    optimizer = optax.inject_hyperparams(SMALL_FC.optimizer, hyperparam_dtype=jnp.float32)(step_scale=0.5)
+    optimizer = optax.inject_hyperparams(weights.optimizer, hyperparam_dtype=jnp.float32)(step_scale=0.5)
     updates = first_update(optimizer, half(PARAMS), half(GRADS))
     assert {x.dtype.name for x in jax.tree.leaves(updates)} == {"bfloat16"}
 

@@ -247,7 +247,15 @@ def test_a_run_of_bad_numbers_stops_with_a_diagnosis_and_keeps_the_last_good_che
     assert run_folder.checkpoints(tmp_path / "run") == [0]
     arrays, _ = checkpoints.read_checkpoint(tmp_path / "run", 0)
     assert all(np.isfinite(x).all() for name, x in arrays.items() if x.dtype.kind == "f" and "meta_params" in name)
-    assert [row["dropped"] for row in run_log.log_rows(tmp_path / "run")] == [2, 2, 2]
+    rows = run_log.log_rows(tmp_path / "run")
+    assert [row["dropped"] for row in rows] == [2, 2, 2] and np.isnan([row["task_loss"] for row in rows]).all()
+
+
+def test_steps_without_a_good_pair_do_not_count_in_the_mean_loss():
+    rows = [{"task_loss": losses} for losses in ([1.0, np.nan], [2.0, 4.0], [3.0, 6.0])]
+    assert run_log.mean_task_loss(rows) == (2.0 + 5.0) / 2
+    assert run_log.mean_task_loss([{"task_loss": [0.0]}, {"task_loss": [3.0]}]) == 1.5  # a log of before says 0
+    assert all(np.isnan(run_log.mean_task_loss(part)) for part in ([], rows[:1]))
 
 
 def test_every_logged_row_names_what_the_evaluation_rules_ask_for(tmp_path):
@@ -303,6 +311,8 @@ def test_bad_numbers_in_one_task_leave_the_others_work_alone(tmp_path):
     result = loop.train(recipe, tmp_path / "run", tasks=poisoned() | {"good": quadratic()})
     rows = run_log.log_rows(tmp_path / "run")
     assert result.finished and [row["dropped"] for row in rows] == [2] * 8
+    for field in run_log.OF_TASKS:
+        assert [np.isnan(row[field]).tolist() for row in rows] == [[True, False]] * 8
     assert {bad["task"] for row in rows for bad in row["first_bad"]} == {"poisoned"}
     assert all(np.isfinite(x).all() for x in result.weights.meta_params.values())
     findings = doctor.examine(tmp_path / "run")

@@ -36,8 +36,9 @@ def eval_command(argv: list[str]) -> int:
 
         Args:
           optimizers: weights or rivals. Weights: a name of `lolo weights`, or a file, with other deployment settings
-            FILE:clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000 or FILE:schedule=cosine, or as they
-            were before meta-training, FILE:untrained=true. Rivals: adamw:1e-3, or adamw:grid for its best learning
+            FILE:clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000 or FILE:schedule=cosine,
+            FILE:freeze_unseen=true, where entries that never had a gradient stand still, or as they were before
+            meta-training, FILE:untrained=true. Rivals: adamw:1e-3, or adamw:grid for its best learning
             rate, picked on other seeds (adamw:wide-grid tries weight decay 0.1 too); likewise adam, nadamw, sgdm,
             nesterov, lion, muon, schedule-free and prodigy. Schedules, of all: adamw-cosine:1e-3, FILE:schedule=cosine;
             likewise rsqrt (over √(1 + t/3000)), warmup, warmup-cosine and wsd (warm-up, constant, down to 0 in the last

@@ -30,7 +30,7 @@ class Architecture(NamedTuple):
     """What the package asks of an architecture. `learner` is an instance of its settings type."""
 
     settings: type[Any]  # a subclass of Alternative: all that a recipe says of the learner
-    build: Callable[..., base.LearnedOptimizer]  # (learner, axis_name, sharded_axis, **deployment settings as arrays)
+    build: Callable[..., base.LearnedOptimizer]  # (learner, axis_name, sharded_axis, **what no recipe holds)
     shapes: Callable[[Any], dict[str, tuple[int, ...]]]  # learner -> names and shapes of φ
     check: Callable[[Any], None] = _no_checks  # raises RecipeError for a learner that can't be
     check_meta_training: Callable[[Any], None] = _no_checks  # and for one that is for inference alone
@@ -46,16 +46,16 @@ class Architecture(NamedTuple):
 
 
 def _small_fc(
-    learner: small_fc_spec.SmallFcSettings, axis_name: str | None, sharded_axis: int, **arrays: jax.Array
+    learner: small_fc_spec.SmallFcSettings, axis_name: str | None, sharded_axis: int, **more: Any
 ) -> base.LearnedOptimizer:
-    arguments: dict[str, Any] = {name: value for name, value in vars(learner).items() if name != "name"} | arrays
+    arguments: dict[str, Any] = {name: value for name, value in vars(learner).items() if name != "name"} | more
     return small_fc.small_fc(**arguments, axis_name=axis_name, sharded_axis=sharded_axis)
 
 
 def _norm_fc(
-    learner: norm_fc_spec.NormFcSettings, axis_name: str | None, sharded_axis: int, **arrays: jax.Array
+    learner: norm_fc_spec.NormFcSettings, axis_name: str | None, sharded_axis: int, **more: Any
 ) -> base.LearnedOptimizer:
-    arguments: dict[str, Any] = {name: value for name, value in vars(learner).items() if name != "name"} | arrays
+    arguments: dict[str, Any] = {name: value for name, value in vars(learner).items() if name != "name"} | more
     return norm_fc.norm_fc(**arguments, axis_name=axis_name, sharded_axis=sharded_axis)
 
 
@@ -139,6 +139,12 @@ def deployed(learner: LearnerSettings, requested: Mapping[str, Any]) -> LearnerS
     return dataclasses.replace(learner, **changes)
 
 
+def check_mask(learner: LearnerSettings) -> None:
+    """Raise ValueError for an architecture without weight decay, which has no use for a mask of it."""
+    if "weight_decay" not in of(learner).deployment:
+        raise ValueError(f"learner {learner.name!r} has no mask: it has no weight decay. Leave it out.")
+
+
 def is_array(value: Any) -> bool:
     """Whether a setting comes as an array, as `optax.inject_hyperparams` has it; its value is not looked at."""
     return isinstance(value, jax.Array)
@@ -148,15 +154,15 @@ def build_learner(
     learner: LearnerSettings,
     axis_name: str | None = None,
     sharded_axis: int = 0,
-    arrays: Mapping[str, jax.Array] = settings.NONE,
+    more: Mapping[str, Any] = settings.NONE,
 ) -> base.LearnedOptimizer:
     """The architecture that a recipe names; inside shard_map, for parameters cut over `axis_name` (see small_fc).
 
-    One object for equal arguments: what is compiled for it is found again. `arrays`: deployment settings that are
-    arrays, which may be traced and have no equals.
+    One object for equal arguments: what is compiled for it is found again. `more`: what no recipe holds and has no
+    equals, deployment settings that are arrays, which may be traced, and a mask for weight decay.
     """
-    if arrays:
-        return of(learner).build(learner, axis_name, sharded_axis, **arrays)
+    if more:
+        return of(learner).build(learner, axis_name, sharded_axis, **more)
     return _built(learner, axis_name, sharded_axis)
 
 

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from lolo.files.settings import Alternative
 from lolo.optimizers import sharding
 from lolo.trees import PyTree
+
+# Which parameters decay, as optax.adamw has it: bools in the parameters' tree or a prefix of it, or a function of the
+# parameters that returns one; None: all of them.
+Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
 
 
 class LearnedOptimizer(NamedTuple):
@@ -126,6 +131,29 @@ def check_gradients(grads: PyTree, params: PyTree, optimizer: str) -> None:
         shape = getattr(grads_at[name], "shape", None)
         if shape != param.shape:
             raise ValueError(f"{optimizer}: the gradient of params{name} has shape {shape}; expected {param.shape}.")
+
+
+def answers_of(asked: PyTree, params: PyTree, what: str, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    """The user's answer for each parameter, from the parameters' tree or a prefix of it. Raises ValueError."""
+    answers: list[Any] = []
+    try:
+        jax.tree.map(
+            lambda answer, below: answers.extend([answer] * len(jax.tree.leaves(below))), asked, params, is_leaf=is_leaf
+        )
+    except ValueError as error:
+        raise ValueError(f"{what} is neither the parameters' tree nor a prefix of it: {error}") from error
+    return answers
+
+
+def decays_of(decay: Any, mask: Mask, params: PyTree) -> list[Any]:
+    """The weight decay of each parameter: 0 where the mask says False. Raises ValueError for a mask without sense."""
+    if mask is None:
+        return [decay] * len(jax.tree.leaves(params))
+    answers = answers_of(mask(params) if callable(mask) else mask, params, "mask")
+    for answer in answers:
+        if not isinstance(answer, bool | np.bool_):
+            raise ValueError(f"mask says {answer!r}; expected True, for weight decay, or False.")
+    return [decay if answer else 0.0 for answer in answers]
 
 
 def limited(grad: Float[Array, "*shape"], most: float) -> Float[Array, "*shape"]:

@@ -18,10 +18,13 @@ from lolo.optimizers import norm_fc_spec as spec
 from lolo.optimizers import sharding
 from lolo.optimizers.base import (
     LearnedOptimizer,
+    Mask,
+    answers_of,
     check_gradients,
     check_params,
     check_reduced,
     check_whole,
+    decays_of,
     truncated_normal,
 )
 from lolo.optimizers.features import Entries, Layout, over_parts
@@ -55,6 +58,7 @@ class Settings(NamedTuple):
     state_dtype: Any
     axis_name: str | None
     sharded_axis: int
+    mask: Mask
 
 
 class Part(NamedTuple):
@@ -76,6 +80,7 @@ def norm_fc(
     state_dtype: jax.typing.DTypeLike = jnp.float32,
     axis_name: str | None = None,
     sharded_axis: int = 0,
+    mask: Mask = None,
 ) -> LearnedOptimizer:
     """A learned direction with a step of fixed size, 30 → hidden → hidden → 1 (Celo2; ELO-Celo2, LoLO's successor).
 
@@ -103,6 +108,7 @@ def norm_fc(
       axis_name: inside shard_map, the mesh axis over whose devices parameters are cut; those that JAX's types show to
         be equal on all of its devices are taken as whole. Newton-Schulz gathers whole matrices, one after the other.
       sharded_axis: the axis along which parameters are cut, in equal parts.
+      mask: which parameters decay, as in optax.adamw (see `base.Mask`).
 
     Returns: a LearnedOptimizer whose φ is the dict `w0 [30, hidden], b0, w1 [hidden, hidden], b1, w2 [hidden, 1], b2`.
       Its optimizer takes any tree of real arrays of any rank; its state is a NormFcState; updates have the parameters'
@@ -128,6 +134,7 @@ def norm_fc(
         jnp.dtype(state_dtype),
         axis_name,
         sharded_axis,
+        mask,
     )
     check_settings(hidden, settings)
 
@@ -188,9 +195,9 @@ def update_all(
         jnp.asarray(x, jnp.float32)
         for x in (rate(state.step) if callable(rate) else rate, settings.weight_decay, settings.adam_scale)
     )
-    updates, moments = [], []
-    for grad, param, old, of in zip(
-        jax.tree.leaves(grads), leaves, moments_of(state, params, parts), parts, strict=True
+    updates, moments, decays = [], [], decays_of(decay, settings.mask, params)
+    for grad, param, old, of, decay in zip(
+        jax.tree.leaves(grads), leaves, moments_of(state, params, parts), parts, decays, strict=True
     ):
         g, p = limited(grad), param.astype(jnp.float32)
         new = nf.accumulate(old, g, of.layout)
@@ -290,28 +297,18 @@ def parts_of(settings: Settings, params: PyTree) -> list[Part]:
     check_whole(params, settings.axis_name)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-    leaves, answers = jax.tree.leaves(params), answers_of(settings.is_matrix, names, params)
+    leaves, answers = jax.tree.leaves(params), matrix_answers(settings.is_matrix, names, params)
     return [part(*each, settings) for each in zip(names, leaves, answers, strict=True)]
 
 
-def answers_of(is_matrix: Any, names: list[str], params: PyTree) -> list[Any]:
+def matrix_answers(is_matrix: Any, names: list[str], params: PyTree) -> list[Any]:
     """The user's answer for each parameter, or what holds without one."""
     leaves = jax.tree.leaves(params)
     if is_matrix is None:
         return [leaf.ndim > 1 for leaf in leaves]
     if callable(is_matrix):
         return [is_matrix(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
-    try:
-        answers: list[Any] = []
-        jax.tree.map(
-            lambda answer, below: answers.extend([answer] * len(jax.tree.leaves(below))),
-            is_matrix,
-            params,
-            is_leaf=is_answer,
-        )
-        return answers
-    except ValueError as error:
-        raise ValueError(f"is_matrix is neither the parameters' tree nor a prefix of it: {error}") from error
+    return answers_of(is_matrix, params, "is_matrix", is_answer)
 
 
 def is_answer(x: Any) -> bool:

@@ -17,6 +17,7 @@ import optax
 from lolo.files import settings
 from lolo.optimizers import architecture, weights_file
 from lolo.optimizers.architecture import LearnerSettings
+from lolo.optimizers.base import Mask
 from lolo.trees import PyTree
 
 Number: TypeAlias = float | int | np.number | jax.Array
@@ -38,6 +39,7 @@ class Weights(NamedTuple):
         *,
         step_scale: Number | Schedule = 1.0,
         weight_decay: Number | None = None,
+        mask: Mask = None,
         clock_limit: Number | None = None,
         axis_name: str | None = None,
         sharded_axis: int | None = None,
@@ -53,6 +55,8 @@ class Weights(NamedTuple):
             no learning rate: AdamW's 1e-3 would be a thousand times too small.
           weight_decay: decoupled, times λ1 (small_fc) or the learning rate (norm_fc); None: as shipped; 0 switches it
             off.
+          mask: which parameters decay, as in optax.adamw: a tree of bools, the parameters' or a prefix of it, or a
+            function of the parameters that returns one. None: all of them.
           clock_limit: the time features see min(t, clock_limit); None: as shipped; inf switches it off.
           axis_name: inside shard_map, the mesh axis over whose devices parameters are cut. Those that are equal on all
             of its devices may stand beside them.
@@ -67,18 +71,22 @@ class Weights(NamedTuple):
         leaf and no dtype but float32 and int32; its update takes and ignores extra arguments.
 
         Raises ValueError for a setting that the architecture does not have, and for a value that makes no sense. Its
-        init and update raise ValueError for gradients of another tree than the parameters' and for complex parameters,
-        TypeError for leaves that are no arrays of real numbers, and inside shard_map ValueError for parameters that are
-        cut over another axis and for gradients that were not averaged. Under jit, whole arrays may lie on several
-        devices without a word here. Warns of a step_scale below 0.02, which looks like another optimizer's rate.
+        init and update raise ValueError for gradients or a mask of another tree than the parameters' and for complex
+        parameters, TypeError for leaves that are no arrays of real numbers, and inside shard_map ValueError for
+        parameters that are cut over another axis and for gradients that were not averaged. Under jit, whole arrays may
+        lie on several devices without a word here. Warns of a step_scale below 0.02, which looks like another
+        optimizer's rate.
         """
         warn_if_a_rate(step_scale)
         requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
         requested |= {"learning_rate": learning_rate, "adam_scale": adam_scale}
         learner = architecture.deployed(self.learner, requested)
         arrays = {name: jnp.asarray(x, jnp.float32) for name, x in requested.items() if architecture.is_array(x)}
+        more: dict[str, Any] = arrays if mask is None else {**arrays, "mask": mask}
+        if mask is not None:
+            architecture.check_mask(learner)
         where = axis_name, sharded_axis or 0
-        make = maker(learner, step_scale, *where, presented=True, freeze_unseen=freeze_unseen, arrays=arrays)
+        make = maker(learner, step_scale, *where, presented=True, freeze_unseen=freeze_unseen, more=more)
         return optax.with_extra_args_support(make(self.meta_params))
 
 
@@ -100,16 +108,16 @@ def maker(
     *,
     presented: bool = False,
     freeze_unseen: bool = False,
-    arrays: Mapping[str, jax.Array] = settings.NONE,
+    more: Mapping[str, Any] = settings.NONE,
 ) -> Make:
     """φ -> the optimizer of these settings, updates multiplied by `step_scale`, a number or a schedule.
 
     `presented`: with its state in the form that users see. Otherwise, and with a scale of 1, one object for equal
-    settings. `arrays`: deployment settings that are arrays. `freeze_unseen`: see `Weights.optimizer`. Raises ValueError
+    settings. `more`: see `architecture.build_learner`. `freeze_unseen`: see `Weights.optimizer`. Raises ValueError
     where the architecture has no such form.
     """
     row = architecture.of(learner)
-    make = architecture.build_learner(learner, axis_name, sharded_axis, arrays).optimizer
+    make = architecture.build_learner(learner, axis_name, sharded_axis, more).optimizer
     if freeze_unseen:
         if row.freeze_unseen is None:
             raise ValueError(f"learner {learner.name!r} has no freeze_unseen; leave it out.")

@@ -42,6 +42,7 @@ def small_fc(
     step_decay: float | jax.Array | None = None,
     axis_name: str | None = None,
     sharded_axis: int = 0,
+    mask: base.Mask = None,
 ) -> base.LearnedOptimizer:
     """The per-parameter MLP of Metz et al. (2022), 39 → hidden → hidden → 2 (Eq. 7).
 
@@ -59,6 +60,7 @@ def small_fc(
       axis_name: inside shard_map, the mesh axis over whose devices parameters are cut; those that JAX's types show to
         be equal on all of its devices are taken as whole.
       sharded_axis: the axis along which parameters are cut, in equal parts.
+      mask: which parameters decay, as in optax.adamw (see `base.Mask`).
 
     Returns: a LearnedOptimizer whose φ is the dict `w0, b0, w1, b1, w2, b2`, and with learned decays
       `momentum_decays, rms_decays, adafactor_decays`. Its optimizer takes any tree of float arrays of any rank;
@@ -67,7 +69,7 @@ def small_fc(
 
     Raises: ValueError without parameters, for gradients of another tree or shape, for complex parameters, for a state
       of other parameters, and inside shard_map for parameters or gradients of which it would see a part only without
-      knowing; TypeError for leaves that are not arrays of real numbers.
+      knowing, and for a mask of another tree; TypeError for leaves that are not arrays of real numbers.
 
     Entries that never had a gradient move too: padding rows, rows never looked up, pruned weights. See `freeze_unseen`.
     """
@@ -110,8 +112,11 @@ def small_fc(
             layouts = [layout(leaf) for leaf in leaves]
             params32, grads32 = ([x.astype(jnp.float32) for x in xs] for xs in (leaves, jax.tree.leaves(grads)))
             old = jax.tree.leaves(state.moments, is_leaf=is_moments)
-            decay = features.decays(meta_params)
-            moments = [features.accumulate(m, g, decay, of) for m, g, of in zip(old, grads32, layouts, strict=True)]
+            accumulator_decays = features.decays(meta_params)
+            moments = [
+                features.accumulate(m, g, accumulator_decays, of)
+                for m, g, of in zip(old, grads32, layouts, strict=True)
+            ]
             # In float32, which a number of Python's would make float64 where jax_enable_x64 is on.
             t = state.step.astype(jnp.float32)
             clock = t if clock_limit is None else jnp.minimum(t, clock_limit)
@@ -119,15 +124,15 @@ def small_fc(
             tensors = list(zip(grads32, params32, moments, layouts, strict=True))
             outputs = apply_network(weights, first_bias(weights, clock), tensors)
 
-            def change(output: jax.Array, param: jax.Array, of: features.Layout, dtype: Any) -> jax.Array:
+            def change(output: jax.Array, param: jax.Array, of: features.Layout, dtype: Any, decay: Any) -> jax.Array:
                 direction, magnitude = (features.from_matrices(x, of) for x in output)
                 step = direction * jnp.exp(exp_mult * magnitude)
-                if not isinstance(weight_decay, int | float) or weight_decay:  # one that is traced may be 0
-                    step = step + weight_decay * param
+                if not isinstance(decay, int | float) or decay:  # one that is traced may be 0
+                    step = step + decay * param
                 return (-scale * step).astype(dtype)
 
-            dtypes = [leaf.dtype for leaf in leaves]
-            updates = [change(*each) for each in zip(outputs, params32, layouts, dtypes, strict=True)]
+            dtypes, decays = [leaf.dtype for leaf in leaves], base.decays_of(weight_decay, mask, params)
+            updates = [change(*each) for each in zip(outputs, params32, layouts, dtypes, decays, strict=True)]
             updates, moments = (jax.tree.unflatten(structure, part) for part in (updates, moments))
             return updates, SmallFcState(moments, state.step + 1)
 

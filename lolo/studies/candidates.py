@@ -1,7 +1,7 @@
 """Optimizers by name, as `lolo eval` and studies take them: weights with deployment settings, or a rival.
 
-`lolo-small`, `FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine`, `FILE:step_scale=2`, `FILE:untrained=true`,
-`adamw:1e-3`, `adamw-cosine:grid`, `muon-warmup-cosine:1e-3,weight_decay=0.1`.
+`lolo-small`, `FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine`, `FILE:step_scale=2,freeze_unseen=true`,
+`FILE:untrained=true`, `adamw:1e-3`, `adamw-cosine:grid`, `muon-warmup-cosine:1e-3,weight_decay=0.1`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.optimizers.architecture import LearnerSettings
 from lolo.training import recipes
 
+FLAGS = {"true": True, "false": False}
+
 
 @dataclasses.dataclass(frozen=True)
 class DeploymentSettings:
@@ -34,6 +36,7 @@ class DeploymentSettings:
     schedule: str = "constant"  # and this besides: a name in `schedules.SCHEDULES`
     warmup: float = schedules.WARMUP  # share of the steps in which the schedule rises, if it does
     untrained: bool = False  # the φ that the meta-training began with, in the same frame
+    freeze_unseen: bool = False  # whether entries that never had a gradient stand still
 
     @property
     def words(self) -> str:
@@ -46,15 +49,18 @@ class DeploymentSettings:
 
 def parse_deployment(words: str, name: str, learner: LearnerSettings) -> DeploymentSettings:
     """Raises ValueError, which names the weights, the word and what could stand there."""
-    own = architecture.of(learner).deployment
+    row = architecture.of(learner)
+    own = row.deployment
     rules: dict[str, Callable[[Any], Any]] = {
         **own,
         "step_scale": functools.partial(settings.number, positive=True),
         "schedule": functools.partial(settings.pick, {word: word for word in schedules.SCHEDULES}, f"{name}: schedule"),
         "warmup": _share,
-        "untrained": functools.partial(settings.pick, {"true": True, "false": False}, f"{name}: untrained"),
+        "untrained": functools.partial(settings.pick, FLAGS, f"{name}: untrained"),
     }
-    others = {field for row in architecture.ARCHITECTURES.values() for field in row.deployment}
+    if row.freeze_unseen is not None:
+        rules["freeze_unseen"] = functools.partial(settings.pick, FLAGS, f"{name}: freeze_unseen")
+    others = {field for other in architecture.ARCHITECTURES.values() for field in other.deployment} | {"freeze_unseen"}
     given = words.split(",") if words else []
     for field in (word.partition("=")[0] for word in given):
         if field in others - set(rules):
@@ -212,12 +218,18 @@ def _label(
 
 
 @functools.lru_cache(maxsize=64)
-def _make(learner: LearnerSettings, step_scale: float, schedule: str, steps: int, warmup: float) -> long_runs.Make:
+def _make(
+    learner: LearnerSettings, step_scale: float, schedule: str, steps: int, warmup: float, freeze_unseen: bool
+) -> long_runs.Make:
     """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
     if schedule == "constant":
-        return pretrained.maker(learner, step_scale)
+        return pretrained.maker(learner, step_scale, freeze_unseen=freeze_unseen)
     factor = schedules.SCHEDULES[schedule]
-    return pretrained.maker(learner, lambda count: step_scale * factor(count, steps, warmup * steps))
+
+    def scale(count: Any) -> Any:
+        return step_scale * factor(count, steps, warmup * steps)
+
+    return pretrained.maker(learner, scale, freeze_unseen=freeze_unseen)
 
 
 def candidate(
@@ -227,7 +239,8 @@ def candidate(
     if isinstance(named, NamedWeights):
         label, seed, weights, deployed = named
         horizon = 0 if deployed.schedule == "constant" else steps
-        make = _make(weights.learner, deployed.step_scale, deployed.schedule, horizon, deployed.warmup)
+        schedule = deployed.schedule, horizon, deployed.warmup
+        make = _make(weights.learner, deployed.step_scale, *schedule, deployed.freeze_unseen)
         return Candidate(label, seed, make, weights.meta_params)
     name, rate, weight_decay, warmup = named
     if isinstance(rate, str):

@@ -191,9 +191,9 @@ def picture_meta_losses(file: Path, task: str, runs: dict[tuple[str, int], Path]
         if not whole:
             continue
         seconds = inner_steps / float(np.median([row["inner_steps_per_second"] for row in rows]))
-        losses = [float(np.mean(row["task_loss"])) for row in rows[:whole]]
-        elapsed = seconds / 3600 * np.arange(META_LOSS_WINDOW, whole + 1, META_LOSS_WINDOW)
-        found.setdefault(method, []).append((elapsed, np.reshape(losses, (-1, META_LOSS_WINDOW)).mean(axis=1)))
+        ends = np.arange(META_LOSS_WINDOW, whole + 1, META_LOSS_WINDOW)
+        losses = np.array([run_log.mean_task_loss(rows[end - META_LOSS_WINDOW : end]) for end in ends])
+        found.setdefault(method, []).append((seconds / 3600 * ends, losses))
     if found:
         title = f"meta-training on {task}, means of {META_LOSS_WINDOW} outer steps"
         plots.save_figure(plots.meta_losses(found, title), file)

@@ -83,9 +83,8 @@ def loss_trend(steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -
             return Finding(True, words)
         advice = ("use best.safetensors", "a smaller outer.lr or outer.final_lr", "more estimator.pairs")
         return Finding(False, words + " The last is more than 2 % above the best.", advice)
-    losses = np.array([np.mean(row["task_loss"]) for row in steps], float)
-    tenth = max(len(losses) // 10, 1)
-    first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
+    tenth = max(len(steps) // 10, 1)
+    first, last = (run_log.mean_task_loss(part) for part in (steps[:tenth], steps[-tenth:]))
     words = f"task loss: {first:.4f} in the first tenth of the outer steps, {last:.4f} in the last."
     return Finding(last <= first, words, () if last <= first else ("a smaller outer.lr", "more estimator.pairs"))
 

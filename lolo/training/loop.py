@@ -190,10 +190,7 @@ def outer_steps(run: Run) -> bool:
         every = recipe.validation.every
         if every and (run.done % every == 0 or run.done == total) and not bad_steps:
             validate(run)
-        of_tasks = jax.device_get(metrics.tasks)
-        # A task all of whose pairs were dropped has no loss; its row says 0 and how many were dropped.
-        loss = float(np.mean(np.where(np.all(of_tasks.dropped, axis=1), np.nan, row["task_loss"])))
-        starts = float(np.mean(of_tasks.start_step))
+        loss, starts = run_log.mean_task_loss([row]), float(np.mean(jax.device_get(metrics.tasks.start_step)))
         how.on_progress(Progress(run.done, total, loss, row["alpha_mix"], starts, seconds))
     run.save_checkpoint()
     run.save_weights("last")

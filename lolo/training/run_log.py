@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from lolo.files import jsonl
 from lolo.method import meta
 
 OF_TASKS = ("task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms")
-"""Fields of `meta.TaskMetrics` that a row holds, one number per task."""
+"""Fields of `meta.TaskMetrics` that a row holds, one number per task; NaN where every pair of the task was dropped."""
 OF_STEP = ("alpha_mix", "alpha_loss", "gradient_ratio", "gradient_norm", "signal_to_noise")
 """Fields of `meta.Metrics` that a row holds, one number each."""
 BAD = ("nothing", "the loss", "the gradient", "the imitation distance")  # what `meta.first_bad` counts
@@ -38,9 +39,10 @@ _FIRST_BAD = jsonl.listed(
 def step_row(metrics: meta.Metrics, tasks: Sequence[str], step: int, speed: float) -> dict[str, Any]:
     """The row of outer step `step`, whose metrics are NumPy arrays; `speed`: inner steps per second."""
     of_tasks = metrics.tasks
+    nothing = of_tasks.dropped.all(axis=1)  # [G]: the means are over no pair
     row: dict[str, Any] = {
         "step": step,
-        **{name: getattr(of_tasks, name).tolist() for name in OF_TASKS},
+        **{name: np.where(nothing, np.nan, getattr(of_tasks, name)).tolist() for name in OF_TASKS},
         **{name: float(getattr(metrics, name)) for name in OF_STEP},
         "dropped": int(of_tasks.dropped.sum()),
         "starts": of_tasks.starts[of_tasks.starts >= 0].tolist(),
@@ -73,6 +75,16 @@ def log_row(row: Any) -> dict[str, Any]:
 def log_rows(run: Path) -> list[dict[str, Any]]:
     """Rows of the log, [] before the first. Raises FileError for a row that is not `step_row`'s or a validation's."""
     return list(jsonl.read_json_lines(run / "log.jsonl", log_row)) if (run / "log.jsonl").is_file() else []
+
+
+def mean_task_loss(rows: list[dict[str, Any]]) -> float:
+    """Mean over tasks of each one's mean over these outer steps. Steps without one good pair of a task do not count.
+
+    NaN for no rows, and where a task had no good pair at all. Logs of before hold 0 instead of NaN there.
+    """
+    of_tasks = zip(*(row["task_loss"] for row in rows), strict=False)
+    measured = [[loss for loss in losses if not math.isnan(loss)] for losses in of_tasks]
+    return float(np.mean([np.mean(losses) if losses else math.nan for losses in measured])) if measured else math.nan
 
 
 def realised(rows: list[dict[str, Any]]) -> dict[str, Any]:

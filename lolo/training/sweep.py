@@ -21,8 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lolo.files import disk, jsonl, settings
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
@@ -154,14 +152,14 @@ def row(run: Planned) -> dict[str, Any]:
     if state != "done" and failure_file(run).is_file():
         state, reason = "failed", failure_file(run).read_text(encoding="utf-8", errors="replace").strip()
     rows = run_log.log_rows(run.out)
-    losses = [float(np.mean(r["task_loss"])) for r in rows if "task_loss" in r]
+    steps = [r for r in rows if "task_loss" in r]
     held = [float(r["validation"]["held_loss"]) for r in rows if "validation" in r]
     return {
         "run": run.name,
         **run.varied,
         "state": state,
-        "outer_steps": len(losses),
-        "task_loss": float(np.mean(losses[-LAST_STEPS:])) if losses else None,
+        "outer_steps": len(steps),
+        "task_loss": run_log.mean_task_loss(steps[-LAST_STEPS:]) if steps else None,
         "best_validation_loss": min(held) if held else None,
         "reason": reason,
     }
