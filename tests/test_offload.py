@@ -27,9 +27,9 @@ def digest(run):
     return {name: x.tobytes() for name, x in arrays.items()}
 
 
-@pytest.mark.parametrize("read", ["oldest", "newest"])
-def test_buffers_on_the_host_change_no_byte(tmp_path, read):
-    recipe = small(recipes.LOLO, CHANGES | {"replay.read": read})
+@pytest.mark.parametrize("read,push", [("oldest", "random"), ("newest", "random"), ("oldest", "struggle")])
+def test_buffers_on_the_host_change_no_byte(tmp_path, read, push):
+    recipe = small(recipes.LOLO, CHANGES | {"replay.read": read, "replay.push": push})
     loop.train(recipe, tmp_path / "device")
     loop.train(recipe, tmp_path / "host", How(offload=True))
     expected = digest(tmp_path / "device")
