@@ -12,7 +12,7 @@ import pytest
 from helpers import agrees, all_finite, assert_close, linear_learner, make_task, recording, run, same, small
 from scipy import stats
 
-from lolo.method import experts, inner, meta, replay
+from lolo.method import experts, imitation, inner, meta, replay
 from lolo.tasks.small import fashion_mlp, quadratic
 from lolo.training import build
 from lolo.training.recipes import BC_ONLY, LOLO, NAIVE, RECIPES
@@ -195,6 +195,23 @@ def test_a_floor_teaches_imitation_after_the_hand_over():
 
     assert not same(gradient(0.5), gradient(0.0))
     assert same(gradient(0.5), gradient(0.5))
+
+
+def test_imitation_in_parts_is_measured_as_their_sum_and_needs_no_part_without_an_expert():
+    changes = {"imitation.loss": "direction-magnitude", "imitation.alpha_loss": "zero", "imitation.magnitude": 0.25}
+    setup = setup_of(LOLO, changes, outer=recording())
+    parts = run(setup, QUADRATIC, 2)
+    for name in ("direction", "magnitude"):
+        one = setup._replace(imitation_loss=imitation.ImitationLoss(getattr(imitation, f"{name}_distance"), 1.0))
+        alone = run(one, QUADRATIC, 2)
+        assert not same(parts.states[-1].outer, alone.states[-1].outer)  # each part teaches something else
+        weight = {"direction": 0.75, "magnitude": 0.25}[name]
+        measured = [float(history.metrics[0].tasks.bc_loss[0]) for history in (parts, alone)]
+        rest = measured[0] - weight * measured[1]  # of the other part, φ being where it was
+        assert 0 < rest < measured[0]
+    naive = [setup_of(NAIVE, {"imitation.loss": loss}) for loss in ("squared", "direction-magnitude")]
+    ours, theirs = (run(setup, QUADRATIC, 2).states[-1].meta_params for setup in naive)
+    assert naive[1].expert is None and same(ours, theirs)
 
 
 # --- the gradient ---------------------------------------------------------------------------------------------------
