@@ -28,6 +28,28 @@ SMALL = {
 }
 
 
+# All that the successor of the paper's method chooses otherwise (DESIGN 5), on the smallest network with matrices.
+SUCCESSOR = {
+    "tasks": ("fashion-mlp:widths=4,batch=8",),
+    "learner.name": "norm_fc",
+    "imitation.expert": "muon",
+    "imitation.loss": "direction",
+    "imitation.schedule": "cosine",
+    "imitation.final_lr": 1e-3,
+    "imitation.decay_steps": 10,
+    "imitation.start": 0.1,
+    "imitation.end": 0.5,
+    "imitation.floor": 0.21,
+    "replay.push": "struggle",
+    "replay.threshold": 0.2,
+    "replay.capacity": 3,
+    "unroll.length": 6,
+    "estimator.pairs": 2,
+    "outer.steps": 8,
+    "validation.every": 0,
+}
+
+
 def small(recipe, changes=None):
     """The recipe in the sizes of `SMALL`, with `changes`: dotted name -> value."""
     for name, value in (SMALL | (changes or {})).items():

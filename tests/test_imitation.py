@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lolo.method import imitation
+from lolo.method import imitation, inner, meta
 from lolo.method.imitation import Losses, normalize_second_moment
 
 
@@ -191,7 +191,7 @@ def test_direction_is_one_minus_the_cosine_over_all_tensors_together():
 @pytest.mark.parametrize("scale", [1e-8, 1e-3, 7.0, 1e8])
 def test_direction_ignores_size_and_the_squared_distance_does_not(scale):
     larger = jax.tree.map(lambda x: scale * x, LEARNED)
-    direction, squared = imitation.IMITATION_LOSSES["direction"], imitation.IMITATION_LOSSES["squared"]
+    direction, squared = imitation.direction_distance, imitation.squared_distance
     np.testing.assert_allclose(direction(larger, EXPERT), direction(LEARNED, EXPERT), rtol=1e-5)
     assert abs(float(squared(larger, EXPERT) / squared(LEARNED, EXPERT)) - 1) > 0.1
 
@@ -200,3 +200,55 @@ def test_direction_ignores_size_and_the_squared_distance_does_not(scale):
 def test_direction_of_an_update_that_is_not_finite_is_seen(bad):
     broken = LEARNED | {"b": jnp.array([[bad]])}
     assert np.isnan(imitation.direction_distance(broken, EXPERT))
+
+
+def test_magnitude_is_the_difference_of_the_norms_over_all_tensors_together():
+    found = imitation.magnitude_distance(LEARNED, EXPERT)
+    np.testing.assert_allclose(found, 5 - np.sqrt(5), rtol=1e-6)
+    np.testing.assert_allclose(imitation.magnitude_distance(EXPERT, LEARNED), found)
+    apart = abs(3 - 2) + abs(4 - 1)  # tensor by tensor it would be another number
+    assert abs(float(found) - apart) > 0.1
+    opposite = jax.tree.map(jnp.negative, LEARNED)
+    assert float(imitation.magnitude_distance(LEARNED, opposite)) == 0.0  # the direction does not enter
+
+
+def both(magnitude):
+    return imitation.IMITATION_LOSSES["direction-magnitude"](magnitude)
+
+
+def test_direction_and_magnitude_are_scaled_by_psi_before_they_are_weighed():
+    loss, units = both(0.3), jnp.array([1.0, 1e-5])  # of direction and magnitude: far apart, as they are
+    parts = imitation.DirectionMagnitude(units[0] * BC, units[1] * BC[:, :, ::-1])
+    fused = imitation.fuse(jnp.float32(0.25), Losses(task=TASK, bc=parts), ALL, imitation.per_slot, loss=loss)
+    psi = imitation.per_slot
+    expected = 0.75 * (0.7 * psi(BC, ALL) + 0.3 * psi(BC[:, :, ::-1], ALL)) + 0.25 * psi(TASK, ALL)
+    np.testing.assert_allclose(fused, expected, rtol=1e-6)
+    summed = imitation.total(loss, parts)  # weighed first, the magnitude would be lost
+    late = imitation.fuse(jnp.float32(0.25), Losses(task=TASK, bc=summed), ALL, imitation.per_slot)
+    assert float(jnp.max(jnp.abs(late - fused))) > 0.1
+
+
+@pytest.mark.parametrize("magnitude,alone", [(0.0, "direction"), (1.0, "magnitude")])
+def test_a_share_of_0_or_1_leaves_one_part(magnitude, alone):
+    parts = imitation.DirectionMagnitude(BC, BC[:, :, ::-1])
+    fused = imitation.fuse(jnp.float32(0.0), Losses(TASK, parts), ALL, imitation.per_slot, loss=both(magnitude))
+    one = imitation.fuse(jnp.float32(0.0), Losses(TASK, getattr(parts, alone)), ALL, imitation.per_slot)
+    np.testing.assert_array_equal(fused, one)
+
+
+@pytest.mark.parametrize("name", imitation.IMITATION_LOSSES)
+def test_parts_and_weights_of_every_imitation_loss_have_one_structure(name):
+    loss = imitation.IMITATION_LOSSES[name](0.3)
+    parts = loss.parts(LEARNED, EXPERT)
+    assert jax.tree.structure(parts) == jax.tree.structure(loss.weights)
+    np.testing.assert_allclose(sum(jax.tree.leaves(loss.weights)), 1.0)
+    assert imitation.total(loss, parts).shape == ()
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_part_that_is_not_finite_is_seen_whatever_its_weight(bad):
+    parts = both(0.0).parts(LEARNED, EXPERT)
+    for broken in (parts._replace(magnitude=jnp.float32(bad)), parts._replace(direction=jnp.float32(bad))):
+        record = inner.StepRecord(jnp.float32(1.0), broken, jnp.float32(1.0))
+        assert not bool(meta.finite(record))
+    assert bool(meta.finite(inner.StepRecord(jnp.float32(1.0), parts, jnp.float32(1.0))))

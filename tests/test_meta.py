@@ -12,7 +12,7 @@ import pytest
 from helpers import agrees, all_finite, assert_close, linear_learner, make_task, recording, run, same, small
 from scipy import stats
 
-from lolo.method import experts, inner, meta, replay
+from lolo.method import experts, imitation, inner, meta, replay
 from lolo.tasks.small import fashion_mlp, quadratic
 from lolo.training import build
 from lolo.training.recipes import BC_ONLY, LOLO, NAIVE, RECIPES
@@ -197,6 +197,23 @@ def test_a_floor_teaches_imitation_after_the_hand_over():
     assert same(gradient(0.5), gradient(0.5))
 
 
+def test_imitation_in_parts_is_measured_as_their_sum_and_needs_no_part_without_an_expert():
+    changes = {"imitation.loss": "direction-magnitude", "imitation.alpha_loss": "zero", "imitation.magnitude": 0.25}
+    setup = setup_of(LOLO, changes, outer=recording())
+    parts = run(setup, QUADRATIC, 2)
+    for name in ("direction", "magnitude"):
+        one = setup._replace(imitation_loss=imitation.ImitationLoss(getattr(imitation, f"{name}_distance"), 1.0))
+        alone = run(one, QUADRATIC, 2)
+        assert not same(parts.states[-1].outer, alone.states[-1].outer)  # each part teaches something else
+        weight = {"direction": 0.75, "magnitude": 0.25}[name]
+        measured = [float(history.metrics[0].tasks.bc_loss[0]) for history in (parts, alone)]
+        rest = measured[0] - weight * measured[1]  # of the other part, φ being where it was
+        assert 0 < rest < measured[0]
+    naive = [setup_of(NAIVE, {"imitation.loss": loss}) for loss in ("squared", "direction-magnitude")]
+    ours, theirs = (run(setup, QUADRATIC, 2).states[-1].meta_params for setup in naive)
+    assert naive[1].expert is None and same(ours, theirs)
+
+
 # --- the gradient ---------------------------------------------------------------------------------------------------
 
 DECAY, LENGTH, TRUNCATION = 0.9, 20, 5
@@ -375,7 +392,7 @@ def start_many(setup, fresh, starting, pushes=1, slots_count=600):
         for step in range(5, 5 + pushes):
             buffers = jax.vmap(replay.push)(buffers, held._replace(step=jnp.full(slots_count, step, jnp.int32)))
         at_step_77 = slots.local.inner._replace(step=jnp.full((slots_count, 2), 77, jnp.int32))
-        before = meta.LocalSlots(at_step_77, buffers, jnp.full(slots_count, -1, jnp.int32))
+        before = meta.LocalSlots(at_step_77, buffers, replay.Drawn(jnp.full(slots_count, -1, jnp.int32)))
         phi, keys = setup.learned.init(jax.random.key(1)), jax.random.split(jax.random.key(2), slots_count)
         length = jnp.full(slots_count, 4, jnp.int32)
         return before, meta.start_unrolls(setup, QUADRATIC[0], phi, before, starting, fresh, keys, length)
@@ -413,7 +430,7 @@ def test_slots_that_do_not_start_stay_as_they_are():
 
 def test_the_push_is_drawn_among_the_truncations_of_the_unroll():
     _, after = start_many(setup_of(LOLO), fresh=False, starting=True)
-    counts = np.bincount(after.push_truncation, minlength=4)
+    counts = np.bincount(after.push.truncation, minlength=4)
     assert len(counts) == 4 and stats.chisquare(counts).pvalue > 1e-3
 
 
@@ -510,6 +527,50 @@ def test_the_stored_state_is_either_sign(long_run):
     assert {0, 1} == set(signs)
 
 
+def scripted(losses):
+    """A task whose losses are these, whatever trains: inner step n since the random init has losses[n]."""
+    script = jnp.asarray(losses, jnp.float32)
+    return make_task(
+        lambda key: ({"x": jax.random.normal(key, (2,))}, {"n": jnp.int32(0)}),
+        lambda params, stats, batch: (script[stats["n"]] + 0 * jnp.sum(params["x"]), {"n": stats["n"] + 1}),
+    )
+
+
+def stored(losses, push, truncations=4):
+    """For each truncation of an unroll from a random init: the step of the state that slot 0 stored, or None."""
+    setup = setup_of(NAIVE, {"replay.push": push, "estimator.pairs": 2, "replay.capacity": 8})
+    found, size = [], 0
+    for state in run(setup, (scripted(losses),), truncations).states[1:]:
+        buffer = of_slot(state.slots[0].local.replay, 0)
+        grew, size = int(buffer.size) > size, int(buffer.size)
+        found.append(int(replay.at(buffer, size - 1).step) if grew else None)
+    return found
+
+
+def test_struggle_stores_the_first_state_of_a_truncation_in_which_the_loss_rose_and_of_the_last():
+    falls = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.2, 0.1]
+    assert stored(falls, "struggle") == [None, None, None, 9]
+    rises = [9.0, 8.0, 7.0, 6.0, 5.0, 7.0, 6.0, 5.0, 4.0, 3.0, 8.0, 2.0]
+    assert stored(rises, "struggle") == [None, 3, None, 9]  # 5 to 7; the last is due whatever its losses
+    assert [step for step in stored(rises, "random") if step is not None] != [3, 9]  # one per unroll
+    assert len([step for step in stored(rises, "random") if step is not None]) == 1
+
+
+def test_struggle_stores_nothing_of_a_truncation_with_bad_numbers():
+    broken = [9.0, 8.0, 7.0, 6.0, 9.0, np.nan, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    assert stored(broken, "struggle", 2) == [None, None]
+    assert stored([9.0, 8.0, 7.0, 6.0, 9.0, 6.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], "struggle", 2) == [None, 3]
+
+
+def test_struggle_starts_anew_with_every_unroll_from_the_buffer_too():
+    setup = setup_of(LOLO, {"replay.push": "struggle", "replay.threshold": 0.0, "replay.read": "uniform"})
+    states = run(setup, (scripted([1.0, 5.0] + 200 * [1.0]),), 9).states
+    scores = [np.asarray(state.slots[0].local.push.score) for state in states[1:]]  # [P, 2]
+    assert all(np.all(score == 4.0) for score in scores[:4])  # 1 to 5, once
+    replayed = np.asarray(states[5].slots[0].local.inner.step[:, 0]) > 3
+    assert replayed.any() and np.all(scores[4][replayed] == 0.0)  # the second unroll, from where losses are flat
+
+
 # --- lengths of unrolls ---------------------------------------------------------------------------------------------
 
 
@@ -551,7 +612,7 @@ def test_unrolls_have_the_lengths_that_were_drawn():
     for state in history.states[1:]:
         slots = state.slots[0]
         assert np.all(
-            (slots.position >= 1) & (slots.position <= slots.length) & (slots.local.push_truncation < slots.length)
+            (slots.position >= 1) & (slots.position <= slots.length) & (slots.local.push.truncation < slots.length)
         )
 
 

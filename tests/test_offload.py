@@ -3,10 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from helpers import StopAfter, small
+from helpers import SUCCESSOR, StopAfter, same, small
 
 from lolo.files import disk
+from lolo.files.disk import FileError
 from lolo.files.settings import RecipeError
+from lolo.method import replay
 from lolo.training import checkpoints, loop, offload, recipes
 from lolo.training.how import How
 from lolo.training.run import prepare
@@ -27,9 +29,9 @@ def digest(run):
     return {name: x.tobytes() for name, x in arrays.items()}
 
 
-@pytest.mark.parametrize("read", ["oldest", "newest"])
-def test_buffers_on_the_host_change_no_byte(tmp_path, read):
-    recipe = small(recipes.LOLO, CHANGES | {"replay.read": read})
+@pytest.mark.parametrize("read,push", [("oldest", "random"), ("newest", "random"), ("oldest", "struggle")])
+def test_buffers_on_the_host_change_no_byte(tmp_path, read, push):
+    recipe = small(recipes.LOLO, CHANGES | {"replay.read": read, "replay.push": push})
     loop.train(recipe, tmp_path / "device")
     loop.train(recipe, tmp_path / "host", How(offload=True))
     expected = digest(tmp_path / "device")
@@ -50,6 +52,41 @@ def test_a_run_may_go_on_with_its_buffers_on_the_other_side(tmp_path):
         loop.train(recipe, out, How(offload=first, stop=stop, on_progress=stop.told, log=lambda text: None))
         assert loop.resume(out, How(offload=not first, log=lambda text: None)).finished
         assert digest(out) == digest(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_what_the_successor_chooses_gives_one_result_stopped_resumed_and_on_the_host(tmp_path):
+    recipe = small(recipes.LOLO, SUCCESSOR)
+    loop.train(recipe, tmp_path / "whole")
+    expected = digest(tmp_path / "whole")
+    scores = [np.frombuffer(x, np.float32) for name, x in expected.items() if name.endswith(".push_score")]
+    assert len(scores) == 1 and scores[0].any()
+    out, offloads = tmp_path / "stopped", [False, True, False]
+    for at, offload_ in zip((1, 4, 8), offloads, strict=True):  # in the first unroll, at a start, and to the end
+        stop = StopAfter(at)
+        how = How(offload=offload_, stop=stop, on_progress=stop.told, log=lambda text: None)
+        loop.train(recipe, out, how) if at == 1 else loop.resume(out, how)
+    assert digest(out) == expected
+    random = small(recipes.LOLO, SUCCESSOR | {"replay.push": "random"})
+    loop.train(random, tmp_path / "random")
+    theirs = digest(tmp_path / "random")
+    assert any(theirs[name] != x for name, x in expected.items() if ".replay." in name and name in theirs)
+
+
+def test_a_checkpoint_without_scores_starts_them_at_zero(tmp_path):
+    recipe = small(recipes.LOLO, CHANGES | {"replay.push": "struggle"})
+    loop.train(recipe, tmp_path / "run", How(log=lambda text: None))
+    arrays, _ = checkpoints.newest_checkpoint(tmp_path / "run", print)
+    shapes = jax.eval_shape(prepare(recipe).complete_state)
+    whole = checkpoints.state_from_arrays(arrays, shapes, "here")
+    assert any(leaf.any() for leaf in jax.tree.leaves(whole.slots[0].local.push))
+    older = {name: x for name, x in arrays.items() if ".push_" not in name}
+    assert len(older) == len(arrays) - len(replay.Struggle._fields)
+    read = checkpoints.state_from_arrays(older, shapes, "here")
+    assert not any(leaf.any() for leaf in jax.tree.leaves(read.slots[0].local.push))
+    assert same(whole.slots[0].local.replay, read.slots[0].local.replay)
+    with pytest.raises(FileError, match="replay.size"):
+        checkpoints.state_from_arrays({n: x for n, x in older.items() if "replay.size" not in n}, shapes, "here")
 
 
 def test_the_device_holds_one_state_for_each_slot():

@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from helpers import SUCCESSOR
 
 from lolo.cli import main as cli
 from lolo.files import settings, tensors
@@ -137,6 +138,20 @@ def test_two_processes_give_the_bytes_of_one(lolo, tmp_path):
     shutil.rmtree(run_folder.checkpoint_folder(tmp_path / "again", 6))
     assert ends(lolo("resume", tmp_path / "again"))[0] == 0
     assert digest(tmp_path / "again") == digest(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bytes_of_one_with_what_the_successor_chooses(lolo, tmp_path):
+    sizes = {"estimator.pairs": 4, "estimator.slots_per_block": 2, "replay.read": "uniform", "unroll.truncation": 3}
+    changes = SUCCESSOR | sizes
+    options = [word for name, value in changes.items() if name != "tasks" for word in (f"--{name}", str(value))]
+    options += ["--task", *changes["tasks"]]
+    assert ends(lolo("train", "lolo", *options, "--out", tmp_path / "one"), 600)[0] == 0
+    status, words = ends(lolo("train", "lolo", *options, "--out", tmp_path / "two", "--processes", "2"), 600)
+    assert status == 0, words
+    assert digest(tmp_path / "two") == digest(tmp_path / "one")
+    one, two = (checkpoints.read_checkpoint(tmp_path / name, 8)[0] for name in ("one", "two"))
+    assert tensors.digest(one) == tensors.digest(two) and any(name.endswith(".push_score") for name in one)
 
 
 @pytest.mark.slow

@@ -202,7 +202,14 @@ def test_foreign_recipes_are_refused_by_name(data, words):
         assert word in text
 
 
-ADDED = ["validation.tasks", "imitation.loss", "imitation.start", "imitation.end", "imitation.floor"]
+ADDED = [
+    "validation.tasks",
+    "imitation.loss",
+    "imitation.magnitude",
+    "imitation.start",
+    "imitation.end",
+    "imitation.floor",
+]
 ADDED += ["imitation.schedule", "imitation.final_lr", "imitation.decay_steps"]
 
 
@@ -314,6 +321,7 @@ def test_an_unknown_field_suggests_the_nearest(name, near):
         ("imitation.schedule", "cosin", "cosine"),
         ("replay.read", "oldst", "oldest"),
         ("replay.push", "randm", "random"),
+        ("replay.push", "strugle", "struggle"),
         ("unroll.schedule", "log_uniform", "log-uniform"),
         ("estimator.kind", "ped", "pes"),
         ("outer.clip_position", "befor", "before"),
@@ -384,7 +392,11 @@ CONFLICTS = [
         {"imitation.expert": "adam-of-learner", "learner.learn_decays": True},
         ["imitation.expert='adam-of-learner'", "use imitation.expert='adam'"],
     ),
-    ({"replay.push": "struggle"}, ["replay.push", "'struggle'", "'random'"]),
+    ({"imitation.magnitude": 1.5}, ["imitation.magnitude=1.5", "from 0 to 1"]),
+    (
+        {"imitation.loss": "direction-magnitude", "learner.name": "norm_fc"},
+        ["imitation.loss='direction-magnitude'", "learner.name='norm_fc'", "use imitation.loss='direction'"],
+    ),
 ]
 
 

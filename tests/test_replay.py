@@ -156,6 +156,75 @@ def test_uniform_reads_of_a_partly_filled_buffer_stay_in_it():
     assert set(np.unique(held["step"]).tolist()) == {1, 2}
 
 
+# --- push rules -----------------------------------------------------------------------------------------------------
+
+OBSERVE = {name: jax.jit(rule.observe) for name, rule in replay.PUSH_RULES.items()}
+
+
+def watched(*truncations, rule="struggle", last=None):
+    """The states after truncations of losses [2, L], one after the other; `last` is the one that ends the unroll."""
+    states = [replay.PUSH_RULES[rule].start(KEY, jnp.int32(len(truncations)))]
+    for n, losses in enumerate(truncations):
+        losses = jnp.asarray(losses, jnp.float32)
+        states.append(OBSERVE[rule](states[-1], losses, jnp.isfinite(losses), jnp.asarray(n == last)))
+    return states[1:]
+
+
+def due(states, rule="struggle"):
+    return [bool(replay.PUSH_RULES[rule].due(state, jnp.int32(n))) for n, state in enumerate(states)]
+
+
+def test_the_score_is_the_worst_rise_above_the_lowest_loss_so_far():
+    states = watched([[5, 3, 4], [2, 2, 2]], [[3.5, 9, 1], [1, 3, 2]], [[2, 6, 6], [4, 4, 0]])
+    assert [state.lowest.tolist() for state in states] == [[3, 2], [1, 1], [1, 0]]
+    assert [state.score.tolist() for state in states] == [[1, 0], [6, 2], [6, 3]]
+    # Not the sum of rises, nor the rise above the first loss of the truncation.
+    assert states[1].score[0] != 1 + 0.5 + 5.5 and states[1].score[0] != 9 - 3.5
+
+
+def test_a_state_is_due_where_the_mean_score_of_the_pair_grew():
+    flat, falls = [[3, 3], [3, 3]], [[2, 1], [2, 1]]
+    up, smaller, larger = [[3, 4], [3, 3]], [[3, 3.5], [3, 3]], [[3, 3], [3, 5]]
+    assert due(watched(flat, falls, flat, up, smaller, larger)) == [False, False, True, True, False, True]
+    random = watched(flat, falls, flat, up, smaller, larger, rule="random")
+    assert sum(due(random, "random")) == 1 and due(random, "random") != due(watched(flat, falls, flat))
+
+
+def test_a_state_is_due_in_the_truncation_that_ends_the_unroll():
+    falls = [[[5 - n, 4 - n], [5 - n, 4 - n]] for n in range(3)]
+    assert due(watched(*falls, last=2)) == [False, False, True]
+    assert due(watched(*falls)) == [False, False, False]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_loss_that_is_not_finite_does_not_count(bad):
+    ours = watched([[bad, 5, bad, 7], [1, 1, 1, 1]], [[bad] * 4, [2, 1, 1, 1]])
+    without = watched([[5, 5, 5, 7], [1, 1, 1, 1]], [[7] * 4, [2, 1, 1, 1]])
+    assert same(ours, without) and ours[0].score.tolist() == [2, 0]
+    start = replay.STRUGGLE.start(KEY, jnp.int32(1))
+    assert same(watched([[bad, bad], [bad, bad]])[0], start)  # as if there had been no truncation
+    counted = replay.watch(start, jnp.array([[5.0, bad], [1.0, 1.0]]), jnp.ones((2, 2), bool), jnp.asarray(False))
+    assert not np.isfinite([counted.lowest, counted.score]).all()  # else nothing was tested
+
+
+@pytest.mark.parametrize("losses", [[3, 2, 4, 1, 6, 6], [-3, -5, -1, 0, 2, -9]])
+def test_truncations_cut_anywhere_give_one_score(losses):
+    pair = np.array([losses, losses[::-1]])
+    whole = watched(pair)[-1]
+    for cut in range(1, 6):
+        apart = watched(pair[:, :cut], pair[:, cut:])[-1]
+        assert same(apart._replace(due=whole.due), whole)
+
+
+def test_struggle_draws_nothing_and_takes_the_first_state_of_a_truncation():
+    keys = jax.random.split(KEY, 60)
+    starts = [jax.vmap(rule.start, in_axes=(0, None))(keys, jnp.int32(5)) for rule in replay.PUSH_RULES.values()]
+    assert set(starts[0].truncation.tolist()) == {0, 1, 2, 3, 4}
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(starts[1]))
+    offsets = [{int(rule.offset(key, 5)) for key in keys} for rule in replay.PUSH_RULES.values()]
+    assert offsets == [{0, 1, 2, 3, 4}, {0}]
+
+
 def test_a_buffer_keeps_dtypes_and_takes_shapes_alone():
     example = {"a": jax.ShapeDtypeStruct((2,), jnp.bfloat16), "n": jax.ShapeDtypeStruct((), jnp.int32)}
     buffer = replay.init(example, 4)

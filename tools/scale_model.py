@@ -64,8 +64,8 @@ def counts(recipe: Recipe) -> Counts:
         params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))[0]))
         one = 6.0 * task.batch * params + speed.FLOPS_PER_PARAMETER * params
         flops += one * recipe.unroll.truncations_per_update * pairs * 2 * steps
-    # For each pair: three numbers (task loss, bc, gradient norm) of each step of either sign, and its start step.
-    words = pairs * (2 * steps * len(StepRecord._fields) + 1)
+    # For each pair: task loss, gradient norm and each part of bc, of each step of either sign, and its start step.
+    words = pairs * (2 * steps * (2 + len(jax.tree.leaves(setup.imitation_loss.weights))) + 1)
     return Counts(rounds, rounds * words * WORD, rounds * pairs * 2 * steps, flops, rounds * pairs * phi)
 
 

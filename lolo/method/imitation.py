@@ -1,14 +1,15 @@
 """On-policy imitation and its hand-over to the task loss (Eq. 1-5 of the LoLO paper).
 
 Eq. 1 mixes the learned update with the expert's, Eq. 2 is their squared distance, Eq. 3-4 fuse the two
-antithetic differences into one, Eq. 5 brings both to unit second moment first. Beside Eq. 2 there is the distance of
-the directions alone, and the hand-over may start late, end early, and keep a floor of imitation.
+antithetic differences into one, Eq. 5 brings both to unit second moment first. Beside Eq. 2 there are the distances of
+the directions and of the sizes, and the hand-over may start late, end early, and keep a floor of imitation.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,20 @@ from jaxtyping import Array, Bool, Float, Int
 from lolo.trees import PyTree
 
 Schedule = Callable[..., jax.Array]  # outer step, T, a, b -> α
-ImitationLoss = Callable[[PyTree, PyTree], jax.Array]  # u_O, u_H -> []
+
+
+class ImitationLoss(NamedTuple):
+    """How far the learned update is from the expert's: one part or several, which ψ scales one by one."""
+
+    parts: Callable[[PyTree, PyTree], PyTree]  # u_O, u_H -> [] for each part
+    weights: PyTree  # of the parts, in their structure: numbers
 
 
 class Losses(NamedTuple):
     """One number per inner step for each of the two losses, or their antithetic differences Δ."""
 
     task: Float[Array, "..."]
-    bc: Float[Array, "..."]
+    bc: PyTree  # [...] for each part of the imitation loss
 
 
 def linear(step: Int[Array, ""], total: int, start: float = 0.0, end: float = 1.0) -> Float[Array, ""]:
@@ -76,17 +83,51 @@ def direction_distance(learned: PyTree, expert: PyTree) -> Float[Array, ""]:
 
     The sizes of the two updates do not enter; 1 where one of them is 0. ELO's, instead of Eq. 2.
     """
-
-    def dot(x: PyTree, y: PyTree) -> jax.Array:
-        pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
-        products = (jnp.vdot(a.astype(jnp.float32).ravel(), b.astype(jnp.float32).ravel()) for a, b in pairs)
-        return sum(products, jnp.zeros((), jnp.float32))
-
     norms = jnp.sqrt(dot(learned, learned)) * jnp.sqrt(dot(expert, expert))
     return 1 - dot(learned, expert) / (norms + 1e-30)
 
 
-IMITATION_LOSSES: dict[str, ImitationLoss] = {"squared": squared_distance, "direction": direction_distance}
+def magnitude_distance(learned: PyTree, expert: PyTree) -> Float[Array, ""]:
+    """| ‖u_O‖ − ‖u_H‖ |, over all tensors together (ELO's, beside the direction)."""
+    return jnp.abs(jnp.sqrt(dot(learned, learned)) - jnp.sqrt(dot(expert, expert)))
+
+
+def dot(x: PyTree, y: PyTree) -> Float[Array, ""]:
+    """⟨x, y⟩ over all leaves, in float32."""
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    products = (jnp.vdot(a.astype(jnp.float32).ravel(), b.astype(jnp.float32).ravel()) for a, b in pairs)
+    return sum(products, jnp.zeros((), jnp.float32))
+
+
+class DirectionMagnitude(NamedTuple):
+    """The parts of an imitation loss, or their weights."""
+
+    direction: Any
+    magnitude: Any
+
+
+def direction_and_magnitude(learned: PyTree, expert: PyTree) -> DirectionMagnitude:
+    """Both distances, which may differ by orders of magnitude."""
+    return DirectionMagnitude(direction_distance(learned, expert), magnitude_distance(learned, expert))
+
+
+SQUARED = ImitationLoss(squared_distance, weights=1.0)
+"""Eq. 2."""
+
+# Each from the weight of the magnitude; the direction has the rest.
+IMITATION_LOSSES: dict[str, Callable[[float], ImitationLoss]] = {
+    "squared": lambda magnitude: SQUARED,
+    "direction": lambda magnitude: ImitationLoss(direction_distance, weights=1.0),
+    "direction-magnitude": lambda magnitude: ImitationLoss(
+        direction_and_magnitude, DirectionMagnitude(1 - magnitude, magnitude)
+    ),
+}
+
+
+def total(loss: ImitationLoss, parts: PyTree) -> Float[Array, "..."]:
+    """The weighted sum of the parts, each [...]. A weight of 1 is no factor: a single part keeps its bytes."""
+    weighted = jax.tree.map(lambda weight, part: part if weight == 1 else weight * part, loss.weights, parts)
+    return functools.reduce(jnp.add, jax.tree.leaves(weighted))
 
 
 def normalize_second_moment(
@@ -133,9 +174,12 @@ def fuse(
     valid: Bool[Array, "J P L"],
     normalize: Callable[[jax.Array, jax.Array], jax.Array],
     floor: float = 0.0,
+    loss: ImitationLoss = SQUARED,
 ) -> Float[Array, "J P L"]:
     """δ = max(1 − α, floor) ψ(Δ^bc) + α ψ(Δ^task) (Eq. 4, floor 0; Eq. 3 with `raw`). Invalid steps give 0.
 
-    With a floor (ELO: 0.21) imitation keeps teaching after the hand-over.
+    With a floor (ELO: 0.21) imitation keeps teaching after the hand-over. Of an imitation loss in several parts, ψ
+    scales each before they are weighed, so that the weights are shares whatever the parts' units.
     """
-    return jnp.maximum(1 - alpha, floor) * normalize(deltas.bc, valid) + alpha * normalize(deltas.task, valid)
+    bc = total(loss, jax.tree.map(lambda part: normalize(part, valid), deltas.bc))
+    return jnp.maximum(1 - alpha, floor) * bc + alpha * normalize(deltas.task, valid)

@@ -29,7 +29,7 @@ class StepRecord(NamedTuple):
     """Raw numbers of one inner step, before any repair."""
 
     task: Float[Array, ""]  # loss of the training batch before the update
-    bc: Float[Array, ""]  # imitation loss, such as ‖u_O − u_H‖² (Eq. 2); 0 without an expert
+    bc: PyTree  # [] for each part of the imitation loss, such as ‖u_O − u_H‖² (Eq. 2); 0 without an expert
     gradient: Float[Array, ""]  # squared norm of the inner gradient
 
 
@@ -79,7 +79,7 @@ def inner_step(
     alpha: Float[Array, ""],
     state: InnerState,
     key: Key[Array, ""],
-    imitation_loss: imitation.ImitationLoss = imitation.squared_distance,
+    imitation_loss: imitation.ImitationLoss = imitation.SQUARED,
 ) -> tuple[InnerState, StepRecord]:
     """Train one step with the mixture of learned optimizer and expert (Eq. 1).
 
@@ -92,10 +92,10 @@ def inner_step(
     batch = task.sample(key_batch, state.step)
     loss, stats, grads = loss_and_gradient(task, state.params, state.stats, batch, key_loss)
     updates, learner_state = learner.update(grads, state.learner, state.params)
-    expert_state, bc = state.expert, jnp.zeros(())
+    expert_state, bc = state.expert, jax.tree.map(lambda _: jnp.zeros(()), imitation_loss.weights)
     if expert is not None:
         expert_updates, expert_state = expert.update(grads, state.expert, state.params, learner_state=learner_state)
-        bc = imitation_loss(updates, expert_updates)
+        bc = imitation_loss.parts(updates, expert_updates)
         updates = imitation.mix_updates(alpha, updates, expert_updates)
     params = optax.apply_updates(state.params, updates)
     record = StepRecord(task=loss, bc=bc, gradient=squared_norm(grads))

@@ -10,6 +10,7 @@ same bytes on any number of devices.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ class Setup(NamedTuple):
     floor: float  # least weight of imitation in Eq. 4
     normalize: Callable[[jax.Array, jax.Array], jax.Array]  # Eq. 5, see imitation.NORMALIZERS
     read: replay.Read
+    push: replay.PushRule
     capacity: int  # M
     threshold: float  # P_th: a fresh start where U <= P_th
     truncation: int  # L
@@ -55,7 +57,7 @@ class LocalSlots(NamedTuple):
 
     inner: InnerState  # leaves [P, 2, *shape]: +ε and −ε
     replay: replay.Replay  # leaves [P, M, *shape], [P], [P]
-    push_truncation: Int[Array, "P"]  # the truncation of this unroll in which a state is pushed
+    push: replay.PushState  # leaves [P, *shape]: what the push rule remembers of this unroll
 
 
 class Slots(NamedTuple):
@@ -131,6 +133,8 @@ def meta_init(setup: Setup, tasks: tuple[Task, ...], seed_key: Key[Array, ""], m
     def slots(task: Task) -> Slots:
         one = jax.eval_shape(lambda key: begin(task, learner, setup.expert, key), key_run)
         empty = jax.tree.map(lambda x: jnp.zeros((pairs, 2, *x.shape), x.dtype), one)
+        rule = jax.eval_shape(setup.push.start, key_run, jnp.int32(1))
+        push = jax.tree.map(lambda x: jnp.zeros((pairs, *x.shape), x.dtype), rule)
         rings = jax.tree.map(
             lambda x: jnp.zeros((pairs, *x.shape), x.dtype), jax.eval_shape(lambda: replay.init(one, setup.capacity))
         )
@@ -138,8 +142,7 @@ def meta_init(setup: Setup, tasks: tuple[Task, ...], seed_key: Key[Array, ""], m
         zeros = jnp.zeros(pairs, jnp.int32)
         # Negative: not started yet. The first unroll has this many truncations, later ones what `draw_length` says.
         first = -jnp.asarray(setup.first_lengths, jnp.int32)
-        local = LocalSlots(empty, rings, push_truncation=zeros)
-        return Slots(local, noise, position=zeros, length=first, fresh=jnp.ones(pairs, bool))
+        return Slots(LocalSlots(empty, rings, push), noise, position=zeros, length=first, fresh=jnp.ones(pairs, bool))
 
     return MetaState(
         meta_params,
@@ -167,8 +170,8 @@ def start_unrolls(
     """
     learner = setup.learned.optimizer(meta_params)
 
-    def start(args: tuple) -> tuple[InnerState, jax.Array, jax.Array, jax.Array]:
-        (inner, buffer, push_truncation), starting, fresh, key, length = args
+    def start(args: tuple) -> tuple[InnerState, jax.Array, jax.Array, replay.PushState]:
+        (inner, buffer, push), starting, fresh, key, length = args
         key_use, key_read, key_init, key_push = jax.random.split(key, 4)
         use = (jax.random.uniform(key_use) > setup.threshold) & (buffer.size > 0) & ~fresh
         read, after = setup.read(buffer, key_read)
@@ -178,11 +181,11 @@ def start_unrolls(
             select(starting, start, inner),
             jnp.where(taken, after.head, buffer.head),
             jnp.where(taken, after.size, buffer.size),
-            jnp.where(starting, jax.random.randint(key_push, (), 0, length), push_truncation),
+            select(starting, setup.push.start(key_push, length), push),
         )
 
-    inner, head, size, push_truncation = jax.lax.map(start, (local, starting, fresh, keys, length))
-    return LocalSlots(inner, local.replay._replace(head=head, size=size), push_truncation)
+    inner, head, size, push = jax.lax.map(start, (local, starting, fresh, keys, length))
+    return LocalSlots(inner, local.replay._replace(head=head, size=size), push)
 
 
 def truncated_unroll(
@@ -219,7 +222,8 @@ def truncated_unroll(
         inner, records = jax.lax.fori_loop(start, end, step, (inner, records))
         return (inner, records, snapshot), None
 
-    records = StepRecord(*(jnp.zeros(setup.truncation) for _ in StepRecord._fields))
+    zeros = jnp.zeros(setup.truncation)
+    records = StepRecord(task=zeros, bc=jax.tree.map(lambda _: zeros, setup.imitation_loss.weights), gradient=zeros)
     bounds = (jnp.stack([jnp.int32(0), offset]), jnp.stack([offset, jnp.int32(setup.truncation)]))
     (inner, records, snapshot), _ = jax.lax.scan(stretch, (inner, records, inner), bounds)
     return inner, snapshot, records
@@ -269,7 +273,7 @@ def run_truncation(
         lambda local: local,
         slots.local,
     )
-    offset = jax.random.randint(key_offset, (), 0, setup.truncation)
+    offset = setup.push.offset(key_offset, setup.truncation)
     start_step = local.inner.step[:, 0] - own_position * setup.truncation
 
     def one_sign(args: tuple[PyTree, InnerState, jax.Array]) -> tuple[InnerState, InnerState, StepRecord]:
@@ -280,12 +284,15 @@ def run_truncation(
     inner, snapshots, records = over_blocks(one_sign, signs, setup.slots_per_block)
     sign = jax.vmap(jax.random.bernoulli)(keys_coin).astype(jnp.int32)
     snapshots = jax.vmap(lambda both, one: jax.tree.map(lambda x: x[one], both))(snapshots, sign)
-    pushing = (local.push_truncation == own_position) & jnp.all(finite(records), axis=(1, 2))
+    push = jax.vmap(setup.push.observe)(
+        local.push, records.task, finite_parts(records)[..., 0], own_position == own_length - 1
+    )
+    pushing = jax.vmap(setup.push.due)(push, own_position) & jnp.all(finite(records), axis=(1, 2))
     buffers = jax.vmap(replay.push)(local.replay, snapshots, pushing)
 
     records, start_step = shards.gather((records, start_step))
     slots = Slots(
-        LocalSlots(inner, buffers, local.push_truncation),
+        LocalSlots(inner, buffers, push),
         estimator,
         position + 1,
         length,
@@ -314,8 +321,8 @@ LARGEST = 1e12
 
 def finite_parts(records: StepRecord) -> Bool[Array, "*steps 3"]:
     """Whether loss, gradient and bc of a step, in this order, are finite."""
-    tests = jnp.abs(records.task) < LARGEST, jnp.isfinite(records.gradient), records.bc < LARGEST
-    return jnp.stack(tests, axis=-1)
+    bc = functools.reduce(jnp.logical_and, [part < LARGEST for part in jax.tree.leaves(records.bc)])
+    return jnp.stack([jnp.abs(records.task) < LARGEST, jnp.isfinite(records.gradient), bc], axis=-1)
 
 
 def finite(records: StepRecord) -> Bool[Array, "*steps"]:
@@ -376,10 +383,11 @@ def collect(setup: Setup, task: Task, alpha: Float[Array, ""], seen: Truncation)
     valid = jnp.broadcast_to(good[:, :, None], (*good.shape, setup.truncation))
     task_loss = records.task if task.loss_limit is None else jnp.minimum(records.task, task.loss_limit)
     losses = Losses(task=task_loss, bc=records.bc)
-    deltas = Losses(*(jnp.where(valid, x[:, :, 0] - x[:, :, 1], 0.0) for x in losses))
-    fused = imitation.fuse(alpha, deltas, valid, setup.normalize, setup.floor)
+    deltas = jax.tree.map(lambda x: jnp.where(valid, x[:, :, 0] - x[:, :, 1], 0.0), losses)
+    fused = imitation.fuse(alpha, deltas, valid, setup.normalize, setup.floor, setup.imitation_loss)
+    delta_bc = imitation.total(setup.imitation_loss, deltas.bc)
     gradients = Gradients(
-        *(antithetic_gradient(x, seen.directions, setup.estimator.sigma, valid) for x in (fused, *deltas))
+        *(antithetic_gradient(x, seen.directions, setup.estimator.sigma, valid) for x in (fused, deltas.task, delta_bc))
     )
     steps = jnp.maximum(jnp.sum(valid), 1)
     both = valid[:, :, None]
@@ -389,9 +397,9 @@ def collect(setup: Setup, task: Task, alpha: Float[Array, ""], seen: Truncation)
     count = jnp.maximum(jnp.sum(good), 1)
     measured = TaskMetrics(
         task_loss=jnp.sum(jnp.where(both, records.task, 0.0)) / (2 * steps),
-        bc_loss=jnp.sum(jnp.where(both, records.bc, 0.0)) / (2 * steps),
+        bc_loss=jnp.sum(jnp.where(both, imitation.total(setup.imitation_loss, records.bc), 0.0)) / (2 * steps),
         delta_task_rms=jnp.sqrt(jnp.sum(deltas.task**2) / steps),
-        delta_bc_rms=jnp.sqrt(jnp.sum(deltas.bc**2) / steps),
+        delta_bc_rms=jnp.sqrt(jnp.sum(delta_bc**2) / steps),
         mean_square_pair=jnp.sum(jnp.where(good, weight**2 * norms, 0.0)) / count,
         start_step=seen.start_step[-1],
         starts=jnp.where(seen.started > 0, seen.start_step, -1),

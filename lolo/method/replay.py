@@ -1,4 +1,4 @@
-"""The replay buffer of inner states (lines 2-8 and 14 of Algorithm 1): one small ring per slot.
+"""The replay buffer of inner states (lines 2-8 and 14 of Algorithm 1): one small ring per slot, and who enters it.
 
 Everything here is written for one slot and vmapped over slots where it is used.
 """
@@ -6,11 +6,11 @@ Everything here is written for one slot and vmapped over slots where it is used.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lolo.trees import PyTree
 
@@ -84,3 +84,73 @@ def pop(buffer: Replay, key: Key[Array, ""]) -> tuple[PyTree, Replay]:
 
 Read = Callable[[Replay, jax.Array], tuple[PyTree, Replay]]
 READ_RULES: dict[str, Read] = {"oldest": oldest, "uniform": uniform, "newest": newest, "pop": pop}
+
+
+PushState = Any
+
+
+class PushRule(NamedTuple):
+    """When a state enters the buffer, at most one per truncation of L steps."""
+
+    start: Callable[[jax.Array, jax.Array], PushState]  # key, truncations of the unroll that starts -> its state
+    offset: Callable[[jax.Array, int], jax.Array]  # key, L -> the state before this step of a truncation may enter
+    # state, losses [2, L], which of them count [2, L], whether the unroll ended -> state; after each truncation
+    observe: Callable[[PushState, jax.Array, jax.Array, jax.Array], PushState]
+    due: Callable[[PushState, jax.Array], jax.Array]  # state after the truncation with this index -> whether it enters
+
+
+class Drawn(NamedTuple):
+    """The state of `RANDOM`."""
+
+    truncation: Int[Array, ""]  # int32: the truncation of this unroll in which a state enters
+
+
+def draw(key: Key[Array, ""], length: Int[Array, ""]) -> Drawn:
+    """One of the unroll's truncations, uniformly."""
+    return Drawn(jax.random.randint(key, (), 0, length))
+
+
+RANDOM = PushRule(
+    start=draw,
+    offset=lambda key, steps: jax.random.randint(key, (), 0, steps),
+    observe=lambda drawn, losses, counted, ended: drawn,
+    due=lambda drawn, position: drawn.truncation == position,
+)
+"""The paper's rule: the state before a random step of the unroll, uniform over its steps, once per unroll."""
+
+
+class Struggle(NamedTuple):
+    """The state of `STRUGGLE`: losses since the unroll began, of +ε and −ε. All zeros before the first."""
+
+    seen: Bool[Array, "2"]  # whether a loss has counted
+    lowest: Float[Array, "2"]  # the lowest so far
+    score: Float[Array, "2"]  # the worst rise above the lowest so far
+    due: Bool[Array, ""]  # in the last truncation the pair's mean score grew, or its unroll ended
+
+
+def no_losses_yet(key: Key[Array, ""], length: Int[Array, ""]) -> Struggle:
+    """The start of every unroll, fresh or from the buffer."""
+    return Struggle(jnp.zeros(2, bool), jnp.zeros(2), jnp.zeros(2), jnp.zeros((), bool))
+
+
+def watch(
+    state: Struggle, losses: Float[Array, "2 L"], counted: Bool[Array, "2 L"], ended: Bool[Array, ""]
+) -> Struggle:
+    """The state after L more losses of both signs, of which those that are `counted` count."""
+    before = jnp.where(state.seen, state.lowest, jnp.inf)
+    lowest = jnp.minimum(before[:, None], jax.lax.cummin(jnp.where(counted, losses, jnp.inf), axis=1))
+    rise = jnp.max(jnp.where(counted, losses - lowest, 0.0), axis=1)
+    seen, score = state.seen | jnp.any(counted, axis=1), jnp.maximum(state.score, rise)
+    due = ended | (jnp.mean(score) > jnp.mean(state.score))
+    return Struggle(seen, jnp.where(seen, lowest[:, -1], 0.0), score, due)
+
+
+STRUGGLE = PushRule(
+    start=no_losses_yet,
+    offset=lambda key, steps: jnp.int32(0),
+    observe=watch,
+    due=lambda state, position: state.due,
+)
+"""Where it got worse: the first state of a truncation in which the score of the pair grew, or the unroll ended."""
+
+PUSH_RULES: dict[str, PushRule] = {"random": RANDOM, "struggle": STRUGGLE}

@@ -39,6 +39,7 @@ class Architecture(NamedTuple):
     deployment: Mapping[str, Callable[[Any], Any]] = settings.NONE
     expert_decay: Callable[[Any], float] = lambda learner: 0.0  # decay per step that its expert must have too
     keeps_adam_moments: Callable[[Any], bool] = lambda learner: False  # so that adam-of-learner can be its expert
+    fixed_size: bool = False  # whether the size of a step is a setting: there is none to learn from an expert
     # The same optimizer, with its state in the form that users see.
     present: Callable[[optax.GradientTransformation], optax.GradientTransformation] = optax.with_extra_args_support
     # The same optimizer, under which entries that never had a gradient do not move; None: there is none.
@@ -79,6 +80,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         check=norm_fc_spec.check,
         deployment=norm_fc_spec.DEPLOYMENT,
         expert_decay=norm_fc_spec.expert_decay,
+        fixed_size=True,
     ),
     "sgd": Architecture(
         settings=base.SgdSettings,

@@ -32,7 +32,14 @@ NOT_NEGATIVE = (
     "validation.every",
     "validation.steps",
 )
-SHARES = ("replay.threshold", "outer.warmup", "imitation.start", "imitation.end", "imitation.floor")
+SHARES = (
+    "replay.threshold",
+    "outer.warmup",
+    "imitation.start",
+    "imitation.end",
+    "imitation.floor",
+    "imitation.magnitude",
+)
 
 
 def check(recipe: recipes.Recipe) -> None:
@@ -46,7 +53,6 @@ def check(recipe: recipes.Recipe) -> None:
         raise RecipeError(f"seed={recipe.seed} must be a whole number from 0 to {2**31 - 1}.")
     if not recipe.tasks or len(set(recipe.tasks)) < len(recipe.tasks):
         raise RecipeError(f"tasks={recipe.tasks} must name at least one task, none of them twice; see `lolo tasks`.")
-    pick({"random": None}, "replay.push", recipe.replay.push)
     check_validation(recipe)
     check_hand_over(recipe.imitation)
     check_unroll(recipe.unroll)
@@ -108,6 +114,11 @@ def check_learner(recipe: recipes.Recipe) -> None:
             "imitation.expert='adam-of-learner' reads small_fc's accumulators at the standard decays; "
             "use imitation.expert='adam'."
         )
+    if recipe.imitation.loss == "direction-magnitude" and row.fixed_size:
+        raise RecipeError(
+            f"imitation.loss='direction-magnitude' has nothing to teach learner.name={learner.name!r} about magnitude: "
+            "its step has the size of its learning rate; use imitation.loss='direction'."
+        )
 
 
 def build_expert(recipe: recipes.Recipe) -> experts.Expert | None:
@@ -162,25 +173,26 @@ def unroll_schedules(unroll: recipes.UnrollSettings, total: int) -> dict[str, Dr
 def build(recipe: recipes.Recipe) -> meta.Setup:
     """The functions and sizes of a recipe. Raises RecipeError."""
     check(recipe)
-    unroll, total, pairs = recipe.unroll, recipe.outer.steps, recipe.estimator.pairs
+    unroll, given, total, pairs = recipe.unroll, recipe.imitation, recipe.outer.steps, recipe.estimator.pairs
     longest = unroll.length // unroll.truncation
     first = tuple(-(-(p + 1) * longest // pairs) if unroll.stagger else longest for p in range(pairs))
 
     def alpha(field: str, name: str) -> Callable[[jax.Array], jax.Array]:
         schedule = pick(imitation.ALPHA_SCHEDULES, field, name)
-        return lambda step: schedule(step, total, recipe.imitation.start, recipe.imitation.end)
+        return lambda step: schedule(step, total, given.start, given.end)
 
     return meta.Setup(
         learned=architecture.build_learner(recipe.learner),
         expert=build_expert(recipe),
         estimator=pick(estimators.ESTIMATORS, "estimator.kind", recipe.estimator.kind)(recipe.estimator.sigma, pairs),
         outer=build_outer(recipe.outer),
-        alpha_mix=alpha("imitation.alpha_mix", recipe.imitation.alpha_mix),
-        alpha_loss=alpha("imitation.alpha_loss", recipe.imitation.alpha_loss),
-        imitation_loss=pick(imitation.IMITATION_LOSSES, "imitation.loss", recipe.imitation.loss),
-        floor=recipe.imitation.floor,
-        normalize=pick(imitation.NORMALIZERS, "imitation.normalize", recipe.imitation.normalize),
+        alpha_mix=alpha("imitation.alpha_mix", given.alpha_mix),
+        alpha_loss=alpha("imitation.alpha_loss", given.alpha_loss),
+        imitation_loss=pick(imitation.IMITATION_LOSSES, "imitation.loss", given.loss)(given.magnitude),
+        floor=given.floor,
+        normalize=pick(imitation.NORMALIZERS, "imitation.normalize", given.normalize),
         read=pick(replay.READ_RULES, "replay.read", recipe.replay.read),
+        push=pick(replay.PUSH_RULES, "replay.push", recipe.replay.push),
         capacity=recipe.replay.capacity,
         threshold=recipe.replay.threshold,
         truncation=unroll.truncation,

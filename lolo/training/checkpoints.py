@@ -15,7 +15,7 @@ import numpy as np
 from lolo.files import disk, tensors
 from lolo.files.disk import FileError
 from lolo.files.settings import diff
-from lolo.method import meta
+from lolo.method import meta, replay
 from lolo.runtime import environment, parallel
 from lolo.training import recipes, run_folder, slots
 from lolo.training.recipes import Recipe
@@ -214,8 +214,8 @@ def newest_checkpoint(
 
 def name_of(path: tuple[Any, ...]) -> str:
     """The name of a leaf of a MetaState in a checkpoint."""
-    # Checkpoints of format 1 know nothing of `Slots.local`.
-    return jax.tree_util.keystr(path).replace(".local", "")
+    # Checkpoints of format 1 know nothing of `Slots.local`, nor of push rules.
+    return jax.tree_util.keystr(path).replace(".local", "").replace(".push.", ".push_")
 
 
 def state_arrays(state: meta.MetaState) -> tuple[tensors.Arrays, tensors.Arrays]:
@@ -230,9 +230,14 @@ def state_arrays(state: meta.MetaState) -> tuple[tensors.Arrays, tensors.Arrays]
 
 
 def state_from_arrays(arrays: tensors.Arrays, like: meta.MetaState, source: str) -> meta.MetaState:
-    """The MetaState of `state_arrays`; `like` gives names, shapes and dtypes. Raises FileError."""
+    """The MetaState of `state_arrays`; `like` gives names, shapes and dtypes. Raises FileError.
+
+    A score of the push rule that is not there starts at zero, as it does in an unroll.
+    """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     named = [(name_of(path), leaf) for path, leaf in leaves]
+    scores = tuple(f".push_{field}" for field in replay.Struggle._fields)
+    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named if name.endswith(scores)} | arrays
     if set(arrays) != {name for name, _ in named}:
         odd = sorted(set(arrays) ^ {name for name, _ in named})
         raise FileError(f"{source}: tensors do not match the recipe; first difference: {odd[0]!r}.")

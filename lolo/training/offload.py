@@ -112,7 +112,7 @@ class Offloaded:
     def __init__(self, recipe: Recipe, setup: meta.Setup, state: meta.MetaState, over: Mesh) -> None:
         """`setup` and `state` (a start, or its shapes) have a capacity of 1. Raises RecipeError."""
         check(recipe)
-        self.rule, self.over = recipe.replay.read, over
+        self.rule, self.push, self.over = recipe.replay.read, setup.push, over
         self.buffers = empty(state, recipe.replay.capacity)
         self.specs = state_specs(state)
         self.step = compile_step(setup, state, over)
@@ -136,11 +136,10 @@ class Offloaded:
         state, metrics = self.step(tasks, state)
         slots = []
         for group, (own, ring) in enumerate(zip(state.slots, self.buffers, strict=True)):
-            drawn, position, dropped = jax.device_get(
-                (own.local.push_truncation, own.position, metrics.tasks.dropped[group])
-            )
+            push, position, dropped = jax.device_get((own.local.push, own.position, metrics.tasks.dropped[group]))
+            due = np.asarray(jax.vmap(self.push.due)(push, position - 1))
             states = own.local.replay.states
-            for slot in np.flatnonzero((drawn == position - 1) & (dropped == 0)):
+            for slot in np.flatnonzero(due & (dropped == 0)):
                 _push(ring, slot, jax.device_get(_take(states, slot)))
                 following = _next_states(ring, self.rule, np.array([slot]))
                 states = _put(states, slot, jax.tree.map(lambda x: x[0, 0], following))

@@ -27,7 +27,9 @@ class ImitationSettings:
     alpha_mix: str = "linear"  # α of Eq. 1: linear, zero (the expert steps) or one (the learned optimizer steps)
     alpha_loss: str = "linear"  # α of Eq. 3-4: linear, zero (imitation loss only) or one (task loss only)
     normalize: str = "slot"  # ψ of Eq. 5: slot, joint or none
-    loss: str = settings.added("squared")  # of imitation: squared (Eq. 2) or direction (1 - cosine of the two updates)
+    # Of imitation: squared (Eq. 2), direction (1 - cosine of the two updates) or direction-magnitude (their sizes too)
+    loss: str = settings.added("squared")
+    magnitude: float = settings.added(0.3)  # weight of the sizes in direction-magnitude; the direction has the rest
     start: float = settings.added(0.0)  # share of T at which a linear α leaves 0
     end: float = settings.added(1.0)  # share of T at which a linear α reaches 1
     floor: float = settings.added(0.0)  # least weight of the imitation loss in Eq. 4
@@ -43,7 +45,7 @@ class ReplaySettings:
     capacity: int = 4  # M, states per slot
     threshold: float = 0.1  # P_th: the share of unrolls that start from a random init
     read: str = "oldest"  # oldest, uniform, newest or pop
-    push: str = "random"  # when a state enters: at a random step of the unroll
+    push: str = "random"  # when a state enters: random (a random step of the unroll) or struggle (where it got worse)
 
 
 @dataclasses.dataclass(frozen=True)
