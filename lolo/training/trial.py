@@ -164,12 +164,14 @@ def judge(name: str, losses: Losses, imitates: bool, rate: float) -> list[Findin
 
 
 def compared(losses: Losses, ours: NDArray[np.float32], theirs: NDArray[np.float32], least: float) -> Verdict:
-    """Whether ours gained more than theirs by `least`, a share of the largest gain; paired by seed, 95 % t interval."""
+    """Whether ours gained more than theirs by `least`, a share of the larger gain; paired by seed, 95 % t interval."""
     gains, others = gain(losses, ours), gain(losses, theirs)
-    scale = max(gains.mean(), others.mean())
-    if scale == 0:
+    larger = np.maximum(gains, others)
+    if not larger.any():
         return Verdict.FAIL
-    difference = statistics.interval([float(x) for x in (gains - others) / scale], "seeds")
+    # By each seed's own scale: inits lie at different heights, and are not what is compared.
+    shares = (gains - others) / np.where(larger > 0, larger, 1.0)
+    difference = statistics.interval([float(x) for x in shares], "seeds")
     return above(difference.mean - difference.half, difference.mean + difference.half, least)
 
 
