@@ -51,9 +51,7 @@ EXIT_STATUS = {Verdict.OK: 0, Verdict.FAIL: 7, Verdict.SHORT: 8, Verdict.LEFT_OU
 def doctor_command(argv: list[str]) -> int:
     """lolo doctor RUN"""
 
-    def doctor_(
-        run: tyro.conf.Positional[Path], evaluate: bool = True, seconds: float = trial.SECONDS
-    ) -> int:
+    def doctor_(run: tyro.conf.Positional[Path], evaluate: bool = True, seconds: float = trial.SECONDS) -> int:
         """Whether a meta-training is healthy, in plain words, and what to try when it is not.
 
         It reads the log and the checkpoints, and trains each of the run's tasks from five inits with the run's φ, with

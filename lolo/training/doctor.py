@@ -20,7 +20,7 @@ from lolo.training.recipes import Recipe
 
 LEAST_BLOCKS = 5  # of whole unrolls, for an interval
 MOST_BLOCKS = 20  # longer ones instead, so that they are as good as independent
-LEAST_VALIDATIONS = 3  # for a trend
+LEAST_VALIDATIONS = 4  # for a trend
 
 
 class Log(NamedTuple):
@@ -59,15 +59,16 @@ def examine(run: Path) -> list[Finding]:
     if not steps:
         words = f"{run} has a recipe, but no outer step was done."
         return [Finding(Verdict.SHORT, words, (f"lolo resume {run}",), decides=True)]
-    return [
-        finished(run, steps, recipe.outer.steps),
-        validation_trend(validations) if validations else loss_trend(steps, recipe),
-        signal(steps, recipe),
-        dropped_pairs(steps, recipe.estimator.pairs * len(recipe.tasks)),
-        start_steps(steps, recipe),
-        alpha(steps, recipe),
-        checkpoints(run),
-    ]
+    with np.errstate(all="ignore"):  # numbers of any size; what is not finite is said to be so
+        return [
+            finished(run, steps, recipe.outer.steps),
+            validation_trend(validations) if validations else loss_trend(steps, recipe),
+            signal(steps, recipe),
+            dropped_pairs(steps, recipe.estimator.pairs * len(recipe.tasks)),
+            start_steps(steps, recipe),
+            alpha(steps, recipe),
+            checkpoints(run),
+        ]
 
 
 def outer_steps_per_unroll(recipe: Recipe) -> int:
@@ -84,8 +85,9 @@ def block_means(values: Sequence[float], recipe: Recipe) -> NDArray[np.float64]:
     unrolls = len(values) // unroll
     length = max(unrolls // MOST_BLOCKS, 1) * unroll
     blocks = len(values) // length
-    array = np.asarray(values, np.float64)
-    return array[len(array) - blocks * length :].reshape(blocks, length).mean(axis=1)
+    if not blocks:
+        return np.empty(0)
+    return np.asarray(values[-blocks * length :], np.float64).reshape(blocks, length).mean(axis=1)
 
 
 def finished(run: Path, steps: list[dict[str, Any]], total: int) -> Finding:
@@ -101,7 +103,7 @@ def finished(run: Path, steps: list[dict[str, Any]], total: int) -> Finding:
 def validation_trend(validations: list[dict[str, Any]]) -> Finding:
     """Whether the last validation is as good as the best.
 
-    What lies between them may be 2 %, or twice the median change from one validation to the next, if that is more.
+    What lies between them may be 2 %, or twice the median change between those before, if that is more.
     """
     measured = np.array([row["held_loss"] for row in validations], np.float64)
     finite = measured[np.isfinite(measured)]
@@ -113,7 +115,7 @@ def validation_trend(validations: list[dict[str, Any]]) -> Finding:
     if len(finite) < LEAST_VALIDATIONS:
         words += f"; a trend needs {LEAST_VALIDATIONS} validations."
         return Finding(Verdict.SHORT, words, ("a smaller validation.every",))
-    margin = max(0.02 * abs(best), 2 * float(np.median(np.abs(np.diff(finite)))))
+    margin = max(0.02 * abs(best), 2 * float(np.median(np.abs(np.diff(finite[:-1])))))
     if last <= best + margin:
         return Finding(Verdict.OK, f"{words}; as good as the best within {margin:.4f}.")
     advice = ("use best.safetensors", "a smaller outer.lr or outer.final_lr", "more estimator.pairs")
@@ -122,11 +124,11 @@ def validation_trend(validations: list[dict[str, Any]]) -> Finding:
 
 def loss_trend(steps: list[dict[str, Any]], recipe: Recipe) -> Finding:
     """Whether the training loss went up, where it can tell: in a run without expert and without replay."""
-    losses = [float(np.mean(row["task_loss"])) for row in steps]
+    losses = [float(np.mean(row["task_loss"])) for row in steps if not row["dropped"]]  # of dropped pairs it is 0
     blocks = block_means(losses, recipe)
     if len(blocks) < LEAST_BLOCKS:
-        words = f"task loss: {losses[0]:.4f} in the first outer step, {losses[-1]:.4f} in the last; fewer than "
-        return Finding(Verdict.SHORT, f"{words}{LEAST_BLOCKS} unrolls one after the other have no trend.")
+        words = f"task loss: {len(losses)} outer steps without dropped pairs hold {len(blocks)} unrolls one after the "
+        return Finding(Verdict.SHORT, f"{words}other; a trend needs {LEAST_BLOCKS}.")
     words = f"task loss: {blocks[0]:.4f} in the first unrolls, {blocks[-1]:.4f} in the last"
     if recipe.replay.threshold < 1 or steps[0]["alpha_mix"] < 1:
         words += "; it follows the expert and the start steps too, and tells nothing of φ."
@@ -150,7 +152,7 @@ def signal(steps: list[dict[str, Any]], recipe: Recipe) -> Finding:
     if pairs == 1:
         return Finding(Verdict.SHORT, "signal-to-noise of the meta-gradient: can't be told from one pair.")
     ratios = [row["signal_to_noise"] for row in steps if not row["dropped"]]
-    shares = [x / (1 + x) for x in ratios if math.isfinite(x)]
+    shares = [x / (1 + x) for x in ratios if 0 <= x < math.inf]
     blocks = block_means(shares, recipe)
     words = "signal-to-noise of the sum of all meta-gradients"
     if len(blocks) < LEAST_BLOCKS:

@@ -29,7 +29,9 @@ from lolo.training.findings import Finding, Verdict, above
 from lolo.training.recipes import Recipe
 from lolo.trees import PyTree
 
-SEEDS = tuple(range(910_000, 910_005))  # of evaluation; no validation, no pick of a learning rate and no report has them
+SEEDS = tuple(
+    range(910_000, 910_005)
+)  # of evaluation; no validation, no pick of a learning rate and no report has them
 MOST_STEPS = 2_000  # inner steps of each run; twice the unroll, if that is less
 POINTS = 20  # of each curve; a quarter of the steps is one of them
 ADAM_RATES = (1e-3, 1e-2, 1e-1)
@@ -56,9 +58,7 @@ class Losses(NamedTuple):
     adam_early: dict[float, NDArray[np.float32]]  # Adam after a quarter of the steps, by its rate
 
 
-def examine(
-    run: Path, seconds: float = SECONDS, on_steps: OnSteps = lambda task, done, total: None
-) -> list[Finding]:
+def examine(run: Path, seconds: float = SECONDS, on_steps: OnSteps = lambda task, done, total: None) -> list[Finding]:
     """Findings about what φ, `last.safetensors`, does on each meta-training task.
 
     Raises RunError, FileError, RecipeError.
