@@ -1,6 +1,7 @@
 """`lolo doctor`: each check says ok, fail or too short to say by its rule, and the run's verdict follows from them."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from helpers import same, small
 
 from lolo.cli import show
 from lolo.cli.main import main
-from lolo.optimizers import pretrained
+from lolo.files.disk import FileError
 from lolo.tasks.small import quadratic
 from lolo.training import doctor, findings, loop, recipes, run, trial
 from lolo.training.findings import Finding, Verdict
@@ -293,6 +294,14 @@ def test_a_run_from_given_weights_does_not_claim_to_know_its_start(tmp_path, fol
     recipe = small(recipes.NAIVE, {"outer.steps": 1, "validation.every": 0})
     loop.train(recipe, tmp_path / "run", init=folder / "last.safetensors")
     assert "with no step at all" in trial.examine(tmp_path / "run")[0].what
+
+
+def test_weights_of_another_learner_are_refused(tmp_path, folder):
+    other = recipes.to_dict(small(recipes.NAIVE, {"learner.name": "small_fc"}))
+    (tmp_path / "recipe.json").write_text(json.dumps(other))
+    (tmp_path / "last.safetensors").write_bytes((folder / "last.safetensors").read_bytes())
+    with pytest.raises(FileError, match="last.safetensors"):
+        trial.examine(tmp_path)
 
 
 def test_without_weights_there_is_nothing_to_try(tmp_path, folder):

@@ -66,8 +66,8 @@ def doctor_command(argv: list[str]) -> int:
 
         Args:
           run: the run's folder.
-          evaluate: train the tasks too; --no-evaluate only reads, in a second, and can't call a run healthy.
-          seconds: limit of the time that training the tasks may take; it is about 20 on one core for fashion-mlp.
+          evaluate: train the tasks too; --no-evaluate only reads the folder, and can't call a run healthy.
+          seconds: limit of the time that training the tasks may take; about 35 on one core for fashion-mlp.
         """
         began = time.monotonic()
         if evaluate:

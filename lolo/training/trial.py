@@ -22,16 +22,14 @@ from lolo.data.errors import DataError
 from lolo.evaluation import baselines, long_runs, statistics
 from lolo.method import meta
 from lolo.method.task import Splits, TaskError
-from lolo.optimizers import architecture, pretrained
+from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.tasks.by_name import resolve
 from lolo.training import build, recipes, run_folder
 from lolo.training.findings import Finding, Verdict, above
 from lolo.training.recipes import Recipe
 from lolo.trees import PyTree
 
-SEEDS = tuple(
-    range(910_000, 910_005)
-)  # of evaluation; no validation, no pick of a learning rate and no report has them
+SEEDS = tuple(range(910_000, 910_005))  # of evaluation; no validation, pick of a rate or report has them
 MOST_STEPS = 2_000  # inner steps of each run; twice the unroll, if that is less
 POINTS = 20  # of each curve; a quarter of the steps is one of them
 ADAM_RATES = (1e-3, 1e-2, 1e-1)
@@ -70,6 +68,8 @@ def examine(run: Path, seconds: float = SECONDS, on_steps: OnSteps = lambda task
         words = "what φ does: there is no last.safetensors."
         return [Finding(Verdict.LEFT_OUT, words, (f"lolo resume {run}",), decides=True)]
     weights = pretrained.load(path)
+    shapes = architecture.of(recipe.learner).shapes(recipe.learner)
+    weights_file.check_meta_params(weights.meta_params, recipe.learner.name, shapes, str(path))
     first = None if run_folder.read_about(run).get("init") is not None else first_meta_params(recipe)
     deadline, findings = time.monotonic() + seconds, list[Finding]()
     for name in recipe.tasks:
@@ -196,7 +196,7 @@ def against_the_start(name: str, losses: Losses) -> Finding:
 def against_the_expert(name: str, losses: Losses) -> Finding:
     """Whether φ gets at least as far as its expert does in a quarter of the steps."""
     words = (
-        f"{name}: its expert has {loss_of(losses.expert)} after {losses.steps} steps, and "
+        f"{name}: the recipe's expert has {loss_of(losses.expert)} after {losses.steps} steps, and "
         f"{loss_of(losses.expert_early)} after a quarter of them, which φ must reach."
     )
     verdict = compared(losses, losses.trained, losses.expert_early, -MARGIN)
