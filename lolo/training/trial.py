@@ -67,15 +67,15 @@ def examine(run: Path, seconds: float = SECONDS, on_steps: OnSteps = lambda task
     if not path.is_file():
         words = "what φ does: there is no last.safetensors."
         return [Finding(Verdict.LEFT_OUT, words, (f"lolo resume {run}",), decides=True)]
-    weights = pretrained.load(path)
+    trained = weights_file.read_weights(path).meta_params
     shapes = architecture.of(recipe.learner).shapes(recipe.learner)
-    weights_file.check_meta_params(weights.meta_params, recipe.learner.name, shapes, str(path))
+    weights_file.check_meta_params(trained, recipe.learner.name, shapes, str(path))
     first = None if run_folder.read_about(run).get("init") is not None else first_meta_params(recipe)
     deadline, findings = time.monotonic() + seconds, list[Finding]()
     for name in recipe.tasks:
         try:
             splits = resolve(name, run_folder.task_folders(run))
-            losses = measure(name, splits, recipe, weights.meta_params, first, deadline, on_steps)
+            losses = measure(name, splits, recipe, trained, first, deadline, on_steps)
         except (TaskError, DataError) as error:  # its file or its data are not here, or were given in Python
             findings.append(Finding(Verdict.LEFT_OUT, f"{name}: {error}", decides=True))
             continue
