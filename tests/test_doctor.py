@@ -122,6 +122,18 @@ def test_the_noise_of_two_tasks_is_that_of_all_their_pairs():
     assert signal(ratios(0.3, 400, 6, seed=0), two) is OK and signal(ratios(0.3, 400, 6, seed=0), NAIVE) is FAIL
 
 
+@pytest.mark.parametrize("kind, verdict", [("es", OK), ("pes", SHORT)])
+def test_truncations_of_one_update_are_pairs_where_their_noise_is_their_own(kind, verdict):
+    """Twelve pairs of a signal below the noise of three: with PES they may be three, so that it can't be said."""
+    whole = dataclasses.replace(
+        NAIVE,
+        unroll=dataclasses.replace(NAIVE.unroll, truncations_per_update=4),
+        estimator=dataclasses.replace(NAIVE.estimator, kind=kind),
+    )
+    assert signal(ratios(0.3, 400, 12, seed=0), whole) is verdict
+    assert signal(ratios(0.0, 40, 12, seed=0), whole) is not OK
+
+
 # Losses.
 
 

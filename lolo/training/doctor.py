@@ -147,9 +147,15 @@ def signal(steps: list[dict[str, Any]], recipe: Recipe) -> Finding:
     q = ‖mean‖² / mean ‖g_pair‖² over the n pairs of all tasks is 1/n on average where the pairs' signs are chance,
     however large each pair is. ρ = (n·q − 1) / (n − 1) is then the share of a pair's square that all pairs agree on,
     and T meta-gradients that point one way sum up to a signal-to-noise of n·T·ρ / (1 − ρ).
+
+    J truncations of an update count as J pairs where each has a noise of its own, which ES alone promises. Otherwise n
+    lies between, and the interval is that of both ends.
     """
-    pairs = recipe.estimator.pairs * len(recipe.tasks)
-    if pairs == 1:
+    fewest = recipe.estimator.pairs * len(recipe.tasks)
+    most = fewest * recipe.unroll.truncations_per_update
+    if recipe.estimator.kind == "es":
+        fewest = most
+    if fewest == 1:
         return Finding(Verdict.SHORT, "signal-to-noise of the meta-gradient: can't be told from one pair.")
     ratios = [row["signal_to_noise"] for row in steps if not row["dropped"]]
     shares = [x / (1 + x) for x in ratios if 0 <= x < math.inf]
@@ -160,12 +166,14 @@ def signal(steps: list[dict[str, Any]], recipe: Recipe) -> Finding:
         return Finding(Verdict.SHORT, f"{words}; an interval needs {LEAST_BLOCKS}.", ("more outer.steps",))
     measured = statistics.interval([float(x) for x in blocks], "blocks")
 
-    def summed(share: float) -> float:
+    def summed(share: float, pairs: int) -> float:
         agreed = min(max((pairs * share - 1) / (pairs - 1), 0.0), 1 - 1e-6)
         return pairs * len(steps) * agreed / (1 - agreed)
 
-    low, high = summed(measured.mean - measured.half), summed(measured.mean + measured.half)
-    words += f": {summed(measured.mean):.1f}, 95 % interval {low:.1f} to {high:.1f}, from {len(blocks)} blocks of "
+    low, high = summed(measured.mean - measured.half, fewest), summed(measured.mean + measured.half, most)
+    words += (
+        f": {summed(measured.mean, fewest):.1f}, 95 % interval {low:.1f} to {high:.1f}, from {len(blocks)} blocks of "
+    )
     verdict = above(low, high, 1.0)
     advice = ("more estimator.pairs", "a larger estimator.sigma", "more outer.steps", "estimator.kind nres")
     return Finding(verdict, f"{words}unrolls; must be above 1.", () if verdict is Verdict.OK else advice)
