@@ -62,7 +62,7 @@ CASES = {
     "a loss that nothing changes": Case(False, "naive", {"tasks": (f"{TASK}unconnected",)}),
     "one pair, and noise": Case(False, "naive", {"tasks": (f"{TASK}drowned",), "estimator.pairs": 1}),
 }
-"""By name. The eleventh bad one, which passed seven checks of an earlier doctor, is a test by itself."""
+"""By name. An eleventh bad one, which passed seven checks of an earlier doctor, is a test by itself."""
 
 
 def make(case):
@@ -73,7 +73,7 @@ def make(case):
 
 
 def is_good(folder, recipe, points=40):
-    """Whether φ beats its init, its start and its expert's first quarter by 1 %, on each of five other seeds.
+    """Whether φ beats its init, its start and its expert's first quarter by 1 %, on at least four of five other seeds.
 
     All are measured on the test split, after twice the doctor's steps unless `points` is less. The rule is that of the
     doctor; seeds, split and steps are not. As many seeds and as long windows as the doctor has: nothing is compiled.
@@ -92,7 +92,7 @@ def is_good(folder, recipe, points=40):
     still = curves(trial.stand_still, [0.0], 1)[0, :, 0]
     early = curves(trial.expert_maker(recipe.imitation, decay), [0.0], points // 4)[0, :, -1]
     ours, start = curves(pretrained.maker(recipe.learner), [trained, trial.first_meta_params(recipe)], points)[:, :, -1]
-    return bool((ours < 0.99 * np.minimum(still, start)).all() and (ours < 0.99 * early).all())
+    return bool((ours < 0.99 * np.minimum(np.minimum(still, start), early)).sum() >= 4)
 
 
 def examined(folder, recipe):
