@@ -95,8 +95,8 @@ def test_an_output_folder_with_a_run_is_refused(tmp_path, capsys):
     assert status == 0 and out.strip() == f"{tmp_path}/run/last.safetensors"
     status, _, err = run(capsys, "train", "lolo", *small, "--seed", "3")
     assert status == 2 and "already holds a run (seed: 0 there, 3 requested)" in err
-    status, out, _ = run(capsys, "doctor", str(tmp_path / "run"))
-    assert status == 0 and "1 of 1 outer steps done" in out
+    status, out, _ = run(capsys, "doctor", str(tmp_path / "run"), "--no-evaluate")
+    assert status == 7 and "1 of 1 outer steps done" in out and "left out by --no-evaluate" in out
 
 
 def test_an_evaluation_is_refused_before_it_runs_where_it_can_not_be_written(tmp_path, capsys):

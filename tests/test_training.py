@@ -18,6 +18,7 @@ from lolo.method.task import TaskError
 from lolo.optimizers import pretrained, weights_file
 from lolo.tasks.small import quadratic
 from lolo.training import checkpoints, doctor, loop, recipes, run_folder, run_log
+from lolo.training.findings import Verdict
 from lolo.training.how import How
 from lolo.training.loop import DivergedError
 from lolo.training.run import check_init
@@ -316,7 +317,7 @@ def test_bad_numbers_in_one_task_leave_the_others_work_alone(tmp_path):
     assert {bad["task"] for row in rows for bad in row["first_bad"]} == {"poisoned"}
     assert all(np.isfinite(x).all() for x in result.weights.meta_params.values())
     findings = doctor.examine(tmp_path / "run")
-    assert any("50.00 % of all" in finding.what and not finding.good for finding in findings)
+    assert any("50.00 % of all" in finding.what and finding.verdict is Verdict.FAIL for finding in findings)
 
 
 # --- validation tasks -----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from lolo.method import meta
 from lolo.optimizers import interop, pretrained, weights_file
 from lolo.studies import rows
 from lolo.tasks.small import quadratic
-from lolo.training import build, checkpoints, doctor, loop, run_folder
+from lolo.training import build, checkpoints, doctor, findings, loop, run_folder
 from lolo.training.run_folder import RunError
 
 OURS = (FileError, RecipeError, RunError)
@@ -106,8 +106,8 @@ class Reader(NamedTuple):
 READERS = [
     Reader("recipe.json", lambda folder, _: run_folder.read_recipe(folder), json_mutated),
     Reader("recipe.json", lambda folder, _: run_folder.read_recipe(folder), mutated),
-    Reader("log.jsonl", lambda folder, _: doctor.report(doctor.examine(folder)), lines_mutated),
-    Reader("log.jsonl", lambda folder, _: doctor.report(doctor.examine(folder)), mutated),
+    Reader("log.jsonl", lambda folder, _: findings.report(doctor.examine(folder)), lines_mutated),
+    Reader("log.jsonl", lambda folder, _: findings.report(doctor.examine(folder)), mutated),
     Reader("rows.jsonl", lambda folder, _: rows.load_rows(folder / "rows.jsonl"), lines_mutated),
     Reader(f"{CHECKPOINT}/manifest.json", lambda folder, _: checkpoints.read_checkpoint(folder, STEP), json_mutated),
     Reader(f"{CHECKPOINT}/state.safetensors", lambda folder, _: checkpoints.read_checkpoint(folder, STEP), mutated),

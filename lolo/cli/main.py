@@ -41,7 +41,9 @@ COMMANDS: dict[str, Command] = {
         "OPTIMIZER... --task T", "long runs from the same inits and batches: table, rows, curves", eval_command
     ),
     "report": Command("FOLDER...", "runs, evaluations and studies as one HTML page", report_command),
-    "doctor": Command("RUN", "whether a run is healthy, in plain words", doctor_command),
+    "doctor": Command(
+        "RUN", "whether a run is healthy, and its φ better than its start; status 0, 7 or 8", doctor_command
+    ),
     "bench": Command("", "speed on this machine, as ratios within one run", bench_command),
     "data": Command(
         "prepare NAME --to DIR", "read a data set once: ImageNet-32, FineWeb, IDX, text, ...", data_command
@@ -72,7 +74,8 @@ def help_text() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0 done, 2 bad input, 3 stopped on request, 4 numbers gone bad,
-    5 the disk, 6 a process of several lost, 130 interrupted, 141 the reader of the output has left."""
+    5 the disk, 6 a process of several lost, 7 a run that is not healthy, 8 one of which that can't be said,
+    130 interrupted, 141 the reader of the output has left."""
     streams.set_up()
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -27,6 +27,7 @@ from lolo.studies import definitions, tables
 from lolo.studies.rows import load_rows
 from lolo.training import doctor, recipes, run_folder
 from lolo.training.build import check
+from lolo.training.findings import Finding, Verdict
 from lolo.training.recipes import Recipe
 
 MAX_OPTIMIZERS = 32  # in one evaluation: a chart has that many distinct lines
@@ -146,13 +147,13 @@ def facts(run: RunFolder) -> Html:
     return tag("p", words)
 
 
-def findings_list(findings: Sequence[doctor.Finding]) -> Html:
-    """Health, in the words of `lolo doctor`."""
+def findings_list(findings: Sequence[Finding]) -> Html:
+    """Health, in the words of `lolo doctor --no-evaluate`."""
     items = []
     for finding in findings:
-        word, kind = ("ok", "good") if finding.good else ("look", "look")
-        advice = [tag("ul", *(tag("li", f"try: {one}") for one in finding.try_))] if finding.try_ else []
-        items.append(tag("li", tag("strong", word, class_=kind), f" {finding.what}", *advice))
+        kind = "good" if finding.verdict is Verdict.OK else "look"
+        advice = [tag("ul", *(tag("li", f"try: {one}") for one in finding.advice))] if finding.advice else []
+        items.append(tag("li", tag("strong", finding.verdict.value, class_=kind), f" {finding.what}", *advice))
     return tag("ul", join(items), class_="findings")
 
 

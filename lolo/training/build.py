@@ -125,11 +125,14 @@ def build_expert(recipe: recipes.Recipe) -> experts.Expert | None:
     """The expert, or None where both α ≡ 1 and nothing is left to imitate: it would only cost time and memory."""
     if recipe.imitation.alpha_mix == recipe.imitation.alpha_loss == "one" and recipe.imitation.floor == 0:
         return None
-    given = recipe.imitation
+    return expert_of(recipe.imitation, architecture.of(recipe.learner).expert_decay(recipe.learner))
+
+
+def expert_of(given: recipes.ImitationSettings, decay: float) -> experts.Expert:
+    """The expert of a recipe, whether or not anything imitates it. `decay`: weight decay per step, as the learner's."""
     make_rate = pick(experts.RATES, "imitation.schedule", given.schedule)
     rate = make_rate(given.lr, given.final_lr, given.decay_steps)
     expert = pick(experts.EXPERTS, "imitation.expert", given.expert)(rate)
-    decay = architecture.of(recipe.learner).expert_decay(recipe.learner)
     return experts.with_decay(expert, decay) if decay else expert
 
 
