@@ -19,7 +19,7 @@ import optax
 from numpy.typing import NDArray
 
 from lolo.data.errors import DataError
-from lolo.evaluation import baselines, long_runs, statistics
+from lolo.evaluation import long_runs, rivals, statistics
 from lolo.method import meta
 from lolo.method.task import Splits, TaskError
 from lolo.optimizers import architecture, pretrained, weights_file
@@ -89,7 +89,7 @@ def examine(run: Path, seconds: float = SECONDS, on_steps: OnSteps = lambda task
 
 def first_meta_params(recipe: Recipe) -> PyTree:
     """φ before the first outer step, as the run drew it from its seed."""
-    return meta.meta_init(build.build(recipe), (), jax.random.key(recipe.seed)).meta_params
+    return meta.first_params(architecture.build_learner(recipe.learner), jax.random.key(recipe.seed))
 
 
 @functools.cache
@@ -137,7 +137,7 @@ def measure(
 
     decay = architecture.of(recipe.learner).expert_decay(recipe.learner)
     initial = curves(stand_still, [0.0], window)[0, :, -1]
-    adam = curves(baselines.adam, [{"lr": rate} for rate in ADAM_RATES], quarter)
+    adam = curves(rivals.maker("adam"), [{"lr": rate, "weight_decay": 0.0} for rate in ADAM_RATES], quarter)
     expert = curves(expert_maker(recipe.imitation, decay), [0.0], steps)[0]
     learned = curves(pretrained.maker(recipe.learner), phis, steps)
     return Losses(
