@@ -3,12 +3,15 @@
 import json
 import time
 
+import jax.numpy as jnp
 import pytest
 from test_training import SMALL, small
 
 from lolo.bench import speed
 from lolo.cli import main as cli
 from lolo.files.settings import RecipeError
+from lolo.method import meta
+from lolo.method.inner import InnerState
 from lolo.optimizers import small_fc
 from lolo.runtime import parallel
 from lolo.training import run_folder
@@ -45,6 +48,35 @@ def test_the_lanes_of_both_forms_compute_the_same():
 def test_a_new_process_times_its_first_outer_step_and_later_ones(tmp_path):
     first, median = speed.child(1, 2, str(tmp_path), pin=True)
     assert first > median > 0
+
+
+def test_architectures_are_compared_on_one_task_in_one_run(monkeypatch):
+    built = []
+
+    def outer_step(recipe):
+        built.append(recipe)
+        params, state = jnp.zeros((16, 10)), jnp.zeros((16, 30 if recipe.learner.name == "norm_fc" else 40))
+        inner = InnerState(params, (), state, (), jnp.zeros(16))
+        local = meta.LocalSlots(inner, (), ())
+        slots = meta.Slots(local, (), position=0, length=0, fresh=0)
+        return speed.OuterStep(lambda: 0, meta.MetaState({}, (), (slots,), 0, 0, 0), 0)
+
+    seconds = {"small_fc": 0.8, "norm_fc, plain": 0.4, "norm_fc, Newton-Schulz": 1.6}
+    monkeypatch.setattr(speed, "outer_step", outer_step)
+    monkeypatch.setattr(speed, "in_turns", lambda calls, rounds: {name: seconds[name] for name in calls})
+    lines = {line.what: line.value for line in speed.bench_architectures(["quadratic"])}
+    assert lines == {
+        "quadratic: state of small_fc": 4.0,
+        "quadratic: state of norm_fc, plain": 3.0,
+        "quadratic: state of norm_fc, Newton-Schulz": 3.0,
+        "quadratic: inner steps with small_fc": 1000.0,
+        "quadratic: inner steps with norm_fc, plain": 2000.0,
+        "quadratic: inner steps with norm_fc, Newton-Schulz": 500.0,
+        "quadratic: speed of norm_fc, plain / small_fc": 2.0,
+        "quadratic: speed of norm_fc, Newton-Schulz / small_fc": 0.5,
+    }
+    assert [recipe.tasks for recipe in built] == [("quadratic",)] * 3
+    assert [getattr(recipe.learner, "orthogonal", None) for recipe in built] == [None, False, True]
 
 
 def test_numbers_are_written_with_their_machine_and_unknown_parts_refused(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ from lolo.bench.timing import Line, interleaved
 from lolo.files import disk, jsonl, settings
 from lolo.method import meta
 from lolo.method.task import Splits, Task
-from lolo.optimizers import small_fc
+from lolo.optimizers import norm_fc, small_fc
 from lolo.runtime import parallel
 from lolo.runtime.environment import provenance
 from lolo.studies import plots
@@ -253,20 +253,61 @@ def bench_blocks(rounds: int = 20) -> list[Line]:
     ]
 
 
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "small_fc": {"learner.name": "small_fc"},
+    "norm_fc, plain": {"learner.name": "norm_fc", "learner.orthogonal": False},
+    "norm_fc, Newton-Schulz": {"learner.name": "norm_fc", "learner.orthogonal": True},
+}
+"""What `lolo bench architectures` compares: recipe fields."""
+
+
+def bench_architectures(
+    tasks: Sequence[str] = ("fashion-mlp", "fashion-conv", "books-transformer"), rounds: int = 20
+) -> Iterator[Line]:
+    """Inner steps per second of naive-LO by architecture, all devices together, and the state of a trajectory."""
+    for task in tasks:
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, fields in ARCHITECTURES.items():
+            recipe = on(task, "naive")
+            for field, value in fields.items():
+                recipe = settings.with_field(recipe, field, value)
+            step = outer_step(recipe)
+            calls[name] = step.call
+            learner = count_bytes(step.state.slots[0].local.inner.learner) / (2 * PAIRS)
+            params = count_bytes(step.state.slots[0].local.inner.params) / (2 * PAIRS)
+            yield Line(f"{task}: state of {name}", learner / params, "times the parameters' bytes")
+        medians = in_turns(calls, rounds)
+        for name, seconds in medians.items():
+            rate = 2 * PAIRS * recipe.unroll.truncation / seconds
+            yield Line(f"{task}: inner steps with {name}", rate, "inner steps/s", f"n={rounds}")
+        for name in list(ARCHITECTURES)[1:]:
+            yield Line(f"{task}: speed of {name} / small_fc", medians["small_fc"] / medians[name], "x")
+
+
 def bench_inference() -> list[Line]:
-    """The optimizer's step at inference (optax, jitted) against optax.adamw on MLPs of 1M and 10M parameters."""
+    """The optimizer's step at inference (optax, jitted) on MLPs of 1M and 10M parameters, beside AdamW and Muon."""
+    learned = {
+        "lolo": small_fc.small_fc(),
+        "norm_fc, plain": norm_fc.norm_fc(orthogonal=False),
+        "norm_fc, Newton-Schulz": norm_fc.norm_fc(),
+    }
+    optimizers = {name: one.optimizer(one.init(jax.random.key(0))) for name, one in learned.items()}
+    rivals = {"adamw": optax.adamw(1e-3), "muon": optax.contrib.muon(1e-3)}
     lines = []
     for label, widths in {"1M": (784, 640, 640, 128, 10), "10M": (1024, 2560, 2560, 256, 10)}.items():
         params = models.mlp(widths).init(jax.random.key(0))[0]
         grads = jax.tree.map(lambda x: 0.01 * x, params)
         calls: dict[str, Callable[[], Any]] = {}
-        phi = small_fc.small_fc().init(jax.random.key(0))
-        for name, optimizer in {"lolo": small_fc.small_fc().optimizer(phi), "adamw": optax.adamw(1e-3)}.items():
+        for name, optimizer in {**optimizers, **rivals}.items():
             state = optimizer.init(params)
             calls[name] = partial(jax.jit(optimizer.update), grads, state, params)
+            lines.append(Line(f"state on {label} parameters: {name}", count_bytes(state) / 1e6, "MB"))
         times = interleaved(calls, 6.0)
         lines += [Line(f"step on {label} parameters: {name}", 1000 * t, "ms") for name, t in times.items()]
-        lines.append(Line(f"step on {label} parameters: lolo / adamw", times["lolo"] / times["adamw"], "x"))
+        for name in learned:
+            lines.append(Line(f"step on {label} parameters: {name} / adamw", times[name] / times["adamw"], "x"))
+        ratio = times["norm_fc, Newton-Schulz"] / times["muon"]
+        lines.append(Line(f"step on {label} parameters: norm_fc, Newton-Schulz / muon", ratio, "x"))
     return lines
 
 
@@ -330,6 +371,7 @@ def bench_torch(seconds: float = 12.0) -> Iterator[Line]:
 PARTS: dict[str, Callable[[], Iterable[Line]]] = {
     "update": bench_update,
     "methods": bench_methods,
+    "architectures": bench_architectures,
     "use": bench_inference,
     "torch": bench_torch,
     "start": bench_start_and_cores,

@@ -119,9 +119,10 @@ def bench_command(argv: list[str]) -> int:
         """Measure speed on this machine: ratios within one run, medians.
 
         Args:
-          parts: update (our form against the textbook's), methods (LoLO against NAIVE), use (a step in optax), torch (a
-            step in PyTorch, if installed), start (first step, cores), blocks (slots_per_block), growth (pairs,
-            truncation, tasks, parameters); all if none is named.
+          parts: update (our form against the textbook's), methods (LoLO against NAIVE), architectures (inner steps of
+            meta-training by architecture), use (a step in optax), torch (a step in PyTorch, if installed), start
+            (first step, cores), blocks (slots_per_block), growth (pairs, truncation, tasks, parameters); all if none is
+            named.
           out: JSON file for the numbers; a picture of the growth goes beside it.
         """
         environment.set_up()
