@@ -65,6 +65,66 @@ def test_a_rival_s_name_holds_its_schedule_and_settings():
     )  # where rows have been kept so far
 
 
+OWN = """
+import optax
+from beside import MOMENTUM
+
+def mine(lr: float = 0.1, steps: int = 1):
+    return optax.sgd(optax.cosine_decay_schedule(lr, steps), MOMENTUM)
+
+def nothing():
+    return 3
+
+def broken():
+    return absent
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "beside.py").write_text("MOMENTUM = 0.9")
+    return tmp_path / "own.py"
+
+
+def test_a_user_s_own_optimizer_runs_beside_the_others_and_knows_the_horizon(own_file, tmp_path):
+    name = f"{own_file}:mine:lr=0.2"
+    rows, weights = comparisons.evaluate(
+        candidates.read([name, "sgdm-cosine:0.2"]), "quadratic", 200, 2, parts=tmp_path / "parts"
+    )
+    assert [row.optimizer for row in rows] == ["own.py:mine:lr=0.2"] * 2 + ["sgdm-cosine 0.2"] * 2 and not weights
+    for mine, theirs in zip(rows[:2], rows[2:], strict=True):
+        np.testing.assert_allclose(mine.train_curve, theirs.train_curve, rtol=1e-4)
+
+
+def test_rows_of_a_user_s_optimizer_are_kept_until_its_file_changes(own_file, tmp_path, monkeypatch):
+    name, parts = f"{own_file}:mine", tmp_path / "parts"
+    first, _ = comparisons.evaluate(candidates.read([name]), "quadratic", 100, 1, parts=parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(long_runs, "compare", lambda *args, **kwargs: pytest.fail("ran"))
+        assert comparisons.evaluate(candidates.read([name]), "quadratic", 100, 1, parts=parts)[0] == first
+    own_file.write_text(OWN.replace("MOMENTUM)", "0.5)"))
+    again, _ = comparisons.evaluate(candidates.read([name]), "quadratic", 100, 1, parts=parts)
+    assert again != first
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("mine:rate=1", "'rate=1' is no setting of 'mine'"),
+        ("mine:lr=fast", "must be a number, such as 0.1"),
+        ("absent", "has no function 'absent'; define one that returns an optax optimizer"),
+        ("nothing", "returned int; expected an optax optimizer"),
+        ("broken", "failed with NameError: name 'absent' is not defined"),
+    ],
+)
+def test_a_user_s_optimizer_that_can_t_be_used_is_refused_before_the_first_run(own_file, words, message):
+    with pytest.raises(ValueError, match=message):
+        candidates.read([f"{own_file}:{words}"])
+    with pytest.raises(ValueError, match=r"optimizer file .*none.py does not exist"):
+        candidates.read(["none.py:mine"])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

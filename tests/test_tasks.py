@@ -362,7 +362,7 @@ def test_a_task_file_imports_its_neighbours_and_those_of_another_folder_are_othe
         (tmp_path / folder / "later.py").write_text("MORE = 1\n")
     for folder, size in (("a", 4), ("b", 6), ("a", 4)):
         assert by_name.resolve(f"{tmp_path}/{folder}/mine.py:make").train.data.shape == (1000, size)
-    assert set(sys.modules) - before <= {"lolo_task_mine"}
+    assert set(sys.modules) - before <= {"lolo_user_task_mine"}
 
 
 def test_a_neighbour_that_is_missing_is_named(tmp_path):

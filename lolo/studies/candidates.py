@@ -1,22 +1,25 @@
 """Optimizers by name, as `lolo eval` and studies take them: weights with deployment settings, or a rival.
 
 `lolo-small`, `FILE:clock_limit=10000,weight_decay=0.1,schedule=cosine`, `FILE:step_scale=2,freeze_unseen=true`,
-`FILE:untrained=true`, `adamw:1e-3`, `adamw-cosine:grid`, `muon-warmup-cosine:1e-3,weight_decay=0.1`.
+`FILE:untrained=true`, `adamw:1e-3`, `adamw-cosine:grid`, `muon-warmup-cosine:1e-3,weight_decay=0.1`; or a function of a
+user's file that returns an optax optimizer, `path.py:mine`, `path.py:mine:lr=0.01`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import optax
 
 from lolo.evaluation import long_runs, rivals, schedules
 from lolo.evaluation.long_runs import Candidate
-from lolo.files import settings
+from lolo.files import settings, user_code
 from lolo.files.settings import RecipeError
 from lolo.method import meta
 from lolo.method.task import Splits
@@ -96,7 +99,15 @@ class NamedRival(NamedTuple):
     warmup: float = schedules.WARMUP
 
 
-Named: TypeAlias = NamedWeights | NamedRival
+class NamedFunction(NamedTuple):
+    """A user's function that returns an optax optimizer. Equal names stand for equal code."""
+
+    label: str  # file, function and settings: "path.py:mine:lr=0.01"
+    sha256: str  # of its file
+    make: Callable[[int], optax.GradientTransformation]  # steps of the run -> the optimizer
+
+
+Named: TypeAlias = NamedWeights | NamedRival | NamedFunction
 
 
 def read(names: Sequence[str | Path], methods: Mapping[str, str] = settings.NONE) -> dict[str, Named]:
@@ -110,15 +121,41 @@ def read(names: Sequence[str | Path], methods: Mapping[str, str] = settings.NONE
     Raises ValueError, FileError.
     """
     found: dict[str, Named] = {}
-    rival_of = {name: rival(name) for name in map(str, names)}  # first: reading weights takes longer
+    # First what is no weights: reading those takes longer.
+    by_hand = {name: function_of(name) or rival(name) for name in map(str, names)}
     loaded: dict[str, pretrained.Weights] = {}  # by path: weights may be deployed in several ways
     kinds: dict[str, Any] = {}
-    for name, named in rival_of.items():
+    for name, named in by_hand.items():
         if named is None:
             found[name] = _named_weights(name, methods, loaded, kinds, found)
         elif named not in found.values():
             found[name] = named
     return found
+
+
+def function_of(name: str) -> NamedFunction | None:
+    """What `path.py:function` names; None for another name. Runs the file's code. Raises ValueError."""
+    own = user_code.parse(name, "optimizer")
+    if own is None:
+        return None
+    sha256, folder = user_code.checked_sha256(own), own.path.absolute().parent
+    with user_code.neighbours(folder):
+        function = user_code.function_of(own, "optimizer", "an optax optimizer")
+    given = user_code.parse_settings(own.settings, user_code.defaults_of(function), own.function)
+    knows_steps = "steps" in inspect.signature(function).parameters
+
+    def make(steps: int) -> optax.GradientTransformation:
+        try:
+            with user_code.neighbours(folder):
+                optimizer = function(**({"steps": steps} if knows_steps else {}) | given)
+        except Exception as error:
+            raise ValueError(f"{name} failed with {type(error).__name__}: {error}.") from error
+        if not isinstance(optimizer, optax.GradientTransformation):
+            raise ValueError(f"{name} returned {type(optimizer).__name__}; expected an optax optimizer.")
+        return optimizer
+
+    make(1)  # what is wrong is said before the first run
+    return NamedFunction(f"{own.path.name}:{own.function}:{own.settings}".rstrip(":"), sha256, make)
 
 
 def rival(name: str) -> NamedRival | None:
@@ -242,6 +279,9 @@ def candidate(
         schedule = deployed.schedule, horizon, deployed.warmup
         make = _make(weights.learner, deployed.step_scale, *schedule, deployed.freeze_unseen)
         return Candidate(label, seed, make, weights.meta_params)
+    if isinstance(named, NamedFunction):
+        optimizer = named.make(steps)
+        return Candidate(named.label, None, lambda setting: optimizer, 0.0)
     name, rate, weight_decay, warmup = named
     if isinstance(rate, str):
         return rivals.best_of_grid(splits, name, steps, rate, on_steps=on_steps)

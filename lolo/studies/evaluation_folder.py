@@ -33,6 +33,8 @@ def part_files(parts: Path, task: str, optimizers: Mapping[str, candidates.Named
         if isinstance(named, candidates.NamedWeights):
             digest = hashlib.sha256(_contents(named).encode()).hexdigest()[:8]
             return f"{slug(named.label)[:160]}-{digest}.jsonl"
+        if isinstance(named, candidates.NamedFunction):
+            return f"{slug(named.label)[:160]}-{named.sha256[:8]}.jsonl"
         name, rate, *others = named
         words = [rate if isinstance(rate, str) else f"{rate:g}"]
         words += [f"{x:g}" for x in others if others != [rivals.WEIGHT_DECAY, schedules.WARMUP]]
@@ -70,6 +72,8 @@ def kept_rows(file: Path, task: str, steps: int, seeds: int, named: candidates.N
     label, meta_seed = rows[0].optimizer, None  # of a grid's best, which is not known before
     if isinstance(named, candidates.NamedWeights):
         label, meta_seed = named.label, named.meta_seed
+    elif isinstance(named, candidates.NamedFunction):
+        label = named.label
     wanted = [(task, steps, label, meta_seed, seed) for seed in range(seeds)]
     there = [(row.task, row.steps, row.optimizer, row.meta_seed, row.seed) for row in rows]
     return rows if sorted(there, key=lambda of: of[-1]) == wanted else None

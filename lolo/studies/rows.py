@@ -10,9 +10,8 @@ from typing import Any
 
 from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
-from lolo.files import disk, jsonl
+from lolo.files import disk, jsonl, user_code
 from lolo.files.disk import FileError
-from lolo.tasks import by_name
 
 
 def slug(text: str) -> str:
@@ -65,7 +64,7 @@ def load_rows(path: Path) -> list[Row]:
 
 def file_name(task: str) -> str:
     """What the files of a task are named after: its name, or the name of the user's file and function; its settings."""
-    match = by_name.NAME.fullmatch(task)
+    match = user_code.NAME.fullmatch(task)
     if not match:
         return task
     words = (match["path"] and Path(match["path"]).stem, match["function"], match["settings"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lolo.data import imagenet, sets, stream, tokens
+from lolo.files import user_code
 from lolo.method.task import Splits, TaskError
 from lolo.tasks import models
 from lolo.tasks.classification import classification
@@ -48,7 +48,7 @@ def on_prepared(make: MakeSplits) -> MakeSplits:
 
     @functools.wraps(make)
     def task(outline: bool = False, **settings: Any) -> Splits:
-        return built(None if outline else sets.root(), **settings_of(make) | settings)
+        return built(None if outline else sets.root(), **user_code.defaults_of(make) | settings)
 
     return task
 
@@ -142,12 +142,6 @@ def _language_task(where: Path | None, name: str, model: models.Model, context: 
             raise TaskError(f"the {split} split of {name!r} has fewer than context={context} tokens; lower context.")
         columns[split] = (windows,)
     return _classification_on(columns, stream.Stream, model, _pick_window, tokens.VOCABULARY, sizes)
-
-
-def settings_of(make: MakeSplits) -> dict[str, Any]:
-    """The settings of a task function with their defaults: its arguments with a number, a flag or a string."""
-    parameters = inspect.signature(make).parameters.values()
-    return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str)}
 
 
 def pick_dtype(name: str) -> Any:
