@@ -104,7 +104,7 @@ def test_loss_and_gradient_at_the_start(name):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, name
     if name in CLASSES:
         chance = math.log(CLASSES[name])
-        assert abs(float(loss) - chance) < 0.4
+        assert abs(float(loss) - chance) < 0.5
         assert task.loss_limit == pytest.approx(1.5 * chance) and task.loss_limit > loss
     else:
         assert task.loss_limit == {"fashion-autoencoder": 1.5, "quadratic": None}[name]
@@ -133,7 +133,7 @@ def test_the_autoencoder_is_scored_on_the_image_it_was_given():
 
 def test_rare_words_are_rarely_seen():
     counts = np.bincount(np.asarray(by_name.resolve("books-words").train.data), minlength=4096)
-    assert counts.argmax() == 0 and counts.min() > 0
+    assert counts[:-1].argmax() == 0 and counts.min() > 0  # the last stands for all words beyond
     # A batch of 64 has 192 words of context: half of the rows are seen less than once in 100 steps.
     assert np.mean(counts / counts.sum() * 192 * 100 < 1) > 0.5
 

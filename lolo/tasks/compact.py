@@ -105,7 +105,8 @@ def digits_finetune(widths: str = "16-32", batch: int = 32, pretraining: int = 5
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         fresh, stats = model.init(key)
-        return {name: fresh[name] if name.startswith("layers.") else trained[name] for name in fresh}, stats
+        new = {name: 0.1 * fresh[name] for name in fresh if name.startswith("layers.")}  # so that no class is sure
+        return {**fresh, **jax.tree.map(jnp.asarray, trained), **new}, stats
 
     return _digits(model._replace(init=init), batch)
 
