@@ -90,7 +90,8 @@ def _finish(
     if unequal:
         raise FileError(
             f"at outer step {step} process {unequal[0]} holds other numbers than process 0 where both must be equal: "
-            "these hosts do not compute the same bits. Use hosts of one kind, with the same XLA_FLAGS. Nothing was written."
+            "these hosts do not compute the same bits. Use hosts of one kind, with the same XLA_FLAGS. Nothing was "
+            "written."
         )
     parts = {"state.safetensors": _write_synced(draft / "state.safetensors", tensors.pack(arrays))}
     for other in held:
