@@ -17,7 +17,7 @@ from lolo.files.disk import FileError
 from lolo.method.task import TaskError
 from lolo.optimizers import pretrained, weights_file
 from lolo.tasks.small import quadratic
-from lolo.training import checkpoints, doctor, loop, recipes, run_folder, run_log
+from lolo.training import checkpoints, doctor, loop, recipes, run_folder, run_log, trial
 from lolo.training.findings import Verdict
 from lolo.training.how import How
 from lolo.training.loop import DivergedError
@@ -365,6 +365,25 @@ def test_a_validation_task_that_has_changed_stops_a_resumed_run(tmp_path):
     (tmp_path / "held.py").write_text(HELD_OUT + "\n")
     with pytest.raises(TaskError, match="has changed since the recipe was made"):
         loop.resume(tmp_path / "run", How(log=lambda text: None))
+
+
+def test_a_run_finds_its_validation_tasks_from_any_current_folder(tmp_path, monkeypatch):
+    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
+    for folder in (start, elsewhere):
+        folder.mkdir()
+    (start / "held.py").write_text(HELD_OUT)
+    sizes = {"validation.every": 4, "validation.steps": 100, "validation.seeds": 1}
+    recipe = small(
+        "naive", **sizes, **{"tasks": ("held.py:larger",), "validation.tasks": ("held.py:larger:scale=90.0",)}
+    )
+    monkeypatch.chdir(start)
+    stop = StopAfter(5)
+    how = How(stop=stop, on_progress=stop.on_progress, log=lambda text: None)
+    loop.train(recipe, start / "run", how)
+    monkeypatch.chdir(elsewhere)
+    assert loop.resume(start / "run", How(log=lambda text: None)).finished
+    (finding,) = trial.examine(start / "run", seconds=0.0)
+    assert "more than the 0 seconds allowed" in finding.what  # and not that its file is missing
 
 
 def test_given_splits_that_the_recipe_names_for_validation_are_for_validation_alone(tmp_path):
