@@ -131,6 +131,15 @@ def assert_close(ours, reference, rtol=1e-6, atol=0.0):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
+def accumulators_per_parameter(spec, shape):
+    """Numbers of optimizer state per parameter of one tensor: momenta, second moment, factored moments.
+
+    spec: the module of an architecture's facts, `small_fc_spec` or `norm_fc_spec`.
+    """
+    axes = spec.factored_axes(shape)
+    return 7.0 if axes is None else 4.0 + 3.0 / shape[axes.largest] + 3.0 / shape[axes.second]
+
+
 def same(a, b):
     """Whether two trees are equal bit for bit."""
     ours, theirs = jax.tree.leaves(a), jax.tree.leaves(b)
@@ -144,11 +153,11 @@ def all_finite(tree):
 
 
 class StopAfter(interrupt.Stop):
-    """Asks to stop once `steps` outer steps were told."""
+    """Asks to stop once progress reports `steps` outer steps."""
 
     def __init__(self, steps):
         self.steps = steps
 
-    def told(self, progress):
+    def on_progress(self, progress):
         if progress.step >= self.steps:
             self.requested = "test"

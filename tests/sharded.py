@@ -139,7 +139,7 @@ def error_of(optimizer, spec, check_vma=True, grads=lambda params: params):
 def refusals():
     plain, named = WEIGHTS.optimizer(), WEIGHTS.optimizer(axis_name="x")
     message = error_of(plain, P("x"))
-    assert "params['w'] of shape (2, 4)" in message and "say so: axis_name='x'" in message, message
+    assert "params['w'] of shape (2, 4)" in message and "pass axis_name='x'" in message, message
     message = error_of(plain, P(), grads=lambda params: {"w": params["w"] * jax.lax.axis_index("x")})
     assert "the gradient of params['w']" in message and "jax.lax.pmean(grads, 'x')" in message, message
     message = error_of(named, P("x"), check_vma=False)

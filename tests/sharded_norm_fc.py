@@ -52,7 +52,7 @@ def refusals():
     try:
         jax.eval_shape(run, {"w": jnp.ones((8, 4))})
     except ValueError as error:
-        assert "say so: axis_name='x'" in str(error), error
+        assert "pass axis_name='x'" in str(error), error
     else:
         raise AssertionError("a part passed for a whole tensor")
 

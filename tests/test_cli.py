@@ -113,7 +113,7 @@ def test_an_evaluation_is_refused_before_it_runs_where_it_can_not_be_written(tmp
     assert (tmp_path / "file").read_text() == "mine" and len(list((tmp_path / "run").iterdir())) == 1
 
 
-def test_an_evaluation_is_gone_on_with_and_added_to(tmp_path, monkeypatch, capsys):
+def test_an_evaluation_continues_and_takes_more_optimizers(tmp_path, monkeypatch, capsys):
     out, made, original = tmp_path / "out", [], long_runs.compare
 
     def counting(name, splits, entries, *args, **settings):

@@ -77,7 +77,7 @@ def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_meta_training_goes_on_when_nobody_reads_its_messages(tmp_path):
+def test_a_meta_training_continues_when_nobody_reads_its_messages(tmp_path):
     done = lolo("train", "lolo", *RUN, "--out", tmp_path / "run", shell="{} 2> >(true); echo status $?")
     assert done.stdout.splitlines() == [f"{tmp_path}/run/last.safetensors".encode(), b"status 0"]
 

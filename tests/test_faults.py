@@ -78,7 +78,7 @@ def test_a_folder_that_can_not_be_written_is_refused_before_the_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_whose_folder_became_read_only_is_told_and_goes_on_when_it_is_mended(tmp_path, whole):
+def test_a_run_whose_folder_became_read_only_is_told_and_continues_once_it_is_writable(tmp_path, whole):
     run = tmp_path / "run"
     stopped(run)
     places = [run, run / "checkpoints"]

@@ -112,7 +112,7 @@ def test_torch_steps_are_those_of_the_cpu(torch, dtype, tolerance):
         assert relative(ours, reference) < tolerance
 
 
-def test_a_state_saved_on_the_gpu_goes_on_there_and_on_the_cpu(torch):
+def test_a_state_saved_on_the_gpu_continues_there_and_on_the_cpu(torch):
     from lolo.torch import LoLO
 
     params, generator = drawn(torch, "cuda", torch.float32)

@@ -49,7 +49,7 @@ def test_a_run_may_go_on_with_its_buffers_on_the_other_side(tmp_path):
     loop.train(recipe, tmp_path / "whole")
     for first in (True, False):
         stop, out = StopAfter(7), tmp_path / f"offload-{first}"
-        loop.train(recipe, out, How(offload=first, stop=stop, on_progress=stop.told, log=lambda text: None))
+        loop.train(recipe, out, How(offload=first, stop=stop, on_progress=stop.on_progress, log=lambda text: None))
         assert loop.resume(out, How(offload=not first, log=lambda text: None)).finished
         assert digest(out) == digest(tmp_path / "whole")
 
@@ -64,7 +64,7 @@ def test_what_the_successor_chooses_gives_one_result_stopped_resumed_and_on_the_
     out, offloads = tmp_path / "stopped", [False, True, False]
     for at, offload_ in zip((1, 4, 8), offloads, strict=True):  # in the first unroll, at a start, and to the end
         stop = StopAfter(at)
-        how = How(offload=offload_, stop=stop, on_progress=stop.told, log=lambda text: None)
+        how = How(offload=offload_, stop=stop, on_progress=stop.on_progress, log=lambda text: None)
         loop.train(recipe, out, how) if at == 1 else loop.resume(out, how)
     assert digest(out) == expected
     random = small(recipes.LOLO, SUCCESSOR | {"replay.push": "random"})

@@ -58,7 +58,7 @@ KILLED = """
 
 
 @pytest.mark.parametrize("step", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path, step):
+def test_a_killed_preparation_continues_and_ends_with_the_same_bytes(tmp_path, step):
     source, undisturbed = three_parts(tmp_path)
     # Quick: one kill while part 2 is being written. Slow: one at every write, sync and rename, until none happens.
     for n in [17] if step else range(1, 200):

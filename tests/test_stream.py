@@ -48,7 +48,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 @given(size=st.integers(1, 12), batch=st.integers(1, 5), steps=st.integers(1, 4), stop=st.integers(0, 5))
 @settings(max_examples=25, deadline=None)
-def test_a_feed_that_goes_on_gives_what_the_first_would_have_given(size, batch, steps, stop):
+def test_a_feed_that_continues_gives_what_the_first_would_have_given(size, batch, steps, stop):
     source = Stream((np.arange(size, dtype=np.int64), np.arange(2 * size).reshape(size, 2)))
     whole = SegmentReader(source, steps, batch, SEED)
     segments = [whole.next() for _ in range(6)]
@@ -167,7 +167,9 @@ def test_a_streamed_run_resumes_in_the_middle_of_an_epoch_with_the_same_bytes(tm
     group = {"streamed": streamed(quadratic())}  # 3 steps of 4 examples a segment: 30 examples end mid-segment
     whole = loop.train(recipe, tmp_path / "whole", tasks=group)
     stop = StopAfter(3)
-    loop.train(recipe, tmp_path / "run", How(stop=stop, on_progress=stop.told, log=lambda text: None), tasks=group)
+    loop.train(
+        recipe, tmp_path / "run", How(stop=stop, on_progress=stop.on_progress, log=lambda text: None), tasks=group
+    )
     _, manifest = checkpoints.newest_checkpoint(tmp_path / "run", print)
     assert manifest["streams"] == {"streamed": {"epoch": 1, "position": 6, "size": 30}}
     resumed = loop.resume(tmp_path / "run", How(log=lambda text: None), tasks=group)

@@ -28,7 +28,7 @@ TINY = definitions.Study(
 )
 
 
-def test_a_study_goes_on_where_it_was_stopped_and_reports_all_of_it(tmp_path, monkeypatch):
+def test_a_study_continues_where_it_was_stopped_and_reports_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setitem(definitions.STUDIES, "tiny", TINY)
     stop = interrupt.Stop()
 

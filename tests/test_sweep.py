@@ -113,7 +113,7 @@ def test_the_table_tells_how_far_each_run_is(tmp_path, capsys):
     stop = interrupt.Stop()
     stop.requested = "test"
     loop.train(begun.recipe, begun.out, How(stop=stop, log=lambda text: None))
-    sweep.failure_file(failed).write_text("killed by SIGKILL: it said nothing\n")
+    sweep.failure_file(failed).write_text("killed by SIGKILL: it printed nothing\n")
     assert [sweep.state_of(run) for run in (done, begun, failed, waiting)] == ["done", "begun", "waiting", "waiting"]
     assert sweep.command(begun, "lolo", 1) == ["resume", str(begun.out), "--devices", "1"]
     assert sweep.command(waiting, "lolo", 1)[:2] == ["train", "lolo"]
@@ -145,7 +145,12 @@ class Late(interrupt.Stop):
         ("[ -p /dev/stdin ] && [ -n $LOLO_WATCHED ]", interrupt.Stop(), "is done", None),  # it ends with the sweep
         ("exit 3", Late(), "stopped", None),
         ("kill -TERM $$", Late(), "stopped", None),  # before it had a handler
-        ("kill -TERM $$", interrupt.Stop(), "failed", "killed by SIGTERM: it said nothing"),  # not what it said before
+        (
+            "kill -TERM $$",
+            interrupt.Stop(),
+            "failed",
+            "killed by SIGTERM: it printed nothing",
+        ),  # not what it said before
         ("echo no; exit 2", interrupt.Stop(), "failed", "exit status 2: no"),
     ],
 )
@@ -181,7 +186,7 @@ def test_a_run_that_is_being_started_when_the_sweep_must_stop_is_told():
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_lists_what_failed_and_goes_on(tmp_path):
+def test_a_sweep_runs_lists_what_failed_and_continues(tmp_path):
     # with so large a rate the expert leaves float32 at once
     text = f'out = "out"\n{SMALL}outer.max_bad_steps = 1\n[grid]\nimitation.lr = [0.01, 1e30]\nseed = [0, 1]'
     path = write(tmp_path, text)

@@ -17,7 +17,7 @@ from lolo.files.disk import FileError
 from lolo.method.task import TaskError
 from lolo.optimizers import pretrained, weights_file
 from lolo.tasks.small import quadratic
-from lolo.training import checkpoints, doctor, loop, recipes, run_folder, run_log
+from lolo.training import checkpoints, doctor, loop, recipes, run_folder, run_log, trial
 from lolo.training.findings import Verdict
 from lolo.training.how import How
 from lolo.training.loop import DivergedError
@@ -53,7 +53,7 @@ def test_stop_and_resume_equals_uninterrupted(tmp_path, name):
     for at in (1, 3, 6):
         stop = StopAfter(at)
         out = tmp_path / f"stopped{at}"
-        first = loop.train(recipe, out, How(stop=stop, on_progress=stop.told, log=lambda text: None))
+        first = loop.train(recipe, out, How(stop=stop, on_progress=stop.on_progress, log=lambda text: None))
         assert not first.finished and first.step == at
         second = loop.resume(out, How(log=lambda text: None))
         assert second.finished and phi(second) == phi(whole)
@@ -98,7 +98,7 @@ def test_resume_without_a_run_or_a_checkpoint_says_so(tmp_path):
     with pytest.raises(RunError, match="holds no run"):
         loop.resume(tmp_path)
     stop = StopAfter(1)
-    loop.train(small(), tmp_path / "run", How(stop=stop, on_progress=stop.told, log=lambda text: None))
+    loop.train(small(), tmp_path / "run", How(stop=stop, on_progress=stop.on_progress, log=lambda text: None))
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         (folder / "manifest.json").unlink()
     with pytest.raises(RunError, match="no complete checkpoint"):
@@ -114,7 +114,9 @@ def test_two_at_work_on_one_folder_are_kept_apart(tmp_path):
         tried.append(progress.step)
 
     stop = StopAfter(2)
-    loop.train(small(), out, How(stop=stop, on_progress=lambda p: (told(p), stop.told(p)), log=lambda text: None))
+    loop.train(
+        small(), out, How(stop=stop, on_progress=lambda p: (told(p), stop.on_progress(p)), log=lambda text: None)
+    )
     log = (out / "log.jsonl").read_text()
     with disk.locked(out) as free, disk.locked(tmp_path) as another:
         assert free and another
@@ -159,11 +161,11 @@ def test_last_weights_say_how_their_step_was_validated(tmp_path, monkeypatch):
     loop.resume(tmp_path / "run", How(log=lambda text: None))
     assert pretrained.load(tmp_path / "run" / "last.safetensors").card["validation"] == measured[-1]
     stop = StopAfter(7)
-    loop.train(recipe, tmp_path / "cut", How(stop=stop, on_progress=stop.told, log=lambda text: None))
+    loop.train(recipe, tmp_path / "cut", How(stop=stop, on_progress=stop.on_progress, log=lambda text: None))
     assert "validation" not in pretrained.load(tmp_path / "cut" / "last.safetensors").card
 
 
-def test_init_goes_on_from_other_weights(tmp_path):
+def test_init_continues_from_other_weights(tmp_path):
     loop.train(small(), tmp_path / "a")
     source = tmp_path / "a" / "last.safetensors"
     recipe = small(**{"outer.steps": 1, "outer.lr": 1e-12, "outer.final_lr": 1e-12})
@@ -175,7 +177,9 @@ def test_init_goes_on_from_other_weights(tmp_path):
         with pytest.raises(FileError, match=words):
             loop.train(small(**{f"learner.{name}": value}), tmp_path / "b", init=source)
     assert not (tmp_path / "b").exists()
-    check_init(weights_file.read_weights(source), small(**{"learner.clock_limit": 5.0}).learner)  # a mend is free
+    check_init(
+        weights_file.read_weights(source), small(**{"learner.clock_limit": 5.0}).learner
+    )  # a deployment setting may differ
     weights = pretrained.load(source)  # and so is how they are shipped: φ means what it was meta-trained as
     shipped = dataclasses.replace(weights.learner, step_mult=2e-3, step_decay=3000.0)
     pretrained.save(tmp_path / "shipped.safetensors", weights._replace(learner=shipped))
@@ -217,7 +221,7 @@ def own():
 def test_own_tasks_are_named_in_the_weights_and_asked_for_again(tmp_path):
     stop = StopAfter(1)
     first = loop.train(
-        small(), tmp_path / "run", How(stop=stop, on_progress=stop.told, log=lambda text: None), tasks=own()
+        small(), tmp_path / "run", How(stop=stop, on_progress=stop.on_progress, log=lambda text: None), tasks=own()
     )
     assert first.weights.recipe["tasks"] == ("mine",)
     with pytest.raises(RunError, match=r"tasks=\('mine',\), not \('yours',\)"):
@@ -357,17 +361,36 @@ def test_validation_tasks_choose_the_best_and_teach_nothing(tmp_path):
 def test_a_validation_task_that_has_changed_stops_a_resumed_run(tmp_path):
     (tmp_path / "held.py").write_text(HELD_OUT)
     stop, changes = StopAfter(2), {"validation.tasks": (f"{tmp_path / 'held.py'}:larger",)}
-    loop.train(small(**changes), tmp_path / "run", How(stop=stop, on_progress=stop.told, log=lambda text: None))
+    loop.train(small(**changes), tmp_path / "run", How(stop=stop, on_progress=stop.on_progress, log=lambda text: None))
     (tmp_path / "held.py").write_text(HELD_OUT + "\n")
     with pytest.raises(TaskError, match="has changed since the recipe was made"):
         loop.resume(tmp_path / "run", How(log=lambda text: None))
+
+
+def test_a_run_finds_its_validation_tasks_from_any_current_folder(tmp_path, monkeypatch):
+    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
+    for folder in (start, elsewhere):
+        folder.mkdir()
+    (start / "held.py").write_text(HELD_OUT)
+    sizes = {"validation.every": 4, "validation.steps": 100, "validation.seeds": 1}
+    recipe = small(
+        "naive", **sizes, **{"tasks": ("held.py:larger",), "validation.tasks": ("held.py:larger:scale=90.0",)}
+    )
+    monkeypatch.chdir(start)
+    stop = StopAfter(5)
+    how = How(stop=stop, on_progress=stop.on_progress, log=lambda text: None)
+    loop.train(recipe, start / "run", how)
+    monkeypatch.chdir(elsewhere)
+    assert loop.resume(start / "run", How(log=lambda text: None)).finished
+    (finding,) = trial.examine(start / "run", seconds=0.0)
+    assert "more than the 0 seconds allowed" in finding.what  # and not that its file is missing
 
 
 def test_given_splits_that_the_recipe_names_for_validation_are_for_validation_alone(tmp_path):
     given = {"mine": quadratic(4), "held": quadratic(3)}
     sizes = {"validation.every": 4, "validation.steps": 100, "validation.seeds": 1, "validation.tasks": ("held",)}
     stop = StopAfter(5)
-    how = How(stop=stop, on_progress=stop.told, log=lambda text: None)
+    how = How(stop=stop, on_progress=stop.on_progress, log=lambda text: None)
     loop.train(small("naive", **sizes), tmp_path / "run", how, tasks=given)
     assert run_folder.read_recipe(tmp_path / "run").tasks == ("mine",)
     assert loop.resume(tmp_path / "run", How(log=lambda text: None), tasks=given).finished

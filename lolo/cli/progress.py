@@ -29,7 +29,7 @@ class ProgressDisplay:
             if self.tenths.get(what) != tenth:
                 self.tenths[what] = tenth
                 left = time_left(self.began.setdefault(what, (time.monotonic(), done)), done, total)
-                streams.say(f"{what}: {done} of {total} {word}".rstrip() + left)
+                streams.log_line(f"{what}: {done} of {total} {word}".rstrip() + left)
             return
         if what not in self.bars:
             self.bars[what] = self.progress.add_task(what, total=total, word="")
@@ -65,4 +65,4 @@ def progress_display() -> Iterator[ProgressDisplay]:
 
 def log(text: str) -> None:
     """A message for people."""
-    streams.say(f"lolo: {text}")
+    streams.log_line(f"lolo: {text}")

@@ -37,10 +37,6 @@ class Interval(NamedTuple):
     n: int
     unit: str  # what was counted: "meta-seeds" or "seeds"
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.half < abs(self.mean)
-
 
 def interval(values: Sequence[float], unit: str) -> Interval:
     """Mean and 95 % t interval."""

@@ -68,6 +68,11 @@ def diff(a: S, b: S) -> dict[str, tuple[Any, Any]]:
     return {name: (ours[name], value) for name, value in theirs.items() if ours[name] != value}
 
 
+def differences(changed: Mapping[str, tuple[Any, Any]], ours: str, theirs: str) -> str:
+    """The fields of a `diff` as words, "seed: 1 there, 2 requested; ..."; `ours` and `theirs` follow the values."""
+    return "; ".join(f"{name}: {a!r} {ours}, {b!r} {theirs}" for name, (a, b) in changed.items())
+
+
 def _defaults(recipe: Any, prefix: str = "") -> dict[str, Any]:
     """Fields of the alternatives in a recipe, or of one that stands alone, with their default values."""
     if isinstance(recipe, Alternative):

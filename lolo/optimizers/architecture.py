@@ -46,24 +46,20 @@ class Architecture(NamedTuple):
     freeze_unseen: Callable[[optax.GradientTransformation], optax.GradientTransformation] | None = None
 
 
-def _small_fc(
-    learner: small_fc_spec.SmallFcSettings, axis_name: str | None, sharded_axis: int, **more: Any
-) -> base.LearnedOptimizer:
-    arguments: dict[str, Any] = {name: value for name, value in vars(learner).items() if name != "name"} | more
-    return small_fc.small_fc(**arguments, axis_name=axis_name, sharded_axis=sharded_axis)
+def _of_settings(make: Callable[..., base.LearnedOptimizer]) -> Callable[..., base.LearnedOptimizer]:
+    """`Architecture.build` for a function whose arguments are the fields of the settings type."""
 
+    def build(learner: Any, axis_name: str | None, sharded_axis: int, **more: Any) -> base.LearnedOptimizer:
+        arguments: dict[str, Any] = {name: value for name, value in vars(learner).items() if name != "name"} | more
+        return make(**arguments, axis_name=axis_name, sharded_axis=sharded_axis)
 
-def _norm_fc(
-    learner: norm_fc_spec.NormFcSettings, axis_name: str | None, sharded_axis: int, **more: Any
-) -> base.LearnedOptimizer:
-    arguments: dict[str, Any] = {name: value for name, value in vars(learner).items() if name != "name"} | more
-    return norm_fc.norm_fc(**arguments, axis_name=axis_name, sharded_axis=sharded_axis)
+    return build
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "small_fc": Architecture(
         settings=small_fc_spec.SmallFcSettings,
-        build=_small_fc,
+        build=_of_settings(small_fc.small_fc),
         shapes=small_fc_spec.shapes_of,
         check=small_fc_spec.check,
         check_meta_training=small_fc_spec.check_meta_training,
@@ -75,7 +71,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "norm_fc": Architecture(
         settings=norm_fc_spec.NormFcSettings,
-        build=_norm_fc,
+        build=_of_settings(norm_fc.norm_fc),
         shapes=norm_fc_spec.shapes_of,
         check=norm_fc_spec.check,
         deployment=norm_fc_spec.DEPLOYMENT,

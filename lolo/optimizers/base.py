@@ -65,19 +65,19 @@ def truncated_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax
     return jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32) / jnp.sqrt(jnp.float32(fan_in))
 
 
-def check_whole(params: PyTree, axis_name: str | None) -> None:
-    """Raise ValueError, inside shard_map, for parameters that are cut over other mesh axes than `axis_name`."""
+def check_full_tensors(params: PyTree, axis_name: str | None) -> None:
+    """Raise ValueError, inside shard_map, for parameters that are sharded over other mesh axes than `axis_name`."""
     if axis_name is not None and not sharding.types_vary(axis_name):
         raise ValueError(
             f"axis_name={axis_name!r} needs jax.shard_map(..., check_vma=True), which is its default: JAX's types then "
-            "tell a parameter that is cut over the mesh axis from one that is equal on all devices."
+            "tell a parameter that is sharded over the mesh axis from one that is equal on all devices."
         )
     for path, param in jax.tree_util.tree_leaves_with_path(params):
         for other in sorted(sharding.varying_axes(param) - {axis_name}):
             raise ValueError(
                 f"the parameter params{jax.tree_util.keystr(path)} of shape {param.shape} differs between the devices "
-                f"of mesh axis {other!r}, and the optimizer's means must see whole tensors. If it is cut over this "
-                f"axis, say so: axis_name={other!r}, sharded_axis=... (one mesh axis only). If every device trains a "
+                f"of mesh axis {other!r}, and the optimizer's means need the full tensor. If it is sharded over this "
+                f"axis, pass axis_name={other!r}, sharded_axis=... (one mesh axis only). If every device trains a "
                 "model of its own, use shard_map(..., check_vma=False)."
             )
 

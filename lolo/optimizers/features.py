@@ -215,7 +215,7 @@ def normalizer(x: Float[Array, "F *space"], of: Layout) -> Float[Array, "F"]:
 
 
 def normalized_inputs(grad: Entries, param: Entries, moments: Moments, of: Layout) -> Float[Array, "28 kab"]:
-    """The same inputs entry by entry, normalised, the rows in the order of spec.NETWORK_COLUMNS."""
+    """The same inputs entry by entry, normalised: spec.ENTRY_COLUMNS, then ROW_COLUMNS, then COLUMN_COLUMNS."""
     x, shape = inputs(grad, param, moments, of), matrix_shape(of)
     row, column = (jnp.broadcast_to(y, (len(y), *shape)).reshape(len(y), -1) for y in (x.row, x.column))
     full = jnp.concatenate([x.entry, row, column])

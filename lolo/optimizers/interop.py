@@ -58,7 +58,7 @@ def import_learned_optimization(path: str | Path) -> MetaParams:
       path: flax msgpack of `{nn: {~: {w0, b0, w1, b1, w2, b2}}, momentum_decays, rms_decays, adafactor_decays}`; the
         outer levels (also a checkpoint's `params`) and the three decay offsets may be missing.
 
-    Returns: float32 arrays by our names. Raises files.FileError, and ImportError where msgpack is not installed.
+    Returns: float32 arrays by our names. Raises disk.FileError, and ImportError where msgpack is not installed.
     """
     tree = _read_msgpack(Path(path))
     top = _descend(tree, "params")
@@ -101,7 +101,7 @@ def export_learned_optimization(meta_params: Mapping[str, Any], path: str | Path
 def import_pylo(path: str | Path) -> MetaParams:
     """Meta-parameters of a PyLO checkpoint in safetensors: `network.{input,linear_0,output}.{weight,bias}`.
 
-    PyLO keeps decays in its optimizer, not in this file: there are none to read. Raises files.FileError.
+    PyLO keeps decays in its optimizer, not in this file: there are none to read. Raises disk.FileError.
     """
     tensors, _ = unpack(_read(Path(path)), str(path))
     expected = [f"{layer}.{part}" for layer in PYLO_LAYERS for part in ("weight", "bias")]
@@ -196,7 +196,7 @@ def _read_celo2(path: str | Path) -> MetaParams:
 
 
 def _checked(arrays: Mapping[str, Any], source: str | Path) -> MetaParams:
-    """The arrays, once names, dtypes and shapes are those of `small_fc`. Raises files.FileError."""
+    """The arrays, once names, dtypes and shapes are those of `small_fc`. Raises disk.FileError."""
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     if missing := [name for name in NETWORK if name not in arrays]:
         raise FileError(f"{source}: has no {', '.join(missing)}; a small_fc has {', '.join(NETWORK)}.")
@@ -248,7 +248,7 @@ def _descend(tree: dict[Any, Any], name: str) -> dict[Any, Any]:
 
 
 def _flax_array(value: Any, name: str, source: str | Path) -> NDArray[np.float32]:
-    """Read one array. Raises files.FileError unless it is float32 and its size is that of its shape."""
+    """Read one array. Raises disk.FileError unless it is float32 and its size is that of its shape."""
     if not isinstance(value, Extension) or value.code != FLAX_ARRAY:
         raise FileError(f"{source}: {name!r} is not an array as flax writes it.")
     parts = _unpack(value.data, f"{source}, array {name!r}")

@@ -20,10 +20,10 @@ from lolo.optimizers.base import (
     LearnedOptimizer,
     Mask,
     answers_of,
+    check_full_tensors,
     check_gradients,
     check_params,
     check_reduced,
-    check_whole,
     decays_of,
     truncated_normal,
 )
@@ -227,7 +227,7 @@ def learned_step(
         # The average already holds this gradient, as Nesterov's look-ahead wants it.
         step = step + unit((1 - decay) * grad + decay * moments.momentum[0], of.layout, spec.BASELINE_EPSILON)
     if of.axes is not None:
-        step = on_whole(step, of.layout, partial(orthogonalize, axes=of.axes))
+        step = on_full_tensor(step, of.layout, partial(orthogonalize, axes=of.axes))
     # A product and no jnp.where: NaN stays NaN.
     return unit(step * (moments.rms > 0), of.layout, spec.NORMALIZE_EPSILON)
 
@@ -251,14 +251,14 @@ def unit(x: Entries, of: Layout, epsilon: float) -> Entries:
     return x * jax.lax.rsqrt(epsilon + over_parts(jnp.mean(x * x), of))
 
 
-def on_whole(x: jax.Array, of: Layout, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """function(x) for a function of the whole tensor: its parts are gathered first, and the own one is cut out."""
+def on_full_tensor(x: jax.Array, of: Layout, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """function(x) for a function of the full tensor: gathers its parts, applies the function, returns the own part."""
     if of.sharded is None:
         return function(x)
     size = x.shape[of.sharded]
-    whole = function(jax.lax.all_gather(x, of.axis_name, axis=of.sharded, tiled=True))
+    full = function(jax.lax.all_gather(x, of.axis_name, axis=of.sharded, tiled=True))
     start = jax.lax.axis_index(of.axis_name) * size
-    return jax.lax.dynamic_slice_in_dim(whole, start, size, axis=of.sharded)
+    return jax.lax.dynamic_slice_in_dim(full, start, size, axis=of.sharded)
 
 
 def orthogonalize(x: Entries, axes: tuple[tuple[int, ...], ...]) -> jax.Array:
@@ -294,7 +294,7 @@ def newton_schulz(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
 def parts_of(settings: Settings, params: PyTree) -> list[Part]:
     """How each parameter is treated. Raises what `norm_fc` says of parameters and of is_matrix."""
     check_params(params, "norm_fc")
-    check_whole(params, settings.axis_name)
+    check_full_tensors(params, settings.axis_name)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
     leaves, answers = jax.tree.leaves(params), matrix_answers(settings.is_matrix, names, params)

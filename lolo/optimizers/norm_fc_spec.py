@@ -7,7 +7,6 @@ and ELO-Celo2 (arXiv 2607.06772).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -147,11 +146,3 @@ def check(learner: NormFcSettings) -> None:
 def expert_decay(learner: NormFcSettings) -> float:
     """What an expert's weights must decay by at each step, as the learner's do."""
     return learner.learning_rate * learner.weight_decay
-
-
-def accumulators_per_parameter(shape: Sequence[int]) -> float:
-    """Numbers of optimizer state per parameter of one matrix: momenta, second moment, factored moments."""
-    axes = factored_axes(shape)
-    if axes is None:
-        return 7.0
-    return 4.0 + 3.0 / shape[axes.largest] + 3.0 / shape[axes.second] if math.prod(shape) else 4.0

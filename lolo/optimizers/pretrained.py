@@ -32,7 +32,7 @@ class Weights(NamedTuple):
     meta_params: dict[str, jax.Array]  # φ
     learner: LearnerSettings  # its architecture
     recipe: dict[str, Any]  # of its meta-training; {} if unknown
-    card: dict[str, Any]  # data, results, realised steps, limits
+    card: dict[str, Any]  # the model card: data, results, realised steps, limits
 
     def optimizer(
         self,
@@ -149,7 +149,7 @@ def load(name_or_path: str | Path = weights_file.DEFAULT_WEIGHTS) -> Weights:
       name_or_path: the name of shipped ones (`lolo weights` lists them), a path, or, with the extra `hub`,
         "user/repo", "user/repo/file.safetensors" or "user/repo@revision/file.safetensors".
 
-    Raises files.FileError, a ValueError, for anything that is not a whole weights file of a known version.
+    Raises disk.FileError, a ValueError, for anything that is not a complete weights file of a known version.
     """
     file = weights_file.read_weights(name_or_path)
     learner = architecture.check_weights(file.meta_params, file.learner, str(name_or_path))

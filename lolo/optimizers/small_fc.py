@@ -91,7 +91,7 @@ def small_fc(
 
         def init_state(params: PyTree) -> SmallFcState:
             base.check_params(params, "small_fc")
-            base.check_whole(params, axis_name)
+            base.check_full_tensors(params, axis_name)
             moments = jax.tree.map(lambda param: features.init_moments(param, layout(param)), params)
             return SmallFcState(moments, jnp.zeros((), jnp.int32))
 
@@ -106,7 +106,7 @@ def small_fc(
             return sharding.in_auto_mode(step)(grads, state, params)
 
         def step(grads: PyTree, state: SmallFcState, params: PyTree) -> tuple[PyTree, SmallFcState]:
-            base.check_whole(params, axis_name)
+            base.check_full_tensors(params, axis_name)
             base.check_reduced(grads, params)
             leaves, structure = jax.tree.flatten(params)
             layouts = [layout(leaf) for leaf in leaves]

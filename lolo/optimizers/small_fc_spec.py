@@ -7,7 +7,6 @@ NumPy only, so that `lolo.torch` can read it where JAX is absent. The architectu
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -81,7 +80,6 @@ ENTRY_COLUMNS = np.r_[
 ]
 ROW_COLUMNS = np.r_[SLICES["row"], SLICES["inverse_root_row"]]
 COLUMN_COLUMNS = np.r_[SLICES["column"], SLICES["inverse_root_column"]]
-NETWORK_COLUMNS = np.r_[ENTRY_COLUMNS, ROW_COLUMNS, COLUMN_COLUMNS]
 TIME_COLUMNS = np.r_[SLICES["time"]]
 
 # Decay offsets of older checkpoints: name -> how many.
@@ -181,12 +179,3 @@ def weight_shapes(hidden: int, *, learn_decays: bool = False) -> dict[str, tuple
     if learn_decays:
         shapes |= {name: (count,) for name, count in DECAY_OFFSETS.items()}
     return shapes
-
-
-def accumulators_per_parameter(shape: tuple[int, ...]) -> float:
-    """float32 numbers of optimizer state per parameter of one tensor: momenta, second moment, factored moments."""
-    entries = math.prod(shape)
-    axes = factored_axes(shape)
-    if axes is None:
-        return 7.0
-    return 4.0 + 3.0 / shape[axes.largest] + 3.0 / shape[axes.second] if entries else 4.0

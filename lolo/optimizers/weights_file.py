@@ -1,4 +1,4 @@
-"""Weights as one safetensors file: φ, architecture, recipe and card. NumPy only.
+"""Weights as one safetensors file: φ, architecture, recipe and model card. NumPy only.
 
 Whatever is read is untrusted: sizes, names, dtypes and sums are checked before use, and everything wrong is a
 `FileError`.
@@ -32,7 +32,7 @@ class WeightsFile(NamedTuple):
     meta_params: tensors.Arrays  # float32
     learner: dict[str, Any]  # the architecture's settings: name, ...
     recipe: dict[str, Any]  # of the meta-training, {} if unknown
-    card: dict[str, Any]  # what people should know: data, results, realised steps, ...
+    card: dict[str, Any]  # the model card, what people should know: data, results, realised steps, ...
     sha256: str  # of the meta-parameters
 
 

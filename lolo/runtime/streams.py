@@ -52,7 +52,7 @@ def abandon(stream: Any) -> None:
         os.close(nowhere)
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """Print a line on standard error. Where it can't be printed, the work continues without it."""
     try:
         print(text, file=sys.stderr, flush=True)

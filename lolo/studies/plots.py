@@ -28,7 +28,7 @@ def _pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure whole or not at all; the format follows the file's ending."""
+    """Write a figure completely or not at all; the format follows the file's ending."""
     import io
 
     buffer = io.BytesIO()

@@ -20,7 +20,7 @@ def slug(text: str) -> str:
 
 
 def save_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Rows as JSON lines, whole or not at all."""
+    """Rows as JSON lines, completely or not at all."""
     disk.write_bytes(path, "".join(jsonl.json_line(dataclasses.asdict(row)) + "\n" for row in rows).encode())
 
 

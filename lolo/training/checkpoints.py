@@ -14,7 +14,7 @@ import numpy as np
 
 from lolo.files import disk, tensors
 from lolo.files.disk import FileError
-from lolo.files.settings import diff
+from lolo.files.settings import diff, differences
 from lolo.method import meta, replay
 from lolo.runtime import environment, parallel
 from lolo.training import recipes, run_folder, slots
@@ -45,7 +45,7 @@ def write_checkpoint(
     rows: tuple[int, int] = (0, 0),
     agree: Agree = agree_alone,
 ) -> Path:
-    """Write a checkpoint whole or not at all, and drop all but the newest `keep`.
+    """Write a checkpoint completely or not at all, and drop all but the newest `keep`.
 
     Args:
       arrays: what every process holds alike; process 0 writes it.
@@ -60,7 +60,7 @@ def write_checkpoint(
         if own:
             name = f"slots-{rows[0]:08d}.safetensors"
             mine["files"] = {name: {**_write_synced(draft / name, tensors.pack(own)), "rows": list(rows)}}
-        return Path(agree(mine, lambda said: str(_finish(run, step, draft, arrays, said, about, keep))))
+        return Path(agree(mine, lambda held: str(_finish(run, step, draft, arrays, held, about, keep))))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -84,16 +84,17 @@ def _write_synced(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _finish(
-    run: Path, step: int, draft: Path, arrays: tensors.Arrays, said: list[Any], about: dict[str, Any], keep: int
+    run: Path, step: int, draft: Path, arrays: tensors.Arrays, held: list[Any], about: dict[str, Any], keep: int
 ) -> Path:
-    odd = [index for index, other in enumerate(said) if other["arrays"] != said[0]["arrays"]]
-    if odd:
+    unequal = [index for index, other in enumerate(held) if other["arrays"] != held[0]["arrays"]]
+    if unequal:
         raise FileError(
-            f"at outer step {step} process {odd[0]} holds other numbers than process 0 where both must be equal: these "
-            "hosts do not compute the same bits. Use hosts of one kind, with the same XLA_FLAGS. Nothing was written."
+            f"at outer step {step} process {unequal[0]} holds other numbers than process 0 where both must be equal: "
+            "these hosts do not compute the same bits. Use hosts of one kind, with the same XLA_FLAGS. Nothing was "
+            "written."
         )
     parts = {"state.safetensors": _write_synced(draft / "state.safetensors", tensors.pack(arrays))}
-    for other in said:
+    for other in held:
         parts |= other["files"]
     manifest = {"format_version": CHECKPOINT_VERSION, "outer_step": step, "files": parts, **about}
     disk.write_json(draft / "manifest.json", manifest)
@@ -239,8 +240,8 @@ def state_from_arrays(arrays: tensors.Arrays, like: meta.MetaState, source: str)
     scores = tuple(f".push_{field}" for field in replay.Struggle._fields)
     arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named if name.endswith(scores)} | arrays
     if set(arrays) != {name for name, _ in named}:
-        odd = sorted(set(arrays) ^ {name for name, _ in named})
-        raise FileError(f"{source}: tensors do not match the recipe; first difference: {odd[0]!r}.")
+        differing = sorted(set(arrays) ^ {name for name, _ in named})
+        raise FileError(f"{source}: tensors do not match the recipe; first difference: {differing[0]!r}.")
     for name, leaf in named:
         if arrays[name].shape != leaf.shape or arrays[name].dtype != leaf.dtype:
             raise FileError(
@@ -253,8 +254,8 @@ def state_shapes(state: meta.MetaState, rows: tuple[int, int]) -> meta.MetaState
     """Shapes of what `state_arrays` gives where these rows lie."""
 
     def shape(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
-        whole = tuple(leaf.shape)
-        return jax.ShapeDtypeStruct((rows[1] - rows[0], *whole[1:]) if parallel.AXIS in spec else whole, leaf.dtype)
+        full = tuple(leaf.shape)
+        return jax.ShapeDtypeStruct((rows[1] - rows[0], *full[1:]) if parallel.AXIS in spec else full, leaf.dtype)
 
     return jax.tree.map(shape, state, slots.state_specs(state))
 
@@ -263,7 +264,7 @@ def check_manifest(manifest: dict[str, Any], run: Path, recipe: Recipe, log: Cal
     """Raise RunError if a checkpoint is of another recipe; log it if it is of other versions."""
     changed = diff(recipes.from_dict(manifest.get("recipe")), recipe)
     if changed:
-        differs = "; ".join(f"{name}: {a!r} in the checkpoint, {b!r} now" for name, (a, b) in changed.items())
+        differs = differences(changed, "in the checkpoint", "now")
         raise RunError(f"{run}/recipe.json is not the recipe of the checkpoint ({differs}). Undo the change.")
     if manifest.get("versions") != environment.versions():
         log(f"versions differ from the checkpoint's ({manifest.get('versions')}): the result may differ in last bits.")

@@ -226,7 +226,7 @@ def alpha(steps: list[dict[str, Any]], recipe: Recipe) -> Finding:
     if mix >= 1 and loss >= 1:
         return Finding(Verdict.OK, words)
     if steps[-1]["step"] + 1 < recipe.outer.steps:
-        return Finding(Verdict.SHORT, f"{words} The hand-over goes on.")
+        return Finding(Verdict.SHORT, f"{words} The hand-over continues.")
     advice = ("imitation.alpha_mix linear and imitation.alpha_loss linear end at 1",)
     return Finding(Verdict.FAIL, words + " It never stood on its own.", advice)
 

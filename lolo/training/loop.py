@@ -20,7 +20,6 @@ from lolo.files import disk, jsonl
 from lolo.method.task import Splits
 from lolo.optimizers import pretrained, weights_file
 from lolo.runtime import environment, parallel
-from lolo.tasks import by_name
 from lolo.training import checkpoints, loggers, run_folder, run_log
 from lolo.training.how import How, Progress
 from lolo.training.recipes import Recipe
@@ -108,9 +107,7 @@ def resume(out: Path | str, how: How | None = None, *, tasks: dict[str, Splits] 
     openers = loggers.openers(run_folder.logged_to(folder) if how.loggers is None else how.loggers)
     run_folder.require_alike(how.group, recipe, {"--devices": how.devices})
     with run_folder.exclusive(folder, how.group):
-        if tasks is None:
-            tasks = {name: by_name.resolve(name, run_folder.task_folders(folder)) for name in recipe.tasks}
-        run = prepare(recipe, how, None, tasks)
+        run = prepare(recipe, how, None, tasks, run_folder.task_folders(folder))
         run.out = folder
         restore(run)
         if how.group.leads and how.loggers is not None:

@@ -65,7 +65,7 @@ def with_replay(slots: meta.Slots, buffers: replay.Replay) -> meta.Slots:
 
 
 def with_buffers(state: meta.MetaState, rings: tuple[HostRing, ...]) -> meta.MetaState:
-    """The state with whole buffers, as NumPy arrays: what a checkpoint holds."""
+    """The state with complete buffers, as NumPy arrays: what a checkpoint holds."""
     pairs = zip(state.slots, rings, strict=True)
     return state._replace(slots=tuple(with_replay(slots, replay.Replay(*ring)) for slots, ring in pairs))
 
@@ -106,7 +106,7 @@ def _put(states: PyTree, slot: jax.Array, new: PyTree) -> PyTree:
 class Offloaded:
     """An outer step with buffers on the host: `step(tasks, state)` as `slots.compile_step` gives it.
 
-    `state` holds rings of one place; `buffers` are the whole ones.
+    `state` holds rings of one place; `buffers` are the complete ones.
     """
 
     def __init__(self, recipe: Recipe, setup: meta.Setup, state: meta.MetaState, over: Mesh) -> None:
@@ -117,17 +117,17 @@ class Offloaded:
         self.specs = state_specs(state)
         self.step = compile_step(setup, state, over)
 
-    def place(self, whole: meta.MetaState) -> meta.MetaState:
-        """From a state with whole buffers, such as a checkpoint's, to one that `self` takes."""
-        self.buffers = tuple(HostRing(*jax.tree.map(np.array, tuple(slots.local.replay))) for slots in whole.slots)
+    def place(self, complete: meta.MetaState) -> meta.MetaState:
+        """From a state with complete buffers, such as a checkpoint's, to one that `self` takes."""
+        self.buffers = tuple(HostRing(*jax.tree.map(np.array, tuple(slots.local.replay))) for slots in complete.slots)
         slots = []
-        for own, ring in zip(whole.slots, self.buffers, strict=True):
+        for own, ring in zip(complete.slots, self.buffers, strict=True):
             states = _next_states(ring, self.rule, np.arange(len(ring.size)))
             held: Any = np.minimum(ring.size, 1)
             slots.append(with_replay(own, replay.Replay(states, 0 * held, held)))
-        return parallel.place(whole._replace(slots=tuple(slots)), self.over, self.specs)
+        return parallel.place(complete._replace(slots=tuple(slots)), self.over, self.specs)
 
-    def whole(self, state: meta.MetaState) -> meta.MetaState:
+    def complete(self, state: meta.MetaState) -> meta.MetaState:
         """The opposite of `place`; buffers are NumPy arrays."""
         return with_buffers(state, self.buffers)
 

@@ -1,7 +1,7 @@
 """What a meta-training or an evaluation would need, before it runs: memory, arithmetic, time. Nothing is allocated.
 
 Memory is what XLA says about the very program that would run, compiled from shapes alone. Arithmetic is counted by
-`lolo.cost`. The time on an H100 is an estimate from stated assumptions, not a measurement.
+`lolo.training.cost`. The time on an H100 is an estimate from stated assumptions, not a measurement.
 """
 
 from __future__ import annotations

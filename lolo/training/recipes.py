@@ -1,4 +1,4 @@
-"""Recipes: everything that decides a meta-training, as plain frozen data, and how it becomes a `meta.Setup`.
+"""Recipes: everything that decides a meta-training, as plain frozen data; `build` makes a `meta.Setup` of it.
 
 `LOLO` is the method of the paper; `BC_ONLY` and `NAIVE` are differences to it.
 """
@@ -64,7 +64,7 @@ class EstimatorSettings:
     """The estimator of the meta-gradient."""
 
     kind: str = "pes"  # pes, es or nres
-    pairs: int = 8  # P, antithetic pairs per task
+    pairs: int = 8  # P, antithetic pairs per task; a slot is one pair with its inner problem and buffer
     sigma: float = 0.01  # σ of the noise on φ
     slots_per_block: int = 1  # pairs advanced together by vmap; 1 is best on CPUs, more suits GPUs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from lolo.evaluation import long_runs
 from lolo.files import jsonl, settings
 from lolo.files.disk import FileError
+from lolo.files.user_code import HERE
 from lolo.method import meta
 from lolo.method.task import Splits, Task
 from lolo.optimizers import architecture, pretrained, weights_file
@@ -71,7 +72,7 @@ class Run:
 
     def complete_state(self) -> meta.MetaState:
         """The state with all of its replay buffers, wherever they are: what a checkpoint holds."""
-        return self.step.whole(self.state) if isinstance(self.step, offload.Offloaded) else self.state
+        return self.step.complete(self.state) if isinstance(self.step, offload.Offloaded) else self.state
 
     def load(self, state: meta.MetaState) -> None:
         """Continue from the state of `complete_state`."""
@@ -246,8 +247,12 @@ def prepare(
     how: How | None = None,
     init: weights_file.WeightsFile | None = None,
     tasks: dict[str, Splits] | None = None,
+    folders: Sequence[Path] = HERE,
 ) -> Run:
-    """Build, place and compile what a recipe names. Raises RecipeError, TaskError, FileError, RunError."""
+    """Build, place and compile what a recipe names. Raises RecipeError, TaskError, FileError, RunError.
+
+    folders: where `path.py` of a task, of a validation task too, is looked for.
+    """
     how = how or How()
     setup = build.build(recipe)
     if how.offload:
@@ -258,7 +263,7 @@ def prepare(
     given = tasks or {}
     names = recipe.tasks if tasks is None else meta_training_tasks(recipe, tasks)
     splits, held = (
-        {name: given[name] if name in given else resolve(name) for name in each}
+        {name: given[name] if name in given else resolve(name, folders) for name in each}
         for each in (names, recipe.validation.tasks)
     )
     mesh = parallel.global_mesh(recipe.estimator.pairs // recipe.estimator.slots_per_block, how.devices)

@@ -14,7 +14,7 @@ import jax
 
 from lolo.files import disk
 from lolo.files.disk import FileError
-from lolo.files.settings import RecipeError, diff, fields
+from lolo.files.settings import RecipeError, diff, differences, fields
 from lolo.runtime import environment
 from lolo.runtime.process_group import ProcessGroup
 from lolo.tasks.by_name import pin
@@ -53,9 +53,7 @@ def require_free(run: Path, recipe: Recipe) -> None:
     holding = (run / "recipe.json").is_file()
     changed = diff(read_recipe(run), recipe) if holding else {}
     if changed or (holding and checkpoints(run)):
-        differs = (
-            "; ".join(f"{name}: {a!r} there, {b!r} requested" for name, (a, b) in changed.items()) or "the same recipe"
-        )
+        differs = differences(changed, "there", "requested") or "the same recipe"
         raise RunError(
             f"{run} already holds a run ({differs}). Resume it with `lolo resume {run}`, or give another --out."
         )
@@ -134,7 +132,7 @@ def can_resume(run: Path, recipe: Recipe, group: ProcessGroup) -> bool:
             return False
         changed = diff(read_recipe(run), pinned(recipe))
         if changed:
-            differs = "; ".join(f"{name}: {a!r} there, {b!r} requested" for name, (a, b) in changed.items())
+            differs = differences(changed, "there", "requested")
             raise RunError(f"{run} already holds another run ({differs}); give another --out.")
         return bool(checkpoints(run))
 

@@ -232,10 +232,10 @@ class Pool:
         if status == -signal.SIGTERM and self.stop.requested is not None:  # asked before it could listen
             status = 3
         if status not in (0, 3):
-            said = log.read_bytes()[before:].decode(errors="replace")
-            words = [line for line in said.splitlines() if line.strip()]
+            printed = log.read_bytes()[before:].decode(errors="replace")
+            lines = [line for line in printed.splitlines() if line.strip()]
             ended = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
-            reason = f"{ended}: {words[-1] if words else 'it said nothing'}"
+            reason = f"{ended}: {lines[-1] if lines else 'it printed nothing'}"
             disk.write_bytes(failure_file(run), f"{reason}\n".encode())
             self.log(f"{run.name} failed ({reason}). All that it printed: {log}")
         else:

@@ -224,7 +224,7 @@ def test_entries_without_a_gradient_stand_still_if_asked_to(weight_decay):
 
 
 @small_fc_only
-def test_a_state_from_before_the_option_goes_on_without_it():
+def test_a_state_from_before_the_option_continues_without_it():
     params, optimizer = trained()
     saved = optimizer.state_dict()
     del saved["param_groups"][0]["freeze_unseen"]

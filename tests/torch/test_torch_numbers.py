@@ -9,6 +9,7 @@ import optax
 import pytest
 import torch
 from drawn import draw_meta_params, norm_fc_file
+from helpers import accumulators_per_parameter
 
 from lolo.bench import torch_speed
 from lolo.bench.textbook_torch import Textbook
@@ -286,7 +287,7 @@ def test_memory_per_parameter_is_what_the_specification_says():
     for param in params.values():
         moments = {k: x for k, x in optimizer.state[param].items() if k != "step"}
         stored = sum(x.untyped_storage().nbytes() for x in moments.values())
-        assert stored == pytest.approx(4 * param.numel() * spec.accumulators_per_parameter(tuple(param.shape)))
+        assert stored == pytest.approx(4 * param.numel() * accumulators_per_parameter(spec, tuple(param.shape)))
 
 
 def test_closed_loops_in_jax_and_torch_stay_together(record_property):

@@ -1,4 +1,4 @@
-"""Sinks beside the log: the numbers of log.jsonl, each step once, whatever happened to the process before."""
+"""Loggers beside the log: the numbers of log.jsonl, each step once, whatever happened to the process before."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def expected(run):
 
 @pytest.fixture
 def memory(monkeypatch):
-    """A kind of sink that keeps what it gets: one list of (step, name, value) for each time that it was opened."""
+    """A kind of logger that keeps what it gets: one list of (step, name, value) for each time that it was opened."""
     opened = []
 
     def open_(run, recipe):
@@ -49,10 +49,12 @@ def memory(monkeypatch):
     return opened
 
 
-def test_a_sink_gets_the_numbers_of_the_log_each_step_once_also_after_a_kill(tmp_path, memory):
+def test_a_logger_gets_the_numbers_of_the_log_each_step_once_also_after_a_kill(tmp_path, memory):
     stop = StopAfter(5)
-    loop.train(RECIPE, tmp_path / "run", How(loggers=("tensorboard",), stop=stop, on_progress=stop.told, log=silent))
-    # As a SIGKILL leaves it: rows that are past the newest whole checkpoint, and no sink closed.
+    loop.train(
+        RECIPE, tmp_path / "run", How(loggers=("tensorboard",), stop=stop, on_progress=stop.on_progress, log=silent)
+    )
+    # As a SIGKILL leaves it: rows that are past the newest complete checkpoint, and no logger closed.
     with open(tmp_path / "run" / "log.jsonl", "a") as log:
         log.write(json.dumps(run_log.log_rows(tmp_path / "run")[-1] | {"step": 5, "task_loss": [99.0]}) + "\n")
     loop.resume(tmp_path / "run", How(log=silent))  # logs where it logged before
@@ -64,9 +66,9 @@ def test_a_sink_gets_the_numbers_of_the_log_each_step_once_also_after_a_kill(tmp
     assert {step for step, _, _ in second} == set(range(8))
 
 
-def test_resume_can_add_a_sink_that_starts_at_the_first_step_and_can_drop_it(tmp_path, memory):
+def test_resume_can_add_a_logger_that_starts_at_the_first_step_and_can_drop_it(tmp_path, memory):
     stop = StopAfter(3)
-    loop.train(RECIPE, tmp_path / "run", How(stop=stop, on_progress=stop.told, log=silent))
+    loop.train(RECIPE, tmp_path / "run", How(stop=stop, on_progress=stop.on_progress, log=silent))
     assert memory == []
     loop.resume(tmp_path / "run", How(loggers=("tensorboard",), log=silent))
     assert {entry[0] for entry in memory[0][:-1]} == set(range(8))
@@ -75,7 +77,7 @@ def test_resume_can_add_a_sink_that_starts_at_the_first_step_and_can_drop_it(tmp
     assert len(memory) == 1
 
 
-def test_a_sink_that_fails_is_left_out_and_told_and_the_run_goes_on(tmp_path, monkeypatch):
+def test_a_logger_that_fails_is_left_out_and_reported_and_the_run_continues(tmp_path, monkeypatch):
     def fail(scalars, step):
         if step == 2:
             raise RuntimeError("no space")
@@ -89,7 +91,7 @@ def test_a_sink_that_fails_is_left_out_and_told_and_the_run_goes_on(tmp_path, mo
     assert len(said) == 1 and "no space" in said[0] and "lolo resume --log tensorboard" in said[0]
 
 
-def test_a_sink_that_does_not_open_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_logger_that_does_not_open_is_one_line(tmp_path, monkeypatch, capsys):
     def refuse(run, recipe):
         raise RuntimeError("no permission")
 
@@ -115,13 +117,13 @@ def test_a_missing_extra_is_one_line_that_names_it_before_anything_is_written(
     assert not any(tmp_path.iterdir())
 
 
-def test_an_unknown_sink_names_the_nearest(tmp_path, monkeypatch, capsys):
+def test_an_unknown_logger_names_the_nearest(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "lolo", "--log", "tensorbord"]) == 2
     assert "'tensorbord'; did you mean 'tensorboard'" in capsys.readouterr().err
 
 
-def test_a_sink_without_a_run_folder_is_refused():
+def test_a_logger_without_a_run_folder_is_refused():
     with pytest.raises(RunError, match="needs a run folder"):
         loop.train(small(), None, How(loggers=("tensorboard",)))
 
@@ -185,7 +187,7 @@ def test_each_library_holds_each_step_once_after_a_resume(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "torch", None)
     stop = StopAfter(5)
     run = tmp_path / "run"
-    loop.train(RECIPE, run, How(loggers=(name,), stop=stop, on_progress=stop.told, log=silent))
+    loop.train(RECIPE, run, How(loggers=(name,), stop=stop, on_progress=stop.on_progress, log=silent))
     assert {step for step, _, _ in read(run)} == set(range(5))
     loop.resume(run, How(log=silent))
     found = read(run)
@@ -194,7 +196,7 @@ def test_each_library_holds_each_step_once_after_a_resume(tmp_path, monkeypatch,
         assert value == pytest.approx(expected(run)[step, scalar], rel=1e-6), (step, scalar)
 
 
-def test_every_kind_of_sink_is_an_extra_of_its_name():
+def test_every_kind_of_logger_is_an_extra_of_its_name():
     text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
     for name, kind in loggers.LOGGERS.items():
         assert f'\n{name} = ["{kind.package}>=' in text
