@@ -197,13 +197,25 @@ def test_blocks_of_several_slots_give_the_same_bytes():
     assert results["1"] == results["2"]
 
 
+PLAIN = {
+    "learner.orthogonal": False,
+    "learner.baseline": "none",
+    "learner.weight_decay": 0.1,
+    "imitation.expert": "adam",
+    "imitation.loss": "squared",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.xfail(reason="norm_fc: one and two devices round the imitation loss of this tiny network differently")
-@pytest.mark.parametrize("slots_per_block", [1, 2])
-def test_what_the_successor_chooses_gives_the_same_bytes(slots_per_block):
-    changes = SUCCESSOR | {"estimator.pairs": 4, "unroll.truncation": 3, "estimator.slots_per_block": slots_per_block}
-    results = run(4, [1, 2], changes, 5)["results"]
-    assert results["1"] == results["2"]
+@pytest.mark.parametrize(
+    "changes, counts",
+    [({}, [1, 2, 4]), ({"estimator.slots_per_block": 2}, [1, 2]), (PLAIN, [1, 2, 4])],
+    ids=["chosen", "two slots per block", "plain form"],
+)
+def test_norm_fc_gives_the_same_bytes_on_any_number_of_devices(changes, counts):
+    successor = SUCCESSOR | {"estimator.pairs": 4, "unroll.truncation": 3}
+    results = run(4, counts, successor | changes, 5)["results"]
+    assert results == {str(count): results["1"] for count in counts}
 
 
 @pytest.mark.slow
