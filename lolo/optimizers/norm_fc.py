@@ -236,7 +236,8 @@ def adam_step(moments: NormFcMoments, count: Int[Array, ""]) -> Entries:
     """AdamW's step before learning rate and decay, from moments after `count` gradients."""
     decays, t = (spec.MOMENTUM_DECAYS[0], spec.RMS_DECAY), count.astype(jnp.float32)
     mean, square = (
-        x * nf.reciprocal(1 - d**t, least=1 - d) for x, d in zip((moments.momentum[0], moments.rms), decays, strict=True)
+        x * nf.reciprocal(1 - d**t, least=1 - d)
+        for x, d in zip((moments.momentum[0], moments.rms), decays, strict=True)
     )
     return mean / (jnp.sqrt(square) + spec.ADAM_EPSILON)
 

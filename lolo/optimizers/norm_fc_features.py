@@ -128,8 +128,9 @@ def floored_rsqrt(x: jax.Array) -> jax.Array:
 def reciprocal(x: jax.Array, least: float) -> jax.Array:
     """1/x, to be multiplied with: of few numbers, for many entries. x: at least `least`, which is positive.
 
-    XLA makes a factor 1/x of a division by x, or a division of such a factor, as it comes by them: programs for one and
-    for two devices had other last bits. The minimum changes no value; it stands between the factor and its reciprocal.
+    Of a division by x XLA makes a product with 1/x in some programs and not in others: those for one and for two
+    devices had other last bits. The minimum changes no value; it stands between the product and its reciprocal, so that
+    no rule for divisions fits.
     """
     return jnp.minimum(1 / x, 2 / least)
 
