@@ -13,6 +13,7 @@ import pytest
 import textbook_norm_fc as textbook
 from optax.contrib import MuonDimensionNumbers
 
+from lolo.optimizers import norm_fc_features as nf
 from lolo.optimizers import norm_fc_spec as spec
 from lolo.optimizers.norm_fc import norm_fc
 from lolo.tasks import small
@@ -602,3 +603,10 @@ def test_meta_gradients_are_finite():
 
     gradient = jax.jit(jax.grad(loss))(norm_fc().init(jax.random.key(0)))
     assert all(np.isfinite(x).all() for x in gradient.values()) and gradient["w2"].any()
+
+
+def test_a_factor_of_one_over_x_is_that_for_all_x_from_the_least_on():
+    x = jnp.geomspace(1e-8, 1e38, 1000, dtype=jnp.float32)
+    assert jnp.array_equal(nf.reciprocal(x, least=1e-8), 1 / x)
+    assert not jnp.array_equal(nf.reciprocal(x, least=1.0), 1 / x)  # smaller ones are cut off
+    assert jnp.isnan(nf.reciprocal(jnp.float32(jnp.nan), least=1e-8))

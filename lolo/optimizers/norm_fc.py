@@ -235,7 +235,10 @@ def learned_step(
 def adam_step(moments: NormFcMoments, count: Int[Array, ""]) -> Entries:
     """AdamW's step before learning rate and decay, from moments after `count` gradients."""
     decays, t = (spec.MOMENTUM_DECAYS[0], spec.RMS_DECAY), count.astype(jnp.float32)
-    mean, square = (x / (1 - d**t) for x, d in zip((moments.momentum[0], moments.rms), decays, strict=True))
+    mean, square = (
+        x * nf.reciprocal(1 - d**t, least=1 - d)
+        for x, d in zip((moments.momentum[0], moments.rms), decays, strict=True)
+    )
     return mean / (jnp.sqrt(square) + spec.ADAM_EPSILON)
 
 
@@ -285,7 +288,8 @@ def newton_schulz(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     # The trace of x·xᵀ is the squared Frobenius norm. x enters products only, so XLA computes it once.
     gram = product(x, jnp.swapaxes(x, -1, -2))
     norm = jnp.sqrt(jnp.trace(gram, axis1=-2, axis2=-1))[..., None, None] + spec.NEWTON_SCHULZ_EPSILON
-    x = product(polynomial(gram / norm / norm) / norm, x)
+    scale = nf.reciprocal(norm, least=spec.NEWTON_SCHULZ_EPSILON)
+    x = product(polynomial(gram * scale * scale) * scale, x)
     for _ in range(spec.NEWTON_SCHULZ_STEPS - 1):
         x = product(polynomial(product(x, jnp.swapaxes(x, -1, -2))), x)
     return jnp.swapaxes(x, -1, -2) if tall else x

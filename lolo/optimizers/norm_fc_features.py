@@ -125,6 +125,16 @@ def floored_rsqrt(x: jax.Array) -> jax.Array:
     return jax.lax.rsqrt(jnp.maximum(x, spec.FACTOR_FLOOR))
 
 
+def reciprocal(x: jax.Array, least: float) -> jax.Array:
+    """1/x, to be multiplied with: of few numbers, for many entries. x: at least `least`, which is positive.
+
+    Of a division by x XLA makes a product with 1/x in some programs and not in others: those for one and for two
+    devices had other last bits. The minimum changes no value; it stands between the product and its reciprocal, so that
+    no rule for divisions fits.
+    """
+    return jnp.minimum(1 / x, 2 / least)
+
+
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=HIGHEST, preferred_element_type=jnp.float32)
 
@@ -147,7 +157,8 @@ def tensor(
     mean = over_parts(
         jnp.mean(row, axis=axes.second + 1 - (axes.second > axes.largest), keepdims=True), of, axes.second
     )
-    row_factor = floored_rsqrt(row / (mean + spec.FACTOR_MEAN_EPSILON))
+    scale = reciprocal(mean + spec.FACTOR_MEAN_EPSILON, least=spec.FACTOR_MEAN_EPSILON)
+    row_factor = floored_rsqrt(row * scale)
     row_factor, row = (jnp.expand_dims(x, axes.largest + 1) for x in (row_factor, row))
     column = jnp.expand_dims(column, axes.second + 1)
 

@@ -33,7 +33,14 @@ def shards(count: int, pairs: int) -> meta.Shards:
 
     def own(tree: PyTree) -> PyTree:
         start = jax.lax.axis_index(parallel.AXIS) * share
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, share), tree)
+        # A branch takes arrays from memory. Without it XLA computes φ ± ε, and cuts, in one loop, and rounds some of
+        # it otherwise than on one device, where nothing is cut: the learner's weights of one entry, such as b2.
+        return jax.lax.cond(
+            start > 0,
+            lambda tree: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, share), tree),
+            lambda tree: jax.tree.map(lambda x: x[:share], tree),
+            tree,
+        )
 
     def gather(tree: PyTree) -> PyTree:
         # As one array of words: one message, whatever the number of leaves, each of 4-byte numbers.
