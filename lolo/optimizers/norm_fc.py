@@ -46,7 +46,7 @@ class NormFcState(NamedTuple):
     column: PyTree
 
 
-class Settings(NamedTuple):
+class NormFcArguments(NamedTuple):
     """The arguments of `norm_fc` that its optimizer reads."""
 
     learning_rate: Number | Schedule
@@ -124,7 +124,7 @@ def norm_fc(
     >>> updates, state = optimizer.update(params, optimizer.init(params), params)
     >>> params = optax.apply_updates(params, updates)
     """
-    settings = Settings(
+    settings = NormFcArguments(
         learning_rate,
         weight_decay,
         orthogonal,
@@ -167,7 +167,7 @@ def norm_fc(
     return LearnedOptimizer(init, optimizer)
 
 
-def check_settings(hidden: int, settings: Settings) -> None:
+def check_settings(hidden: int, settings: NormFcArguments) -> None:
     """Raise ValueError for values that no norm_fc has."""
     if not isinstance(hidden, int) or not 1 <= hidden <= spec.MAX_HIDDEN:
         raise ValueError(f"hidden={hidden!r} must be a whole number from 1 to {spec.MAX_HIDDEN}.")
@@ -177,7 +177,7 @@ def check_settings(hidden: int, settings: Settings) -> None:
         raise ValueError(f"state_dtype={settings.state_dtype} must be float32 or bfloat16.")
 
 
-def zero_state(settings: Settings, params: PyTree) -> NormFcState:
+def zero_state(settings: NormFcArguments, params: PyTree) -> NormFcState:
     leaves, structure = jax.tree.flatten(params)
     parts = zip(leaves, parts_of(settings, params), strict=True)
     moments = [nf.zero_moments(param, of.layout, of.learned, settings.state_dtype) for param, of in parts]
@@ -185,7 +185,7 @@ def zero_state(settings: Settings, params: PyTree) -> NormFcState:
 
 
 def update_all(
-    weights: nf.NormFcMatrices, settings: Settings, grads: PyTree, state: NormFcState, params: PyTree
+    weights: nf.NormFcMatrices, settings: NormFcArguments, grads: PyTree, state: NormFcState, params: PyTree
 ) -> tuple[PyTree, NormFcState]:
     """One step of all tensors."""
     parts, (leaves, structure) = parts_of(settings, params), jax.tree.flatten(params)
@@ -291,7 +291,7 @@ def newton_schulz(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-def parts_of(settings: Settings, params: PyTree) -> list[Part]:
+def parts_of(settings: NormFcArguments, params: PyTree) -> list[Part]:
     """How each parameter is treated. Raises what `norm_fc` says of parameters and of is_matrix."""
     check_params(params, "norm_fc")
     check_whole(params, settings.axis_name)
@@ -315,7 +315,7 @@ def is_answer(x: Any) -> bool:
     return x is None or isinstance(x, MuonDimensionNumbers)
 
 
-def part(name: str, param: jax.Array, answer: Any, settings: Settings) -> Part:
+def part(name: str, param: jax.Array, answer: Any, settings: NormFcArguments) -> Part:
     """How one parameter is treated, given the answer of is_matrix. Raises ValueError for an answer without sense."""
     where = settings.axis_name, settings.sharded_axis
     if not (is_answer(answer) or isinstance(answer, bool | np.bool_)):

@@ -48,7 +48,7 @@ class NormFcMatrices(NamedTuple):
     b2: Float[Array, ""]
 
 
-class Tensor(NamedTuple):
+class NormFcInputs(NamedTuple):
     """What the network reads of one tensor: [..., *shape], with extent 1 where it is constant along an axis."""
 
     grad: jax.Array
@@ -129,19 +129,19 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
-def tensor(
+def inputs_of(
     weights: NormFcMatrices,
     grad: Entries,
     param: Entries,
     moments: NormFcMoments,
     of: Layout,
-) -> Tensor:
+) -> NormFcInputs:
     """What the network reads of one tensor. grad, param: [*shape] float32; moments: after this gradient."""
     axes, row, column = of.axes, moments.row, moments.column
     bias = weights.b0.reshape(-1, *(1,) * grad.ndim)
     if axes is None:
         factor = floored_rsqrt(row + spec.FACTOR_MEAN_EPSILON)
-        return Tensor(
+        return NormFcInputs(
             grad, param, moments.momentum, moments.rms, factor, jnp.ones_like(factor), bias, jnp.zeros_like(bias)
         )
     mean = over_parts(
@@ -161,10 +161,12 @@ def tensor(
 
     row_sum = first_layer(weights.row, row, axes.largest) + bias
     column_sum = first_layer(weights.column, column, axes.second)
-    return Tensor(grad, param, moments.momentum, moments.rms, row_factor, floored_rsqrt(column), row_sum, column_sum)
+    return NormFcInputs(
+        grad, param, moments.momentum, moments.rms, row_factor, floored_rsqrt(column), row_sum, column_sum
+    )
 
 
-def entry_squares(x: Tensor, of: Layout) -> list[jax.Array]:
+def entry_squares(x: NormFcInputs, of: Layout) -> list[jax.Array]:
     """Squares of the entry inputs, in the order of spec.ENTRY_ROWS: arrays [1 or 3, *shape]."""
     root = jax.lax.rsqrt(x.rms + spec.MOMENT_EPSILON)
     factor = x.row_factor * x.column_factor
@@ -184,7 +186,7 @@ def entry_squares(x: Tensor, of: Layout) -> list[jax.Array]:
     return [y * y for y in groups]
 
 
-def network(weights: NormFcMatrices, entry: jax.Array, x: Tensor) -> jax.Array:
+def network(weights: NormFcMatrices, entry: jax.Array, x: NormFcInputs) -> jax.Array:
     """The network's output for every entry. entry: [H, 18 or 15], the normalisers folded in. Returns: [*shape].
 
     All sums are written out: XLA then makes one vectorised loop of them, four times as fast on a CPU as products,
@@ -221,7 +223,7 @@ def direction(
     of: Layout,
 ) -> Entries:
     """The network's output for one tensor with entries, from its updated moments."""
-    x = tensor(weights, grad, param, moments, of)
+    x = inputs_of(weights, grad, param, moments, of)
     means = jnp.concatenate([jnp.mean(y, axis=tuple(range(1, y.ndim))) for y in entry_squares(x, of)])
     normalizer = jax.lax.rsqrt(spec.NORMALIZE_EPSILON + over_parts(means, of))
     return network(weights, weights.entry[:, : len(means)] * normalizer, x)

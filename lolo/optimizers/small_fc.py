@@ -272,10 +272,10 @@ def first_bias(weights: Matrices, clock: Int[Array, ""] | Float[Array, ""]) -> F
     return weights.b0 + product(weights.time, features.time_inputs(clock)[:, None])
 
 
-Tensor = tuple[jax.Array, jax.Array, features.Moments, features.Layout]  # gradient, parameter, its moments, layout
+OneTensor = tuple[jax.Array, jax.Array, features.Moments, features.Layout]  # gradient, parameter, its moments, layout
 
 
-def apply_network(weights: Matrices, bias: Float[Array, "H 1"], tensors: list[Tensor]) -> list[Float[Array, "2 _"]]:
+def apply_network(weights: Matrices, bias: Float[Array, "H 1"], tensors: list[OneTensor]) -> list[Float[Array, "2 _"]]:
     """The two outputs for every entry of every tensor: a list of [2, entries], in the order of `as_matrices`."""
     layouts = [of for *_, of in tensors]
     small = [i for i, of in enumerate(layouts) if is_small(of)]

@@ -18,7 +18,7 @@ from lolo.torch import norm_fc, small_fc
 from lolo.torch.blocks import State, Workspace, Zeros
 
 
-class Architecture(NamedTuple):
+class TorchArchitecture(NamedTuple):
     """What `LoLO` asks of an architecture. `learner` is an instance of its settings type, `group` a param group."""
 
     settings: type[Any]  # all that weights say of the learner
@@ -35,8 +35,8 @@ class Architecture(NamedTuple):
     added: Mapping[str, Any] = settings.NONE  # settings of a group that older states lack, and what they meant
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "small_fc": Architecture(
+ARCHITECTURES: dict[str, TorchArchitecture] = {
+    "small_fc": TorchArchitecture(
         settings=small_fc_spec.SmallFcSettings,
         shapes=small_fc_spec.shapes_of,
         check=small_fc_spec.check,
@@ -50,7 +50,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         step=small_fc.step,
         added=small_fc.ADDED,
     ),
-    "norm_fc": Architecture(
+    "norm_fc": TorchArchitecture(
         settings=norm_fc_spec.NormFcSettings,
         shapes=norm_fc_spec.shapes_of,
         check=norm_fc_spec.check,
@@ -100,7 +100,7 @@ def as_weights(weights: str | Path | weights_file.WeightsFile | Mapping[str, Any
     return Learned(name, learner, file)
 
 
-def of_arrays(arrays: Mapping[str, np.ndarray]) -> Architecture:
+def of_arrays(arrays: Mapping[str, np.ndarray]) -> TorchArchitecture:
     """The row that bare arrays are of, by the number of inputs; the first where none fits."""
     rows = list(ARCHITECTURES.values())
     return next((row for row in rows if "w0" in arrays and arrays["w0"].shape[:1] == (row.inputs,)), rows[0])

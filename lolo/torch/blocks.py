@@ -31,7 +31,7 @@ class BlockLayout(NamedTuple):
 
 
 @runtime_checkable
-class Network(Protocol):
+class MomentWeights(Protocol):
     """What moments and their share of the first layer take from φ."""
 
     @property
@@ -267,7 +267,7 @@ def project_moment(weight: torch.Tensor, moment: torch.Tensor, epsilon: float) -
 
 
 def pieces_of(
-    batch: Batch, place: BlockLayout, network: Network, bias: torch.Tensor, epsilon: float, limit: int
+    batch: Batch, place: BlockLayout, network: MomentWeights, bias: torch.Tensor, epsilon: float, limit: int
 ) -> list[Piece]:
     """A batch in blocks of `limit` entries, its row and column moments updated.
 
@@ -292,7 +292,7 @@ def pieces_of(
     return [Piece(*piece) for piece in zip(*own, along, columns, base, strict=True)]
 
 
-def accumulate(piece: Piece, network: Network, squared: torch.Tensor) -> None:
+def accumulate(piece: Piece, network: MomentWeights, squared: torch.Tensor) -> None:
     """All moments of one block but the row and column moments. squared: [T, k, a, b], to be overwritten."""
     torch.mul(piece.grad, piece.grad, out=squared)
     piece.momentum.lerp_(piece.grad, network.momentum_gain)
