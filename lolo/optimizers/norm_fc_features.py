@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lolo.optimizers import features, sharding
+from lolo.optimizers import factored, features, sharding
 from lolo.optimizers import norm_fc_spec as spec
 from lolo.optimizers.features import Entries, Layout, over_parts
 
@@ -75,7 +75,7 @@ def layout(param: jax.Array, order: Sequence[int], axis_name: str | None, sharde
     whole = list(of.shape)
     if of.sharded is not None:
         whole[of.sharded] *= jax.lax.axis_size(axis_name)
-    return of._replace(axes=spec.factored_axes(whole, order))
+    return of._replace(axes=factored.factored_axes(whole, order))
 
 
 def zero_moments(param: jax.Array, of: Layout, learned: bool, momentum_dtype: jax.typing.DTypeLike) -> NormFcMoments:
@@ -107,7 +107,7 @@ def accumulate(moments: NormFcMoments, grad: Entries, of: Layout) -> NormFcMomen
     if grad.size == 0:
         return moments
     squared = grad * grad
-    row, column, floored = moments.row, moments.column, squared + spec.FACTORED_EPSILON
+    row, column, floored = moments.row, moments.column, squared + factored.FACTORED_EPSILON
     learned = len(moments.momentum) > 1
     if learned and of.axes is None:
         row = average(spec.FACTORED_DECAYS, row, floored)
@@ -122,7 +122,7 @@ def accumulate(moments: NormFcMoments, grad: Entries, of: Layout) -> NormFcMomen
 
 
 def floored_rsqrt(x: jax.Array) -> jax.Array:
-    return jax.lax.rsqrt(jnp.maximum(x, spec.FACTOR_FLOOR))
+    return jax.lax.rsqrt(jnp.maximum(x, factored.FACTOR_FLOOR))
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -140,19 +140,19 @@ def inputs_of(
     axes, row, column = of.axes, moments.row, moments.column
     bias = weights.b0.reshape(-1, *(1,) * grad.ndim)
     if axes is None:
-        factor = floored_rsqrt(row + spec.FACTOR_MEAN_EPSILON)
+        factor = floored_rsqrt(row + factored.FACTOR_MEAN_EPSILON)
         return NormFcInputs(
             grad, param, moments.momentum, moments.rms, factor, jnp.ones_like(factor), bias, jnp.zeros_like(bias)
         )
     mean = over_parts(
         jnp.mean(row, axis=axes.second + 1 - (axes.second > axes.largest), keepdims=True), of, axes.second
     )
-    row_factor = floored_rsqrt(row / (mean + spec.FACTOR_MEAN_EPSILON))
+    row_factor = floored_rsqrt(row / (mean + factored.FACTOR_MEAN_EPSILON))
     row_factor, row = (jnp.expand_dims(x, axes.largest + 1) for x in (row_factor, row))
     column = jnp.expand_dims(column, axes.second + 1)
 
     def first_layer(weight: jax.Array, moment: jax.Array, constant_along: int) -> jax.Array:
-        x = jnp.concatenate([moment, jax.lax.rsqrt(moment + spec.MOMENT_EPSILON)])
+        x = jnp.concatenate([moment, jax.lax.rsqrt(moment + factored.MOMENT_EPSILON)])
         flat = x.reshape(len(x), -1)
         # A mean over entries is one over the space where the input varies, and over the parts of that space.
         mean = jnp.mean(flat * flat, axis=1)
@@ -168,7 +168,7 @@ def inputs_of(
 
 def entry_squares(x: NormFcInputs, of: Layout) -> list[jax.Array]:
     """Squares of the entry inputs, in the order of spec.ENTRY_ROWS: arrays [1 or 3, *shape]."""
-    root = jax.lax.rsqrt(x.rms + spec.MOMENT_EPSILON)
+    root = jax.lax.rsqrt(x.rms + factored.MOMENT_EPSILON)
     factor = x.row_factor * x.column_factor
     groups = [
         x.grad[None],
@@ -193,7 +193,7 @@ def network(weights: NormFcMatrices, entry: jax.Array, x: NormFcInputs) -> jax.A
     which need the inputs side by side in memory. Terms are grouped so that no product is formed twice.
     """
     g, m = x.grad, list(x.momentum)
-    clipped, root = jnp.clip(g, -spec.GRADIENT_CLIP, spec.GRADIENT_CLIP), jax.lax.rsqrt(x.rms + spec.MOMENT_EPSILON)
+    clipped, root = jnp.clip(g, -spec.GRADIENT_CLIP, spec.GRADIENT_CLIP), jax.lax.rsqrt(x.rms + factored.MOMENT_EPSILON)
     factors = list(x.row_factor * x.column_factor)
     factored_momentum = entry.shape[1] > spec.DIAGONAL_INPUTS
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lolo.optimizers import factored
 from lolo.optimizers import norm_fc_spec as spec
 from lolo.torch import blocks
 from lolo.torch.blocks import Batch, BlockLayout, Piece, State, Workspace, Zeros
@@ -100,7 +101,7 @@ def is_learned(param: torch.Tensor, is_matrix: bool | None) -> bool:
 def layout(shape: tuple[int, ...]) -> BlockLayout:
     """Ties between axes are broken by their names: [out, in, *window] is [*window, in, out] in JAX."""
     inputs_first = (*range(2, len(shape)), 1, 0) if len(shape) > 1 else None
-    return blocks.layout(shape, spec.factored_axes(shape, inputs_first))
+    return blocks.layout(shape, factored.factored_axes(shape, inputs_first))
 
 
 def zeros(param: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Zeros]:
@@ -247,14 +248,14 @@ def fill_inputs(piece: Piece, scratch: NormFcScratch) -> None:
     scratch.param.copy_(piece.param)
     scratch.rms.copy_(piece.rms)
     torch.clamp(piece.grad, -spec.GRADIENT_CLIP, spec.GRADIENT_CLIP, out=scratch.clipped)
-    torch.add(piece.rms, spec.MOMENT_EPSILON, out=scratch.root).rsqrt_()
+    torch.add(piece.rms, factored.MOMENT_EPSILON, out=scratch.root).rsqrt_()
     torch.mul(scratch.source, scratch.root, out=scratch.scaled)
     if piece.column is not None:
         torch.mul(piece.row, piece.column, out=scratch.factored_gradient)
         torch.mul(scratch.momentum, scratch.factored_gradient, out=scratch.factored_momentum)
     else:
-        torch.add(piece.row, spec.FACTOR_MEAN_EPSILON, out=scratch.factored_gradient)
-        scratch.factored_gradient.clamp_(min=spec.FACTOR_FLOOR).rsqrt_()
+        torch.add(piece.row, factored.FACTOR_MEAN_EPSILON, out=scratch.factored_gradient)
+        scratch.factored_gradient.clamp_(min=factored.FACTOR_FLOOR).rsqrt_()
     scratch.factored_gradient.mul_(scratch.grad)
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lolo.optimizers import factored
 from lolo.optimizers import small_fc_spec as spec
 from lolo.torch import blocks
 from lolo.torch.blocks import Batch, BlockLayout, State, Workspace, Zeros
@@ -102,7 +103,7 @@ def settings_of(learner: spec.SmallFcSettings, given: Mapping[str, Any]) -> dict
 
 @functools.lru_cache(maxsize=4096)
 def layout(shape: tuple[int, ...]) -> BlockLayout:
-    return blocks.layout(shape, spec.factored_axes(shape))
+    return blocks.layout(shape, factored.factored_axes(shape))
 
 
 def zeros(param: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Zeros]:
@@ -199,10 +200,10 @@ def fill_inputs(piece: blocks.Piece, scratch: SmallFcScratch) -> None:
         torch.mul(piece.momentum, scratch.factored_gradient, out=scratch.factored_momentum)
     else:
         torch.add(piece.row, spec.MOMENTUM_EPSILON, out=scratch.factored_momentum).rsqrt_().mul_(piece.momentum)
-        torch.add(piece.row, spec.FACTOR_MEAN_EPSILON, out=scratch.factored_gradient)
-        scratch.factored_gradient.clamp_(min=spec.FACTOR_FLOOR).rsqrt_()
+        torch.add(piece.row, factored.FACTOR_MEAN_EPSILON, out=scratch.factored_gradient)
+        scratch.factored_gradient.clamp_(min=factored.FACTOR_FLOOR).rsqrt_()
         scratch.diagonal.copy_(piece.row)
-        torch.add(piece.row, spec.MOMENT_EPSILON, out=scratch.diagonal_root).rsqrt_()
+        torch.add(piece.row, factored.MOMENT_EPSILON, out=scratch.diagonal_root).rsqrt_()
     scratch.factored_gradient.mul_(piece.grad)
 
 

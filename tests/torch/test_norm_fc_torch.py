@@ -12,8 +12,8 @@ import torch
 from drawn import draw_meta_params, draw_norm_fc, norm_fc_file
 
 from lolo.data import embedded
+from lolo.optimizers import factored, small_fc_spec, weights_file
 from lolo.optimizers import norm_fc_spec as spec
-from lolo.optimizers import small_fc_spec, weights_file
 from lolo.optimizers.norm_fc import norm_fc
 from lolo.torch import LoLO, blocks
 from lolo.torch import norm_fc as torch_norm_fc
@@ -415,7 +415,7 @@ def kept_bytes(optimizer):
 def test_memory_is_what_the_specification_says_and_less_in_bfloat16():
     shapes = {"w": (40, 30)}
     full, half = (stepped(as_parameters(draw(shapes, 1)), state_dtype=d) for d in (None, torch.bfloat16))
-    assert kept_bytes(full) == 4 * 1200 * spec.accumulators_per_parameter((40, 30))
+    assert kept_bytes(full) == 4 * 1200 * factored.accumulators_per_parameter((40, 30))
     assert kept_bytes(full) - kept_bytes(half) == 3 * 1200 * 2
 
 
