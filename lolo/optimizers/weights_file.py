@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from lolo.files import disk, tensors
+from lolo.files import disk, settings, tensors
 from lolo.files.disk import FileError
+from lolo.files.settings import Alternative, RecipeError
 
 WEIGHTS_FORMAT = "lolo-weights"
 WEIGHTS_VERSION = 2  # 1, which is still read, had no sum over learner, recipe and card
@@ -29,6 +31,20 @@ HUB_FILE = "model.safetensors"  # of a repository, when no file is named
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<file>[\w./-]+\.safetensors))?"
 )
+
+
+@runtime_checkable
+class ArchitectureRow(Protocol):
+    """What weights are checked against, of an architecture: in JAX's table and in PyTorch's."""
+
+    @property
+    def settings(self) -> type[Any]: ...  # a subclass of Alternative
+
+    @property
+    def shapes(self) -> Callable[[Any], dict[str, tuple[int, ...]]]: ...  # learner -> names and shapes of φ
+
+    @property
+    def check(self) -> Callable[[Any], None]: ...  # raises RecipeError for a learner that can't be
 
 
 class WeightsFile(NamedTuple):
@@ -182,6 +198,20 @@ def _json_object(metadata: dict[str, str], key: str, path: Path) -> dict[str, An
     if not isinstance(value, dict):
         raise FileError(f"{path}: metadata {key!r} is not a JSON object.")
     return value
+
+
+def check_learner(
+    meta_params: tensors.Arrays, data: Any, rows: Mapping[str, ArchitectureRow], source: str
+) -> Alternative:
+    """The architecture stored with weights, one of `rows`. Raises FileError unless it can be, and φ fits it."""
+    types = {name: row.settings for name, row in rows.items()}
+    try:
+        learner = settings.parse_alternative(types, data, "learner")
+        rows[learner.name].check(learner)
+    except RecipeError as error:
+        raise FileError(f"{source}: {error}") from error
+    check_meta_params(meta_params, learner.name, rows[learner.name].shapes(learner), source)
+    return learner
 
 
 def check_meta_params(arrays: tensors.Arrays, name: str, shapes: dict[str, tuple[int, ...]], source: str) -> None:

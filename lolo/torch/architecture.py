@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from lolo.files import settings
-from lolo.files.disk import FileError
 from lolo.files.tensors import digest
 from lolo.optimizers import norm_fc_spec, small_fc_spec, weights_file
 from lolo.torch import norm_fc, small_fc
@@ -90,14 +89,7 @@ def as_weights(weights: str | Path | weights_file.WeightsFile | Mapping[str, Any
     name = file.learner.get("name")
     if name not in list(ARCHITECTURES):
         raise ValueError(f"lolo.torch runs {', '.join(ARCHITECTURES)}; these weights are of {name!r}.")
-    row, types = ARCHITECTURES[name], {name: row.settings for name, row in ARCHITECTURES.items()}
-    try:
-        learner = settings.parse_alternative(types, file.learner, "learner")
-        row.check(learner)
-    except settings.RecipeError as error:
-        raise FileError(f"weights: {error}") from error
-    weights_file.check_meta_params(file.meta_params, name, row.shapes(learner), "weights")
-    return Learned(name, learner, file)
+    return Learned(name, weights_file.check_learner(file.meta_params, file.learner, ARCHITECTURES, "weights"), file)
 
 
 def of_arrays(arrays: Mapping[str, np.ndarray]) -> TorchArchitecture:
