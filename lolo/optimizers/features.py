@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from lolo.optimizers import factored, sharding
 from lolo.optimizers import small_fc_spec as spec
+from lolo.optimizers.base import MetaParams
 
 Entries: TypeAlias = Float[Array, "*shape"]
 """A number for each entry of one tensor."""
@@ -60,7 +61,7 @@ class Inputs(NamedTuple):
     column: Float[Array, "6 k a b"]  # with extent 1 along the second largest axis; equal to row below two axes
 
 
-def decays(meta_params: dict[str, jax.Array]) -> Decays:
+def decays(meta_params: MetaParams) -> Decays:
     """The standard decays, or 1 − (1 − d)·exp(10·o) clipped to [0, 1] where φ holds learned offsets o.
 
     The reference does not clip the momentum decays; a decay outside [0, 1] has no meaning as an average.
@@ -111,13 +112,13 @@ def init_moments(param: jax.Array, of: Layout) -> Moments:
     return Moments(zeros(3), zeros(), row=zeros(3, without=of.axes.largest), column=zeros(3, without=of.axes.second))
 
 
-def _average(decay: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """d·old + (1 − d)·new for several decays. decay: [3]; old: [3, *shape]; new: [*shape]."""
+def _average(decay: Float[Array, "3"], old: Float[Array, "3 *shape"], new: Entries) -> Float[Array, "3 *shape"]:
+    """d·old + (1 − d)·new for several decays."""
     decay = decay.reshape(-1, *(1,) * new.ndim)
     return decay * old + (1 - decay) * new
 
 
-def over_parts(mean: jax.Array, of: Layout, along: int | None = None) -> jax.Array:
+def over_parts(mean: Float[Array, "*means"], of: Layout, along: int | None = None) -> Float[Array, "*means"]:
     """A mean over the part at hand, along the tensor's axis `along` or over all entries, made one over all parts."""
     crosses = of.sharded is not None and along in (None, of.sharded)
     return jax.lax.pmean(mean, of.axis_name) if crosses else mean
@@ -202,7 +203,7 @@ def inputs(grad: Entries, param: Entries, moments: Moments, of: Layout) -> Input
         ]
     )
 
-    def with_root(moment: jax.Array) -> jax.Array:
+    def with_root(moment: Float[Array, "3 k a b"]) -> Float[Array, "6 k a b"]:
         return jnp.concatenate([moment, jax.lax.rsqrt(moment + factored.MOMENT_EPSILON)])
 
     return Inputs(entry.reshape(len(entry), -1), with_root(row), with_root(column))

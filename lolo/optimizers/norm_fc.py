@@ -19,6 +19,7 @@ from lolo.optimizers import sharding
 from lolo.optimizers.base import (
     LearnedOptimizer,
     Mask,
+    MetaParams,
     answers_of,
     check_gradients,
     check_params,
@@ -138,7 +139,7 @@ def norm_fc(
     )
     check_settings(hidden, settings)
 
-    def init(key: jax.Array) -> dict[str, jax.Array]:
+    def init(key: jax.Array) -> MetaParams:
         zero = {"b0", "b1", "b2"} | ({"w2"} if baseline == "momentum" else set())
         keys = dict(zip(("w0", "w1", "w2"), jax.random.split(key, 3), strict=True))
         return {
@@ -146,7 +147,7 @@ def norm_fc(
             for name, shape in spec.weight_shapes(hidden).items()
         }
 
-    def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
+    def optimizer(meta_params: MetaParams) -> optax.GradientTransformationExtraArgs:
         weights = nf.arrange(meta_params)
 
         def update(
@@ -251,7 +252,7 @@ def unit(x: Entries, of: Layout, epsilon: float) -> Entries:
     return x * jax.lax.rsqrt(epsilon + over_parts(jnp.mean(x * x), of))
 
 
-def on_whole(x: jax.Array, of: Layout, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def on_whole(x: Entries, of: Layout, function: Callable[[Float[Array, "*whole"]], Float[Array, "*whole"]]) -> Entries:
     """function(x) for a function of the whole tensor: its parts are gathered first, and the own one is cut out."""
     if of.sharded is None:
         return function(x)
@@ -261,7 +262,7 @@ def on_whole(x: jax.Array, of: Layout, function: Callable[[jax.Array], jax.Array
     return jax.lax.dynamic_slice_in_dim(whole, start, size, axis=of.sharded)
 
 
-def orthogonalize(x: Entries, axes: tuple[tuple[int, ...], ...]) -> jax.Array:
+def orthogonalize(x: Entries, axes: tuple[tuple[int, ...], ...]) -> Entries:
     """Newton-Schulz on the matrices [input axes, output axes] of a tensor. axes: batch, input, output."""
     order = [axis for kind in axes for axis in kind]
     extents = [[x.shape[axis] for axis in kind] for kind in axes]

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from lolo.optimizers import factored, features, sharding
 from lolo.optimizers import norm_fc_spec as spec
+from lolo.optimizers.base import MetaParams
 from lolo.optimizers.features import Entries, Layout, over_parts
 
 # On GPUs the default precision of a float32 matrix product is lower than float32.
@@ -51,17 +52,17 @@ class NormFcMatrices(NamedTuple):
 class NormFcInputs(NamedTuple):
     """What the network reads of one tensor: [..., *shape], with extent 1 where it is constant along an axis."""
 
-    grad: jax.Array
-    param: jax.Array
-    momentum: jax.Array  # [3, *shape]
-    rms: jax.Array
-    row_factor: jax.Array  # [3, ...]; below two axes the whole factor
-    column_factor: jax.Array  # [3, ...]; below two axes 1
-    row: jax.Array  # [H, ...], of the first layer's sums
-    column: jax.Array  # [H, ...]
+    grad: Entries
+    param: Entries
+    momentum: Float[Array, "3 *shape"]
+    rms: Entries
+    row_factor: Float[Array, "3 ..."]  # below two axes the whole factor
+    column_factor: Float[Array, "3 ..."]  # below two axes 1
+    row: Float[Array, "H ..."]  # of the first layer's sums
+    column: Float[Array, "H ..."]
 
 
-def arrange(meta_params: dict[str, jax.Array]) -> NormFcMatrices:
+def arrange(meta_params: MetaParams) -> NormFcMatrices:
     """φ as the sums take it."""
     w0, w1, w2, b0, b1, b2 = (meta_params[name].astype(jnp.float32) for name in ("w0", "w1", "w2", "b0", "b1", "b2"))
     rows = (spec.ENTRY_ROWS, spec.ROW_ROWS, spec.COLUMN_ROWS)
@@ -96,7 +97,7 @@ def zero_moments(param: jax.Array, of: Layout, learned: bool, momentum_dtype: ja
     return NormFcMoments(momentum, rms, zeros(3, without=of.axes.largest), zeros(3, without=of.axes.second))
 
 
-def average(decays: Sequence[float], old: jax.Array, new: jax.Array) -> jax.Array:
+def average(decays: Sequence[float], old: Float[Array, "D *shape"], new: Entries) -> Float[Array, "D *shape"]:
     """d·old + (1 − d)·new for several decays, in float32. old: [D, *shape]; new: [*shape]."""
     # One by one: as one product with the decays XLA would first write `new` out D times, twice the time of all.
     return jnp.stack([d * old[i].astype(jnp.float32) + (1 - d) * new for i, d in enumerate(decays)])
@@ -121,11 +122,11 @@ def accumulate(moments: NormFcMoments, grad: Entries, of: Layout) -> NormFcMomen
     return NormFcMoments(momentum, rms, row, column)
 
 
-def floored_rsqrt(x: jax.Array) -> jax.Array:
+def floored_rsqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.lax.rsqrt(jnp.maximum(x, factored.FACTOR_FLOOR))
 
 
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
+def product(a: Float[Array, "*batch m k"], b: Float[Array, "*batch k n"]) -> Float[Array, "*batch m n"]:
     return jnp.matmul(a, b, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
@@ -186,7 +187,7 @@ def entry_squares(x: NormFcInputs, of: Layout) -> list[jax.Array]:
     return [y * y for y in groups]
 
 
-def network(weights: NormFcMatrices, entry: jax.Array, x: NormFcInputs) -> jax.Array:
+def network(weights: NormFcMatrices, entry: Float[Array, "H F"], x: NormFcInputs) -> Float[Array, "*shape"]:
     """The network's output for every entry. entry: [H, 18 or 15], the normalisers folded in. Returns: [*shape].
 
     All sums are written out: XLA then makes one vectorised loop of them, four times as fast on a CPU as products,

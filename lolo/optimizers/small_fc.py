@@ -75,7 +75,7 @@ def small_fc(
     """
     shapes = spec.weight_shapes(hidden, learn_decays=learn_decays)
 
-    def init(key: jax.Array) -> dict[str, jax.Array]:
+    def init(key: jax.Array) -> base.MetaParams:
         names = [name for name in shapes if name.startswith("w")]
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
         return {
@@ -83,7 +83,7 @@ def small_fc(
             for name, shape in shapes.items()
         }
 
-    def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
+    def optimizer(meta_params: base.MetaParams) -> optax.GradientTransformationExtraArgs:
         weights = arrange(meta_params)
 
         def layout(param: jax.Array) -> features.Layout:
@@ -257,7 +257,7 @@ class Start(NamedTuple):
     column: jax.Array | int
 
 
-def arrange(meta_params: dict[str, jax.Array]) -> Matrices:
+def arrange(meta_params: base.MetaParams) -> Matrices:
     """φ as the products take it."""
     w0, w1, w2 = (meta_params[name].T for name in ("w0", "w1", "w2"))
     b0, b1, b2 = (meta_params[name][:, None] for name in ("b0", "b1", "b2"))
