@@ -12,6 +12,7 @@ import optax
 from lolo.files import settings
 from lolo.method import meta
 from lolo.method.task import Task
+from lolo.optimizers import factored
 from lolo.optimizers.base import LearnedOptimizer
 from lolo.runtime import interrupt
 
@@ -131,12 +132,9 @@ def assert_close(ours, reference, rtol=1e-6, atol=0.0):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
-def accumulators_per_parameter(spec, shape):
-    """Numbers of optimizer state per parameter of one tensor: momenta, second moment, factored moments.
-
-    spec: the module of an architecture's facts, `small_fc_spec` or `norm_fc_spec`.
-    """
-    axes = spec.factored_axes(shape)
+def accumulators_per_parameter(shape):
+    """Numbers of optimizer state per parameter of one tensor: momenta, second moment, factored moments."""
+    axes = factored.factored_axes(shape)
     return 7.0 if axes is None else 4.0 + 3.0 / shape[axes.largest] + 3.0 / shape[axes.second]
 
 

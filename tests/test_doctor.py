@@ -216,7 +216,7 @@ FAR, NEAR, LOW = (np.float32([1, 2, 3, 4, 5]) * part for part in (1.0, 0.5, 0.1)
 
 def losses(**changes):
     """φ as good as its expert, both far below the untrained φ."""
-    usual = trial.Losses(200, FAR, LOW, NEAR, LOW, NEAR, {1e-3: FAR, 1e-2: NEAR})
+    usual = trial.TrialLosses(200, FAR, LOW, NEAR, LOW, NEAR, {1e-3: FAR, 1e-2: NEAR})
     return usual._replace(**changes)
 
 

@@ -11,7 +11,7 @@ from test_files import LEARNER, meta_params
 import lolo
 from lolo.cli import main as cli
 from lolo.files import tensors
-from lolo.optimizers import hub, weights_file
+from lolo.optimizers import weights_file
 
 REPO = "someone/optimizer"
 
@@ -91,7 +91,7 @@ def test_a_mistyped_path_asks_no_network(tmp_path, asked, name):
 
 def test_a_path_object_is_never_an_id(tmp_path, asked):
     with pytest.raises(lolo.FileError, match="no such weights file"):
-        lolo.load(hub.Path(REPO))
+        lolo.load(weights_file.Path(REPO))
     assert asked == []
 
 
@@ -130,7 +130,7 @@ def test_a_missing_extra_is_one_line_that_names_it(monkeypatch, tmp_path, capsys
 
 
 def test_what_the_hub_holds_is_checked_like_any_file(tmp_path, asked):
-    (tmp_path / hub.DEFAULT_FILE).write_bytes(tensors.pack({"layer": meta_params()["b0"]}, {"format": "pt"}))
+    (tmp_path / weights_file.HUB_FILE).write_bytes(tensors.pack({"layer": meta_params()["b0"]}, {"format": "pt"}))
     with pytest.raises(lolo.FileError, match="not lolo weights"):
         lolo.load(REPO)
 

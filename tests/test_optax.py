@@ -11,7 +11,6 @@ import pytest
 from helpers import accumulators_per_parameter
 
 import lolo
-from lolo.optimizers import small_fc_spec as spec
 from lolo.optimizers import weights_file
 from lolo.tasks import models
 from lolo.trees import count_bytes
@@ -158,7 +157,7 @@ def test_bytes_of_state_are_those_of_the_docs(name):
     params, _ = jax.eval_shape(MEASURED[name].init, jax.random.key(0))
     entries = sum(x.size for x in jax.tree.leaves(params))
     ours, adamw = (jax.eval_shape(optimizer.init, params) for optimizer in (BASE, optax.adamw(1e-3)))
-    stated = sum(4 * x.size * accumulators_per_parameter(spec, x.shape) for x in jax.tree.leaves(params))
+    stated = sum(4 * x.size * accumulators_per_parameter(x.shape) for x in jax.tree.leaves(params))
     placeholders = sum(4 for x in jax.tree.leaves(params) if x.ndim < 2)  # for a column that vectors do not have
     assert count_bytes(ours) == pytest.approx(stated + placeholders + 4)  # the step count
     each = (count_bytes(ours), count_bytes((ours.moments.row, ours.moments.column)), count_bytes(adamw))

@@ -22,7 +22,7 @@ from lolo.files.disk import FileError
 from lolo.optimizers import pretrained
 from lolo.runtime import launch, parallel, process_group
 from lolo.runtime.process_group import DifferError, ProcessGroupError
-from lolo.training import checkpoints, loop, recipes, run_folder, run_log
+from lolo.training import checkpoints, loop, recipes, run_folder, run_log, run_start
 from lolo.training.how import How
 from lolo.training.run_folder import RunError
 
@@ -460,12 +460,12 @@ def test_every_process_states_how_many_devices_it_may_use(monkeypatch):
 
 def test_a_run_that_not_every_process_sees_is_not_resumed(tmp_path, monkeypatch):
     recipe = settings.with_field(recipes.LOLO, "tasks", ("quadratic",))
-    run_folder.create(tmp_path / "run", recipe, {}, process_group.ALONE)
+    run_start.create(tmp_path / "run", recipe, {}, process_group.ALONE)
     monkeypatch.setattr(process_group.ProcessGroup, "agree", lambda self, mine, decide: decide([mine, False]))
-    assert not run_folder.can_resume(tmp_path / "new", recipe, process_group.ProcessGroup(2, 0))
+    assert not run_start.can_resume(tmp_path / "new", recipe, process_group.ProcessGroup(2, 0))
     checkpoints.write_checkpoint(tmp_path / "run", 0, {"phi": np.zeros(1)}, {})
     with pytest.raises(RunError, match="process 1 does not see .*run: --out must be a folder that all hosts"):
-        run_folder.can_resume(tmp_path / "run", recipe, process_group.ProcessGroup(2, 0))
+        run_start.can_resume(tmp_path / "run", recipe, process_group.ProcessGroup(2, 0))
 
 
 def test_hosts_auto_outside_a_cluster_is_bad_input(monkeypatch):

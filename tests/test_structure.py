@@ -170,6 +170,7 @@ MEASURE = "import json, sys, {module}; print(json.dumps([m for m in sys.modules 
     [
         ("lolo.optimizers.pretrained", 16, {"trees", "files", "optimizers"}),
         ("lolo.method.inner", 12, {"trees", "files", "optimizers", "method"}),
+        ("lolo.training.run_folder", 17, {"trees", "files", "optimizers", "training"}),
     ],
 )
 def test_what_users_load_is_light(module, most, allowed):

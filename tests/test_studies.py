@@ -13,7 +13,7 @@ from lolo.runtime import interrupt
 from lolo.runtime.process_group import ALONE
 from lolo.studies import candidates, comparison_report, comparisons, definitions, plots, studies
 from lolo.studies.rows import load_rows
-from lolo.training import build, loop, recipes, run_folder, run_log
+from lolo.training import build, loop, recipes, run_log, run_start
 from lolo.training.run_folder import RunError
 
 TINY = definitions.Study(
@@ -63,7 +63,7 @@ def test_a_study_continues_where_it_was_stopped_and_reports_all_of_it(tmp_path, 
 def test_a_study_refuses_runs_of_another_recipe(tmp_path, monkeypatch):
     monkeypatch.setitem(definitions.STUDIES, "tiny", TINY)
     other = dataclasses.replace(studies.recipe_of(TINY, "lolo", "quadratic", 0), seed=7)
-    run_folder.create(tmp_path / "runs" / "quadratic-lolo-T3-seed0", other, {}, ALONE)
+    run_start.create(tmp_path / "runs" / "quadratic-lolo-T3-seed0", other, {}, ALONE)
     with pytest.raises(RunError, match=r"another recipe \(seed differ\)"):
         studies.reproduce("tiny", tmp_path)
 

@@ -19,7 +19,7 @@ from lolo.runtime import environment, launch, parallel
 from lolo.runtime.interrupt import Stop, stop_on_signals
 from lolo.runtime.launch import Processes
 from lolo.runtime.process_group import ALONE
-from lolo.training import build, loop, plan, recipes, run_folder, sweep
+from lolo.training import build, loop, plan, recipes, run_folder, run_start, sweep
 from lolo.training.how import How, Progress
 from lolo.training.recipes import Recipe
 from lolo.training.run import Run
@@ -93,10 +93,10 @@ def train_command(argv: list[str]) -> int:
 
     def work(how: How) -> loop.Result:
         # A scheduler that starts processes again gives the same command.
-        if arguments.several.requested and run_folder.can_resume(out, recipe, how.group):
+        if arguments.several.requested and run_start.can_resume(out, recipe, how.group):
             return loop.resume(out, how)
         if arguments.measure_blocks:
-            run_folder.require_free(out, recipe)
+            run_start.require_free(out, recipe)
             return loop.train(with_fastest_block(recipe, how.devices), out, how, init=arguments.init)
         return loop.train(recipe, out, how, init=arguments.init)
 

@@ -82,7 +82,7 @@ def pop(buffer: Replay, key: Key[Array, ""]) -> tuple[PyTree, Replay]:
     return at(buffer, 0), buffer._replace(head=(buffer.head + held) % capacity(buffer), size=buffer.size - held)
 
 
-Read = Callable[[Replay, jax.Array], tuple[PyTree, Replay]]
+Read = Callable[[Replay, Key[Array, ""]], tuple[PyTree, Replay]]
 READ_RULES: dict[str, Read] = {"oldest": oldest, "uniform": uniform, "newest": newest, "pop": pop}
 
 
@@ -92,11 +92,14 @@ PushState = Any
 class PushRule(NamedTuple):
     """When a state enters the buffer, at most one per truncation of L steps."""
 
-    start: Callable[[jax.Array, jax.Array], PushState]  # key, truncations of the unroll that starts -> its state
-    offset: Callable[[jax.Array, int], jax.Array]  # key, L -> the state before this step of a truncation may enter
+    # key, truncations of the unroll that starts -> its state
+    start: Callable[[Key[Array, ""], Int[Array, ""]], PushState]
+    # key, L -> the state before this step of a truncation may enter
+    offset: Callable[[Key[Array, ""], int], Int[Array, ""]]
     # state, losses [2, L], which of them count [2, L], whether the unroll ended -> state; after each truncation
-    observe: Callable[[PushState, jax.Array, jax.Array, jax.Array], PushState]
-    due: Callable[[PushState, jax.Array], jax.Array]  # state after the truncation with this index -> whether it enters
+    observe: Callable[[PushState, Float[Array, "2 L"], Bool[Array, "2 L"], Bool[Array, ""]], PushState]
+    # state after the truncation with this index -> whether it enters
+    due: Callable[[PushState, Int[Array, ""]], Bool[Array, ""]]
 
 
 class Drawn(NamedTuple):

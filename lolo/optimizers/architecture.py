@@ -14,7 +14,6 @@ import jax
 import optax
 
 from lolo.files import settings
-from lolo.files.disk import FileError
 from lolo.files.settings import Alternative, RecipeError
 from lolo.files.tensors import Arrays
 from lolo.optimizers import base, norm_fc, norm_fc_spec, small_fc, small_fc_spec, weights_file
@@ -112,13 +111,7 @@ def learner_from_dict(data: Any, source: str) -> LearnerSettings:
 
 def check_weights(meta_params: Arrays, data: dict[str, Any], source: str) -> LearnerSettings:
     """The architecture stored with weights. Raises FileError unless it can be, and φ fits it."""
-    try:
-        learner = settings.parse_alternative(settings_types(), data, "learner")
-        of(learner).check(learner)
-    except RecipeError as error:
-        raise FileError(f"{source}: {error}") from error
-    weights_file.check_meta_params(meta_params, learner.name, of(learner).shapes(learner), source)
-    return learner
+    return weights_file.check_learner(meta_params, data, ARCHITECTURES, source)
 
 
 def deployed(learner: LearnerSettings, requested: Mapping[str, Any]) -> LearnerSettings:

@@ -24,6 +24,10 @@ from lolo.trees import PyTree
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
 
 
+MetaParams: TypeAlias = dict[str, jax.Array]
+"""φ of an architecture, by name."""
+
+
 class LearnedOptimizer(NamedTuple):
     """An architecture: how φ is drawn, and the optimizer that a φ is."""
 
@@ -50,10 +54,10 @@ SGD_SHAPES: dict[str, tuple[int, ...]] = {"log_learning_rate": (), "momentum_log
 def learned_sgd() -> LearnedOptimizer:
     """SGD with momentum whose log learning rate and logit of momentum are the two meta-parameters."""
 
-    def init(key: jax.Array) -> dict[str, jax.Array]:
+    def init(key: jax.Array) -> MetaParams:
         return {"log_learning_rate": jnp.log(jnp.float32(0.1)), "momentum_logit": jnp.zeros((), jnp.float32)}
 
-    def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformation:
+    def optimizer(meta_params: MetaParams) -> optax.GradientTransformation:
         decay = jax.nn.sigmoid(meta_params["momentum_logit"])
         return optax.chain(optax.trace(decay=decay), optax.scale(-jnp.exp(meta_params["log_learning_rate"])))
 

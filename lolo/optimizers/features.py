@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lolo.optimizers import sharding
+from lolo.optimizers import factored, sharding
 from lolo.optimizers import small_fc_spec as spec
+from lolo.optimizers.base import MetaParams
 
 Entries: TypeAlias = Float[Array, "*shape"]
 """A number for each entry of one tensor."""
@@ -36,7 +37,7 @@ class Layout(NamedTuple):
     """A tensor, or the part of it that this device holds."""
 
     shape: tuple[int, ...]  # of the part
-    axes: spec.FactoredAxes | None  # of the whole tensor
+    axes: factored.FactoredAxes | None  # of the whole tensor
     sharded: int | None = None  # the axis that is cut in equal parts over the mesh axis `axis_name`
     axis_name: str | None = None
 
@@ -60,7 +61,7 @@ class Inputs(NamedTuple):
     column: Float[Array, "6 k a b"]  # with extent 1 along the second largest axis; equal to row below two axes
 
 
-def decays(meta_params: dict[str, jax.Array]) -> Decays:
+def decays(meta_params: MetaParams) -> Decays:
     """The standard decays, or 1 − (1 − d)·exp(10·o) clipped to [0, 1] where φ holds learned offsets o.
 
     The reference does not clip the momentum decays; a decay outside [0, 1] has no meaning as an average.
@@ -87,7 +88,7 @@ def layout(param: jax.Array, axis_name: str | None = None, sharded_axis: int = 0
     """
     shape = tuple(param.shape)
     if axis_name is None or axis_name not in sharding.varying_axes(param):
-        return Layout(shape, spec.factored_axes(shape))
+        return Layout(shape, factored.factored_axes(shape))
     if not -len(shape) <= sharded_axis < len(shape):
         raise ValueError(
             f"a parameter of shape {shape} differs between the devices of mesh axis {axis_name!r}, and has no axis "
@@ -95,7 +96,7 @@ def layout(param: jax.Array, axis_name: str | None = None, sharded_axis: int = 0
         )
     axis = sharded_axis % len(shape)
     whole = tuple(n * jax.lax.axis_size(axis_name) if i == axis else n for i, n in enumerate(shape))
-    return Layout(shape, spec.factored_axes(whole), axis, axis_name)
+    return Layout(shape, factored.factored_axes(whole), axis, axis_name)
 
 
 def init_moments(param: jax.Array, of: Layout) -> Moments:
@@ -111,13 +112,13 @@ def init_moments(param: jax.Array, of: Layout) -> Moments:
     return Moments(zeros(3), zeros(), row=zeros(3, without=of.axes.largest), column=zeros(3, without=of.axes.second))
 
 
-def _average(decay: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """d·old + (1 − d)·new for several decays. decay: [3]; old: [3, *shape]; new: [*shape]."""
+def _average(decay: Float[Array, "3"], old: Float[Array, "3 *shape"], new: Entries) -> Float[Array, "3 *shape"]:
+    """d·old + (1 − d)·new for several decays."""
     decay = decay.reshape(-1, *(1,) * new.ndim)
     return decay * old + (1 - decay) * new
 
 
-def over_parts(mean: jax.Array, of: Layout, along: int | None = None) -> jax.Array:
+def over_parts(mean: Float[Array, "*means"], of: Layout, along: int | None = None) -> Float[Array, "*means"]:
     """A mean over the part at hand, along the tensor's axis `along` or over all entries, made one over all parts."""
     crosses = of.sharded is not None and along in (None, of.sharded)
     return jax.lax.pmean(mean, of.axis_name) if crosses else mean
@@ -128,7 +129,7 @@ def accumulate(moments: Moments, grad: Entries, decay: Decays, of: Layout) -> Mo
     if grad.size == 0:
         return moments
     squared = grad**2
-    axes, floored = of.axes, squared + spec.FACTORED_EPSILON
+    axes, floored = of.axes, squared + factored.FACTORED_EPSILON
     if axes is None:
         row, column = _average(decay.factored, moments.row, floored), moments.column
     else:
@@ -177,16 +178,16 @@ def inputs(grad: Entries, param: Entries, moments: Moments, of: Layout) -> Input
     axes, row, column = of.axes, moments.row, moments.column
     if axes is None:
         row = column = as_matrices(row, of)
-        factor = jax.lax.rsqrt(jnp.maximum(row + spec.FACTOR_MEAN_EPSILON, spec.FACTOR_FLOOR))
+        factor = jax.lax.rsqrt(jnp.maximum(row + factored.FACTOR_MEAN_EPSILON, factored.FACTOR_FLOOR))
         momentum_factor = jax.lax.rsqrt(row + spec.MOMENTUM_EPSILON)
     else:
         mean = jnp.mean(row, axis=axes.second + 1 - (axes.second > axes.largest), keepdims=True)
         mean = over_parts(mean, of, axes.second)
-        factor = jax.lax.rsqrt(jnp.maximum(row / (mean + spec.FACTOR_MEAN_EPSILON), spec.FACTOR_FLOOR))
+        factor = jax.lax.rsqrt(jnp.maximum(row / (mean + factored.FACTOR_MEAN_EPSILON), factored.FACTOR_FLOOR))
         factor = as_matrices(jnp.expand_dims(factor, axes.largest + 1), of)
         row = as_matrices(jnp.expand_dims(row, axes.largest + 1), of)
         column = as_matrices(jnp.expand_dims(column, axes.second + 1), of)
-        factor = momentum_factor = factor * jax.lax.rsqrt(jnp.maximum(column, spec.FACTOR_FLOOR))
+        factor = momentum_factor = factor * jax.lax.rsqrt(jnp.maximum(column, factored.FACTOR_FLOOR))
     grad, param, momentum, rms = (as_matrices(x, of) for x in (grad, param, moments.momentum, moments.rms))
     inverse_root = jax.lax.rsqrt(rms + spec.MOMENTUM_EPSILON)
     entry = jnp.concatenate(
@@ -202,8 +203,8 @@ def inputs(grad: Entries, param: Entries, moments: Moments, of: Layout) -> Input
         ]
     )
 
-    def with_root(moment: jax.Array) -> jax.Array:
-        return jnp.concatenate([moment, jax.lax.rsqrt(moment + spec.MOMENT_EPSILON)])
+    def with_root(moment: Float[Array, "3 k a b"]) -> Float[Array, "6 k a b"]:
+        return jnp.concatenate([moment, jax.lax.rsqrt(moment + factored.MOMENT_EPSILON)])
 
     return Inputs(entry.reshape(len(entry), -1), with_root(row), with_root(column))
 

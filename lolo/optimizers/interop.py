@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lolo.files import disk
 from lolo.files.disk import FileError
-from lolo.files.tensors import pack, unpack
+from lolo.files.tensors import Arrays, pack, unpack
 from lolo.optimizers import norm_fc_spec, weights_file
 from lolo.optimizers import small_fc_spec as spec
 
@@ -41,8 +41,6 @@ LIMITS = {
     "max_map_len": 1 << 10,
 }
 
-MetaParams = dict[str, NDArray[np.float32]]
-
 
 class Extension(NamedTuple):
     """A value of an extension type, unread until it is asked for."""
@@ -51,7 +49,7 @@ class Extension(NamedTuple):
     data: bytes
 
 
-def import_learned_optimization(path: str | Path) -> MetaParams:
+def import_learned_optimization(path: str | Path) -> Arrays:
     """Meta-parameters of a `theta.state` of google/learned_optimization, or of Celo.
 
     Args:
@@ -98,7 +96,7 @@ def export_learned_optimization(meta_params: Mapping[str, Any], path: str | Path
     disk.write_bytes(Path(path), msgpack.packb(tree, use_bin_type=True))
 
 
-def import_pylo(path: str | Path) -> MetaParams:
+def import_pylo(path: str | Path) -> Arrays:
     """Meta-parameters of a PyLO checkpoint in safetensors: `network.{input,linear_0,output}.{weight,bias}`.
 
     PyLO keeps decays in its optimizer, not in this file: there are none to read. Raises disk.FileError.
@@ -132,7 +130,7 @@ def export_pylo(meta_params: Mapping[str, Any], path: str | Path) -> None:
     disk.write_bytes(Path(path), pack(tensors, {"format": "pt"}))
 
 
-def import_celo2(path: str | Path) -> MetaParams:
+def import_celo2(path: str | Path) -> Arrays:
     """Meta-parameters of `norm_fc` from a Celo2 or ELO-Celo2 checkpoint of PyLO in safetensors (its `CELO2MLP`).
 
     Celo2 is norm_fc(orthogonal=True, baseline="none"). Its second and third output, which the optimizer does not read,
@@ -180,7 +178,7 @@ def export_celo2(meta_params: Mapping[str, Any], path: str | Path, unused_from: 
     disk.write_bytes(Path(path), pack(tensors, {"format": "pt"}))
 
 
-def _read_celo2(path: str | Path) -> MetaParams:
+def _read_celo2(path: str | Path) -> Arrays:
     """The tensors of a CELO2MLP, once names, dtypes and shapes are right. Raises FileError."""
     tensors, _ = unpack(_read(Path(path)), str(path))
     hidden = tensors["b0"].size if "b0" in tensors else 0
@@ -195,7 +193,7 @@ def _read_celo2(path: str | Path) -> MetaParams:
     return tensors
 
 
-def _checked(arrays: Mapping[str, Any], source: str | Path) -> MetaParams:
+def _checked(arrays: Mapping[str, Any], source: str | Path) -> Arrays:
     """The arrays, once names, dtypes and shapes are those of `small_fc`. Raises disk.FileError."""
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     if missing := [name for name in NETWORK if name not in arrays]:

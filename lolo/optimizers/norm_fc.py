@@ -19,6 +19,7 @@ from lolo.optimizers import sharding
 from lolo.optimizers.base import (
     LearnedOptimizer,
     Mask,
+    MetaParams,
     answers_of,
     check_full_tensors,
     check_gradients,
@@ -46,7 +47,7 @@ class NormFcState(NamedTuple):
     column: PyTree
 
 
-class Settings(NamedTuple):
+class NormFcArguments(NamedTuple):
     """The arguments of `norm_fc` that its optimizer reads."""
 
     learning_rate: Number | Schedule
@@ -124,7 +125,7 @@ def norm_fc(
     >>> updates, state = optimizer.update(params, optimizer.init(params), params)
     >>> params = optax.apply_updates(params, updates)
     """
-    settings = Settings(
+    settings = NormFcArguments(
         learning_rate,
         weight_decay,
         orthogonal,
@@ -138,7 +139,7 @@ def norm_fc(
     )
     check_settings(hidden, settings)
 
-    def init(key: jax.Array) -> dict[str, jax.Array]:
+    def init(key: jax.Array) -> MetaParams:
         zero = {"b0", "b1", "b2"} | ({"w2"} if baseline == "momentum" else set())
         keys = dict(zip(("w0", "w1", "w2"), jax.random.split(key, 3), strict=True))
         return {
@@ -146,7 +147,7 @@ def norm_fc(
             for name, shape in spec.weight_shapes(hidden).items()
         }
 
-    def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
+    def optimizer(meta_params: MetaParams) -> optax.GradientTransformationExtraArgs:
         weights = nf.arrange(meta_params)
 
         def update(
@@ -167,7 +168,7 @@ def norm_fc(
     return LearnedOptimizer(init, optimizer)
 
 
-def check_settings(hidden: int, settings: Settings) -> None:
+def check_settings(hidden: int, settings: NormFcArguments) -> None:
     """Raise ValueError for values that no norm_fc has."""
     if not isinstance(hidden, int) or not 1 <= hidden <= spec.MAX_HIDDEN:
         raise ValueError(f"hidden={hidden!r} must be a whole number from 1 to {spec.MAX_HIDDEN}.")
@@ -177,7 +178,7 @@ def check_settings(hidden: int, settings: Settings) -> None:
         raise ValueError(f"state_dtype={settings.state_dtype} must be float32 or bfloat16.")
 
 
-def zero_state(settings: Settings, params: PyTree) -> NormFcState:
+def zero_state(settings: NormFcArguments, params: PyTree) -> NormFcState:
     leaves, structure = jax.tree.flatten(params)
     parts = zip(leaves, parts_of(settings, params), strict=True)
     moments = [nf.zero_moments(param, of.layout, of.learned, settings.state_dtype) for param, of in parts]
@@ -185,7 +186,7 @@ def zero_state(settings: Settings, params: PyTree) -> NormFcState:
 
 
 def update_all(
-    weights: nf.NormFcMatrices, settings: Settings, grads: PyTree, state: NormFcState, params: PyTree
+    weights: nf.NormFcMatrices, settings: NormFcArguments, grads: PyTree, state: NormFcState, params: PyTree
 ) -> tuple[PyTree, NormFcState]:
     """One step of all tensors."""
     parts, (leaves, structure) = parts_of(settings, params), jax.tree.flatten(params)
@@ -254,7 +255,9 @@ def unit(x: Entries, of: Layout, epsilon: float) -> Entries:
     return x * jax.lax.rsqrt(epsilon + over_parts(jnp.mean(x * x), of))
 
 
-def on_full_tensor(x: jax.Array, of: Layout, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def on_full_tensor(
+    x: Entries, of: Layout, function: Callable[[Float[Array, "*full"]], Float[Array, "*full"]]
+) -> Entries:
     """function(x) for a function of the full tensor: gathers its parts, applies the function, returns the own part."""
     if of.sharded is None:
         return function(x)
@@ -264,7 +267,7 @@ def on_full_tensor(x: jax.Array, of: Layout, function: Callable[[jax.Array], jax
     return jax.lax.dynamic_slice_in_dim(full, start, size, axis=of.sharded)
 
 
-def orthogonalize(x: Entries, axes: tuple[tuple[int, ...], ...]) -> jax.Array:
+def orthogonalize(x: Entries, axes: tuple[tuple[int, ...], ...]) -> Entries:
     """Newton-Schulz on the matrices [input axes, output axes] of a tensor. axes: batch, input, output."""
     order = [axis for kind in axes for axis in kind]
     extents = [[x.shape[axis] for axis in kind] for kind in axes]
@@ -295,7 +298,7 @@ def newton_schulz(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-def parts_of(settings: Settings, params: PyTree) -> list[Part]:
+def parts_of(settings: NormFcArguments, params: PyTree) -> list[Part]:
     """How each parameter is treated. Raises what `norm_fc` says of parameters and of is_matrix."""
     check_params(params, "norm_fc")
     check_full_tensors(params, settings.axis_name)
@@ -319,7 +322,7 @@ def is_answer(x: Any) -> bool:
     return x is None or isinstance(x, MuonDimensionNumbers)
 
 
-def part(name: str, param: jax.Array, answer: Any, settings: Settings) -> Part:
+def part(name: str, param: jax.Array, answer: Any, settings: NormFcArguments) -> Part:
     """How one parameter is treated, given the answer of is_matrix. Raises ValueError for an answer without sense."""
     where = settings.axis_name, settings.sharded_axis
     if not (is_answer(answer) or isinstance(answer, bool | np.bool_)):

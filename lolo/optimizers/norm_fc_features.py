@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lolo.optimizers import features, sharding
+from lolo.optimizers import factored, features, sharding
 from lolo.optimizers import norm_fc_spec as spec
+from lolo.optimizers.base import MetaParams
 from lolo.optimizers.features import Entries, Layout, over_parts
 
 # On GPUs the default precision of a float32 matrix product is lower than float32.
@@ -48,20 +49,20 @@ class NormFcMatrices(NamedTuple):
     b2: Float[Array, ""]
 
 
-class Tensor(NamedTuple):
+class NormFcInputs(NamedTuple):
     """What the network reads of one tensor: [..., *shape], with extent 1 where it is constant along an axis."""
 
-    grad: jax.Array
-    param: jax.Array
-    momentum: jax.Array  # [3, *shape]
-    rms: jax.Array
-    row_factor: jax.Array  # [3, ...]; below two axes the whole factor
-    column_factor: jax.Array  # [3, ...]; below two axes 1
-    row: jax.Array  # [H, ...], of the first layer's sums
-    column: jax.Array  # [H, ...]
+    grad: Entries
+    param: Entries
+    momentum: Float[Array, "3 *shape"]
+    rms: Entries
+    row_factor: Float[Array, "3 ..."]  # below two axes the whole factor
+    column_factor: Float[Array, "3 ..."]  # below two axes 1
+    row: Float[Array, "H ..."]  # of the first layer's sums
+    column: Float[Array, "H ..."]
 
 
-def arrange(meta_params: dict[str, jax.Array]) -> NormFcMatrices:
+def arrange(meta_params: MetaParams) -> NormFcMatrices:
     """φ as the sums take it."""
     w0, w1, w2, b0, b1, b2 = (meta_params[name].astype(jnp.float32) for name in ("w0", "w1", "w2", "b0", "b1", "b2"))
     rows = (spec.ENTRY_ROWS, spec.ROW_ROWS, spec.COLUMN_ROWS)
@@ -75,7 +76,7 @@ def layout(param: jax.Array, order: Sequence[int], axis_name: str | None, sharde
     whole = list(of.shape)
     if of.sharded is not None:
         whole[of.sharded] *= jax.lax.axis_size(axis_name)
-    return of._replace(axes=spec.factored_axes(whole, order))
+    return of._replace(axes=factored.factored_axes(whole, order))
 
 
 def zero_moments(param: jax.Array, of: Layout, learned: bool, momentum_dtype: jax.typing.DTypeLike) -> NormFcMoments:
@@ -96,7 +97,7 @@ def zero_moments(param: jax.Array, of: Layout, learned: bool, momentum_dtype: ja
     return NormFcMoments(momentum, rms, zeros(3, without=of.axes.largest), zeros(3, without=of.axes.second))
 
 
-def average(decays: Sequence[float], old: jax.Array, new: jax.Array) -> jax.Array:
+def average(decays: Sequence[float], old: Float[Array, "D *shape"], new: Entries) -> Float[Array, "D *shape"]:
     """d·old + (1 − d)·new for several decays, in float32. old: [D, *shape]; new: [*shape]."""
     # One by one: as one product with the decays XLA would first write `new` out D times, twice the time of all.
     return jnp.stack([d * old[i].astype(jnp.float32) + (1 - d) * new for i, d in enumerate(decays)])
@@ -107,7 +108,7 @@ def accumulate(moments: NormFcMoments, grad: Entries, of: Layout) -> NormFcMomen
     if grad.size == 0:
         return moments
     squared = grad * grad
-    row, column, floored = moments.row, moments.column, squared + spec.FACTORED_EPSILON
+    row, column, floored = moments.row, moments.column, squared + factored.FACTORED_EPSILON
     learned = len(moments.momentum) > 1
     if learned and of.axes is None:
         row = average(spec.FACTORED_DECAYS, row, floored)
@@ -121,11 +122,11 @@ def accumulate(moments: NormFcMoments, grad: Entries, of: Layout) -> NormFcMomen
     return NormFcMoments(momentum, rms, row, column)
 
 
-def floored_rsqrt(x: jax.Array) -> jax.Array:
-    return jax.lax.rsqrt(jnp.maximum(x, spec.FACTOR_FLOOR))
+def floored_rsqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jax.lax.rsqrt(jnp.maximum(x, factored.FACTOR_FLOOR))
 
 
-def reciprocal(x: jax.Array, least: float) -> jax.Array:
+def reciprocal(x: Float[Array, "*shape"], least: float) -> Float[Array, "*shape"]:
     """1/x, to be multiplied with: of few numbers, for many entries. x: at least `least`, which is positive.
 
     Of a division by x XLA makes a product with 1/x in some programs and not in others: those for one and for two
@@ -135,35 +136,35 @@ def reciprocal(x: jax.Array, least: float) -> jax.Array:
     return jnp.minimum(1 / x, 2 / least)
 
 
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
+def product(a: Float[Array, "*batch m k"], b: Float[Array, "*batch k n"]) -> Float[Array, "*batch m n"]:
     return jnp.matmul(a, b, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
-def tensor(
+def inputs_of(
     weights: NormFcMatrices,
     grad: Entries,
     param: Entries,
     moments: NormFcMoments,
     of: Layout,
-) -> Tensor:
+) -> NormFcInputs:
     """What the network reads of one tensor. grad, param: [*shape] float32; moments: after this gradient."""
     axes, row, column = of.axes, moments.row, moments.column
     bias = weights.b0.reshape(-1, *(1,) * grad.ndim)
     if axes is None:
-        factor = floored_rsqrt(row + spec.FACTOR_MEAN_EPSILON)
-        return Tensor(
+        factor = floored_rsqrt(row + factored.FACTOR_MEAN_EPSILON)
+        return NormFcInputs(
             grad, param, moments.momentum, moments.rms, factor, jnp.ones_like(factor), bias, jnp.zeros_like(bias)
         )
     mean = over_parts(
         jnp.mean(row, axis=axes.second + 1 - (axes.second > axes.largest), keepdims=True), of, axes.second
     )
-    scale = reciprocal(mean + spec.FACTOR_MEAN_EPSILON, least=spec.FACTOR_MEAN_EPSILON)
+    scale = reciprocal(mean + factored.FACTOR_MEAN_EPSILON, least=factored.FACTOR_MEAN_EPSILON)
     row_factor = floored_rsqrt(row * scale)
     row_factor, row = (jnp.expand_dims(x, axes.largest + 1) for x in (row_factor, row))
     column = jnp.expand_dims(column, axes.second + 1)
 
     def first_layer(weight: jax.Array, moment: jax.Array, constant_along: int) -> jax.Array:
-        x = jnp.concatenate([moment, jax.lax.rsqrt(moment + spec.MOMENT_EPSILON)])
+        x = jnp.concatenate([moment, jax.lax.rsqrt(moment + factored.MOMENT_EPSILON)])
         flat = x.reshape(len(x), -1)
         # A mean over entries is one over the space where the input varies, and over the parts of that space.
         mean = jnp.mean(flat * flat, axis=1)
@@ -172,12 +173,14 @@ def tensor(
 
     row_sum = first_layer(weights.row, row, axes.largest) + bias
     column_sum = first_layer(weights.column, column, axes.second)
-    return Tensor(grad, param, moments.momentum, moments.rms, row_factor, floored_rsqrt(column), row_sum, column_sum)
+    return NormFcInputs(
+        grad, param, moments.momentum, moments.rms, row_factor, floored_rsqrt(column), row_sum, column_sum
+    )
 
 
-def entry_squares(x: Tensor, of: Layout) -> list[jax.Array]:
+def entry_squares(x: NormFcInputs, of: Layout) -> list[jax.Array]:
     """Squares of the entry inputs, in the order of spec.ENTRY_ROWS: arrays [1 or 3, *shape]."""
-    root = jax.lax.rsqrt(x.rms + spec.MOMENT_EPSILON)
+    root = jax.lax.rsqrt(x.rms + factored.MOMENT_EPSILON)
     factor = x.row_factor * x.column_factor
     groups = [
         x.grad[None],
@@ -195,14 +198,14 @@ def entry_squares(x: Tensor, of: Layout) -> list[jax.Array]:
     return [y * y for y in groups]
 
 
-def network(weights: NormFcMatrices, entry: jax.Array, x: Tensor) -> jax.Array:
+def network(weights: NormFcMatrices, entry: Float[Array, "H F"], x: NormFcInputs) -> Float[Array, "*shape"]:
     """The network's output for every entry. entry: [H, 18 or 15], the normalisers folded in. Returns: [*shape].
 
     All sums are written out: XLA then makes one vectorised loop of them, four times as fast on a CPU as products,
     which need the inputs side by side in memory. Terms are grouped so that no product is formed twice.
     """
     g, m = x.grad, list(x.momentum)
-    clipped, root = jnp.clip(g, -spec.GRADIENT_CLIP, spec.GRADIENT_CLIP), jax.lax.rsqrt(x.rms + spec.MOMENT_EPSILON)
+    clipped, root = jnp.clip(g, -spec.GRADIENT_CLIP, spec.GRADIENT_CLIP), jax.lax.rsqrt(x.rms + factored.MOMENT_EPSILON)
     factors = list(x.row_factor * x.column_factor)
     factored_momentum = entry.shape[1] > spec.DIAGONAL_INPUTS
 
@@ -232,7 +235,7 @@ def direction(
     of: Layout,
 ) -> Entries:
     """The network's output for one tensor with entries, from its updated moments."""
-    x = tensor(weights, grad, param, moments, of)
+    x = inputs_of(weights, grad, param, moments, of)
     means = jnp.concatenate([jnp.mean(y, axis=tuple(range(1, y.ndim))) for y in entry_squares(x, of)])
     normalizer = jax.lax.rsqrt(spec.NORMALIZE_EPSILON + over_parts(means, of))
     return network(weights, weights.entry[:, : len(means)] * normalizer, x)

@@ -7,14 +7,14 @@ and ELO-Celo2 (arXiv 2607.06772).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from lolo.files import settings
 from lolo.files.settings import RecipeError
-from lolo.optimizers.small_fc_spec import FactoredAxes, row_slices
+from lolo.optimizers.factored import row_slices
 
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 RMS_DECAY = 0.95
@@ -24,10 +24,6 @@ FACTORED_DECAYS = (0.9, 0.99, 0.999)
 ADAM_EPSILON = 1e-8
 
 GRADIENT_CLIP = 0.1  # of the second input
-FACTORED_EPSILON = 1e-30  # added to g² before it enters the factored moments
-FACTOR_MEAN_EPSILON = 1e-9  # added to the mean of the row moments, and to the diagonal moment
-FACTOR_FLOOR = 1e-9  # smallest argument of the factors' inverse square roots
-MOMENT_EPSILON = 1e-8  # in rsqrt(v + ε), rsqrt(R + ε) and rsqrt(C + ε)
 NORMALIZE_EPSILON = 1e-9  # in x · rsqrt(ε + mean x²), of every input and of the step
 BASELINE_EPSILON = 1e-30  # the same in the momentum baseline, so that it has root mean square 1 for small gradients too
 
@@ -68,20 +64,6 @@ SLICES = row_slices(GROUPS)
 ENTRY_ROWS = np.r_[0:DIAGONAL_INPUTS, SLICES["factored_momentum"]]
 ROW_ROWS = np.r_[SLICES["row"], SLICES["inverse_root_row"]]
 COLUMN_ROWS = np.r_[SLICES["column"], SLICES["inverse_root_column"]]
-
-
-def factored_axes(shape: Sequence[int], order: Sequence[int] | None = None) -> FactoredAxes | None:
-    """The axes that the second moment is factored over, the two largest ones; None below two axes.
-
-    Args:
-      shape: of the whole tensor.
-      order: its axes, inputs before outputs; None: as they lie. Among equals the later in this order is the larger, so
-        that a square matrix is treated alike in JAX's [in, out] and in PyTorch's [out, in].
-    """
-    if len(shape) < 2:
-        return None
-    *_, second, largest = sorted(order if order is not None else range(len(shape)), key=lambda axis: shape[axis])
-    return FactoredAxes(largest=largest, second=second)
 
 
 def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:

@@ -75,7 +75,7 @@ def small_fc(
     """
     shapes = spec.weight_shapes(hidden, learn_decays=learn_decays)
 
-    def init(key: jax.Array) -> dict[str, jax.Array]:
+    def init(key: jax.Array) -> base.MetaParams:
         names = [name for name in shapes if name.startswith("w")]
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
         return {
@@ -83,7 +83,7 @@ def small_fc(
             for name, shape in shapes.items()
         }
 
-    def optimizer(meta_params: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
+    def optimizer(meta_params: base.MetaParams) -> optax.GradientTransformationExtraArgs:
         weights = arrange(meta_params)
 
         def layout(param: jax.Array) -> features.Layout:
@@ -257,7 +257,7 @@ class Start(NamedTuple):
     column: jax.Array | int
 
 
-def arrange(meta_params: dict[str, jax.Array]) -> Matrices:
+def arrange(meta_params: base.MetaParams) -> Matrices:
     """φ as the products take it."""
     w0, w1, w2 = (meta_params[name].T for name in ("w0", "w1", "w2"))
     b0, b1, b2 = (meta_params[name][:, None] for name in ("b0", "b1", "b2"))
@@ -272,10 +272,10 @@ def first_bias(weights: Matrices, clock: Int[Array, ""] | Float[Array, ""]) -> F
     return weights.b0 + product(weights.time, features.time_inputs(clock)[:, None])
 
 
-Tensor = tuple[jax.Array, jax.Array, features.Moments, features.Layout]  # gradient, parameter, its moments, layout
+OneTensor = tuple[jax.Array, jax.Array, features.Moments, features.Layout]  # gradient, parameter, its moments, layout
 
 
-def apply_network(weights: Matrices, bias: Float[Array, "H 1"], tensors: list[Tensor]) -> list[Float[Array, "2 _"]]:
+def apply_network(weights: Matrices, bias: Float[Array, "H 1"], tensors: list[OneTensor]) -> list[Float[Array, "2 _"]]:
     """The two outputs for every entry of every tensor: a list of [2, entries], in the order of `as_matrices`."""
     layouts = [of for *_, of in tensors]
     small = [i for i, of in enumerate(layouts) if is_small(of)]

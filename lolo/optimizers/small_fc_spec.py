@@ -7,25 +7,22 @@ NumPy only, so that `lolo.torch` can read it where JAX is absent. The architectu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lolo.files import settings
 from lolo.files.settings import RecipeError
+from lolo.optimizers.factored import row_slices
 
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 RMS_DECAY = 0.999
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
 TIMESCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
-FACTORED_EPSILON = 1e-30  # added to g² before it enters the factored moments
-FACTOR_MEAN_EPSILON = 1e-9  # added to the mean of the row moments, and to the diagonal moment
-FACTOR_FLOOR = 1e-9  # smallest argument of the factors' inverse square roots
 MOMENTUM_EPSILON = 1e-6  # in rsqrt(v + ε), columns 7-10, and in the diagonal columns 26-28
-MOMENT_EPSILON = 1e-8  # in rsqrt(R + ε) and rsqrt(C + ε), columns 20-25
 NORMALIZE_EPSILON = 1e-5  # in x · rsqrt(ε + mean x²), columns 1-28
 
 # Entries of a gradient beyond it count as ±LARGEST_GRADIENT: the sum of g² over 2³¹ entries still fits a float32.
@@ -49,15 +46,6 @@ COLUMNS = (
     ("time", len(TIMESCALES)),
 )
 INPUTS = sum(count for _, count in COLUMNS)
-
-
-def row_slices(inputs: Sequence[tuple[str, int]]) -> dict[str, slice]:
-    """Where each of the named inputs, (name, count) in their order, lies in the rows of `w0`."""
-    slices, start = {}, 0
-    for name, count in inputs:
-        slices[name] = slice(start, start + count)
-        start += count
-    return slices
 
 
 SLICES = row_slices(COLUMNS)
@@ -144,21 +132,6 @@ def expert_decay(learner: SmallFcSettings) -> float:
 def keeps_adam_moments(learner: SmallFcSettings) -> bool:
     """Whether the averages that Adam needs are among the accumulators."""
     return not learner.learn_decays
-
-
-class FactoredAxes(NamedTuple):
-    """The two largest axes of a tensor. Row moments are means over `largest`, column moments over `second`."""
-
-    largest: int
-    second: int
-
-
-def factored_axes(shape: tuple[int, ...]) -> FactoredAxes | None:
-    """The axes that the second moment is factored over; None below two axes. Ties: the later axis is the larger."""
-    if len(shape) < 2:
-        return None
-    order = sorted(range(len(shape)), key=lambda axis: shape[axis])  # stable, as argsort in the reference
-    return FactoredAxes(largest=order[-1], second=order[-2])
 
 
 def shapes_of(learner: SmallFcSettings) -> dict[str, tuple[int, ...]]:

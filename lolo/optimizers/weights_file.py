@@ -1,4 +1,6 @@
-"""Weights as one safetensors file: φ, architecture, recipe and model card. NumPy only.
+"""Weights as one safetensors file, shipped, on a disk or on the Hugging Face Hub: φ, architecture, recipe, model card.
+
+NumPy only.
 
 Whatever is read is untrusted: sizes, names, dtypes and sums are checked before use, and everything wrong is a
 `FileError`.
@@ -8,15 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from lolo.files import disk, tensors
+from lolo.files import disk, settings, tensors
 from lolo.files.disk import FileError
-from lolo.optimizers import hub
-from lolo.optimizers.hub import HubError
+from lolo.files.settings import Alternative, RecipeError
 
 WEIGHTS_FORMAT = "lolo-weights"
 WEIGHTS_VERSION = 2  # 1, which is still read, had no sum over learner, recipe and card
@@ -24,6 +27,24 @@ ABOUT = ("learner", "recipe", "card")
 MAX_WEIGHTS_BYTES = 64 << 20
 SHIPPED = Path(__file__).parents[1] / "weights"
 DEFAULT_WEIGHTS = "lolo-anytime"  # of SHIPPED, what `lolo.load()` and `lolo.torch.LoLO` take when nothing is said
+HUB_FILE = "model.safetensors"  # of a repository, when no file is named
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<file>[\w./-]+\.safetensors))?"
+)
+
+
+@runtime_checkable
+class ArchitectureRow(Protocol):
+    """What weights are checked against, of an architecture: in JAX's table and in PyTorch's."""
+
+    @property
+    def settings(self) -> type[Any]: ...  # a subclass of Alternative
+
+    @property
+    def shapes(self) -> Callable[[Any], dict[str, tuple[int, ...]]]: ...  # learner -> names and shapes of φ
+
+    @property
+    def check(self) -> Callable[[Any], None]: ...  # raises RecipeError for a learner that can't be
 
 
 class WeightsFile(NamedTuple):
@@ -101,17 +122,72 @@ def _locate(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    wanted = hub.parse(name_or_path) if isinstance(name_or_path, str) else None
+    wanted = parse_hub(name_or_path) if isinstance(name_or_path, str) else None
     if wanted is None:
         names = ", ".join(shipped_weights()) or "none"
         raise FileError(
             f"{name_or_path}: no such weights file. Give a path, a name that ships with lolo ({names}), or user/repo "
             "of the Hugging Face Hub."
         )
+    return fetch_from_hub(wanted)
+
+
+class HubFile(NamedTuple):
+    """One file of a repository."""
+
+    repo: str  # user/repo
+    revision: str | None  # branch, tag or commit; None: the newest
+    file: str
+
+
+def parse_hub(name: str) -> HubFile | None:
+    """The Hub file that `user/repo[@revision][/file.safetensors]` means; None for what can only be a local path."""
+    match = _HUB_ID.fullmatch(name)
+    if match is None or (match["file"] is None and name.endswith(".safetensors")):
+        return None
+    # A mistyped path in a folder that exists must not ask the network.
+    if Path(name).exists() or Path(name.partition("/")[0]).exists():
+        return None
+    return HubFile(match["repo"], match["revision"], match["file"] or HUB_FILE)
+
+
+def fetch_from_hub(wanted: HubFile) -> Path:
+    """The file on this machine, fetched by huggingface_hub (extra `hub`) unless its cache has it.
+
+    Raises FileError: huggingface_hub is missing, no network, no such repository, revision or file.
+    """
     try:
-        return hub.fetch(wanted)
-    except HubError as error:
-        raise FileError(str(error)) from error
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise FileError(
+            f"{wanted.repo}: no such file or folder here, and to get it from the Hugging Face Hub the extra is "
+            "missing: pip install 'lolo[hub]'."
+        ) from error
+    at = f"{wanted.repo} at {wanted.revision}" if wanted.revision else wanted.repo
+    try:
+        return Path(huggingface_hub.hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision))
+    except errors.LocalEntryNotFoundError as error:
+        raise FileError(
+            f"{at}: the Hugging Face Hub can't be reached, and {wanted.file} is not in its cache. Connect and try "
+            "again, or give the path of a file."
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise FileError(
+            f"{at}: has no {wanted.file} on the Hugging Face Hub; name the file: {wanted.repo}/NAME.safetensors."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileError(f"{wanted.repo}: has no revision {wanted.revision} on the Hugging Face Hub.") from error
+    except errors.RepositoryNotFoundError as error:  # a gated one is of this class too
+        raise FileError(
+            f"{wanted.repo}: no such file here, and no such repository on the Hugging Face Hub that you may read. "
+            "Mind the spelling; for a private one log in with `hf auth login`."
+        ) from error
+    except (OSError, ValueError) as error:  # the connection, the server, the disk, or a name the Hub does not allow
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileError(
+            f"{at}: can't be had from the Hugging Face Hub ({reason}). Check the name and the connection."
+        ) from error
 
 
 def _json_object(metadata: dict[str, str], key: str, path: Path) -> dict[str, Any]:
@@ -122,6 +198,20 @@ def _json_object(metadata: dict[str, str], key: str, path: Path) -> dict[str, An
     if not isinstance(value, dict):
         raise FileError(f"{path}: metadata {key!r} is not a JSON object.")
     return value
+
+
+def check_learner(
+    meta_params: tensors.Arrays, data: Any, rows: Mapping[str, ArchitectureRow], source: str
+) -> Alternative:
+    """The architecture stored with weights, one of `rows`. Raises FileError unless it can be, and φ fits it."""
+    types = {name: row.settings for name, row in rows.items()}
+    try:
+        learner = settings.parse_alternative(types, data, "learner")
+        rows[learner.name].check(learner)
+    except RecipeError as error:
+        raise FileError(f"{source}: {error}") from error
+    check_meta_params(meta_params, learner.name, rows[learner.name].shapes(learner), source)
+    return learner
 
 
 def check_meta_params(arrays: tensors.Arrays, name: str, shapes: dict[str, tuple[int, ...]], source: str) -> None:

@@ -21,7 +21,7 @@ from lolo.runtime.process_group import ALONE
 from lolo.studies import candidates
 from lolo.studies.rows import command_of, file_name, load_rows, slug
 from lolo.tasks import by_name
-from lolo.training import run_folder
+from lolo.training import run_start
 from lolo.training.run_folder import RunError
 
 
@@ -96,7 +96,7 @@ def evaluation_folder(
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise RunError(f"{out} can't be written ({nearest} is in the way); give another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    with run_folder.exclusive(out, ALONE):
+    with run_start.exclusive(out, ALONE):
         if (command := command_of(out, task)) and not command.startswith("lolo eval "):
             raise RunError(f"{out} already holds what {command!r} wrote; give another --out.")
         kept = part_files(out / "parts", task, optimizers)

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from lolo.files import settings
-from lolo.files.disk import FileError
 from lolo.files.tensors import digest
 from lolo.optimizers import norm_fc_spec, small_fc_spec, weights_file
 from lolo.torch import norm_fc, small_fc
 from lolo.torch.blocks import State, Workspace, Zeros
 
 
-class Architecture(NamedTuple):
+class TorchArchitecture(NamedTuple):
     """What `LoLO` asks of an architecture. `learner` is an instance of its settings type, `group` a param group."""
 
     settings: type[Any]  # all that weights say of the learner
@@ -35,8 +34,8 @@ class Architecture(NamedTuple):
     added: Mapping[str, Any] = settings.NONE  # settings of a group that older states lack, and what they meant
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "small_fc": Architecture(
+ARCHITECTURES: dict[str, TorchArchitecture] = {
+    "small_fc": TorchArchitecture(
         settings=small_fc_spec.SmallFcSettings,
         shapes=small_fc_spec.shapes_of,
         check=small_fc_spec.check,
@@ -50,7 +49,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         step=small_fc.step,
         added=small_fc.ADDED,
     ),
-    "norm_fc": Architecture(
+    "norm_fc": TorchArchitecture(
         settings=norm_fc_spec.NormFcSettings,
         shapes=norm_fc_spec.shapes_of,
         check=norm_fc_spec.check,
@@ -90,17 +89,10 @@ def as_weights(weights: str | Path | weights_file.WeightsFile | Mapping[str, Any
     name = file.learner.get("name")
     if name not in list(ARCHITECTURES):
         raise ValueError(f"lolo.torch runs {', '.join(ARCHITECTURES)}; these weights are of {name!r}.")
-    row, types = ARCHITECTURES[name], {name: row.settings for name, row in ARCHITECTURES.items()}
-    try:
-        learner = settings.parse_alternative(types, file.learner, "learner")
-        row.check(learner)
-    except settings.RecipeError as error:
-        raise FileError(f"weights: {error}") from error
-    weights_file.check_meta_params(file.meta_params, name, row.shapes(learner), "weights")
-    return Learned(name, learner, file)
+    return Learned(name, weights_file.check_learner(file.meta_params, file.learner, ARCHITECTURES, "weights"), file)
 
 
-def of_arrays(arrays: Mapping[str, np.ndarray]) -> Architecture:
+def of_arrays(arrays: Mapping[str, np.ndarray]) -> TorchArchitecture:
     """The row that bare arrays are of, by the number of inputs; the first where none fits."""
     rows = list(ARCHITECTURES.values())
     return next((row for row in rows if "w0" in arrays and arrays["w0"].shape[:1] == (row.inputs,)), rows[0])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from lolo.optimizers import small_fc_spec as spec
+from lolo.optimizers import factored
 
 State = MutableMapping[torch.Tensor, dict[str, torch.Tensor]]  # of a `torch.optim.Optimizer`, by parameter
 Zeros = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of what is kept for a parameter
@@ -31,7 +31,7 @@ class BlockLayout(NamedTuple):
 
 
 @runtime_checkable
-class Network(Protocol):
+class MomentWeights(Protocol):
     """What moments and their share of the first layer take from φ."""
 
     @property
@@ -88,7 +88,7 @@ def limited(grad: torch.Tensor, largest: float, infinite: float) -> torch.Tensor
 
 
 @functools.lru_cache(maxsize=4096)
-def layout(shape: tuple[int, ...], axes: spec.FactoredAxes | None) -> BlockLayout:
+def layout(shape: tuple[int, ...], axes: factored.FactoredAxes | None) -> BlockLayout:
     """Where the factored axes go: last, the largest at the very end. Matrices with long rows stay as they are."""
     if axes is None:
         return BlockLayout((), (1, 1, math.prod(shape)), factored=False, last_is_largest=True)
@@ -234,17 +234,17 @@ def accumulate_factored(batch: Batch, place: BlockLayout, gain: torch.Tensor, bl
         squared = grad * grad
         row_part.add_(squared.sum(dim=row_axis, keepdim=True))
         column_part.add_(squared.sum(dim=column_axis, keepdim=True))
-    batch.row.lerp_(row_mean.div_(place.shape[row_axis]).add_(spec.FACTORED_EPSILON), gain)
-    batch.column.lerp_(column_mean.div_(place.shape[column_axis]).add_(spec.FACTORED_EPSILON), gain)
+    batch.row.lerp_(row_mean.div_(place.shape[row_axis]).add_(factored.FACTORED_EPSILON), gain)
+    batch.column.lerp_(column_mean.div_(place.shape[column_axis]).add_(factored.FACTORED_EPSILON), gain)
 
 
 def factors(batch: Batch, place: BlockLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """What a gradient is multiplied by along rows and along columns."""
     assert batch.column is not None
-    mean = batch.row.mean(dim=-2 if place.last_is_largest else -1, keepdim=True).add_(spec.FACTOR_MEAN_EPSILON)
+    mean = batch.row.mean(dim=-2 if place.last_is_largest else -1, keepdim=True).add_(factored.FACTOR_MEAN_EPSILON)
     return (
-        (batch.row / mean).clamp_(min=spec.FACTOR_FLOOR).rsqrt_(),
-        batch.column.clamp(min=spec.FACTOR_FLOOR).rsqrt_(),
+        (batch.row / mean).clamp_(min=factored.FACTOR_FLOOR).rsqrt_(),
+        batch.column.clamp(min=factored.FACTOR_FLOOR).rsqrt_(),
     )
 
 
@@ -260,14 +260,14 @@ def normalizer(squares: torch.Tensor, count: int, epsilon: float) -> torch.Tenso
 
 def project_moment(weight: torch.Tensor, moment: torch.Tensor, epsilon: float) -> torch.Tensor:
     """A row or column moment and its inverse root, normalised and multiplied by their weights. -> [H, T, K, A, B]"""
-    x = torch.cat([moment, (moment + spec.MOMENT_EPSILON).rsqrt_()])
+    x = torch.cat([moment, (moment + factored.MOMENT_EPSILON).rsqrt_()])
     flat = x.flatten(2)
     flat.mul_(normalizer(sum_of_squares(flat), flat.shape[2], epsilon).unsqueeze(2))
     return (weight @ flat.flatten(1)).view(-1, *x.shape[1:])
 
 
 def pieces_of(
-    batch: Batch, place: BlockLayout, network: Network, bias: torch.Tensor, epsilon: float, limit: int
+    batch: Batch, place: BlockLayout, network: MomentWeights, bias: torch.Tensor, epsilon: float, limit: int
 ) -> list[Piece]:
     """A batch in blocks of `limit` entries, its row and column moments updated.
 
@@ -292,10 +292,10 @@ def pieces_of(
     return [Piece(*piece) for piece in zip(*own, along, columns, base, strict=True)]
 
 
-def accumulate(piece: Piece, network: Network, squared: torch.Tensor) -> None:
+def accumulate(piece: Piece, network: MomentWeights, squared: torch.Tensor) -> None:
     """All moments of one block but the row and column moments. squared: [T, k, a, b], to be overwritten."""
     torch.mul(piece.grad, piece.grad, out=squared)
     piece.momentum.lerp_(piece.grad, network.momentum_gain)
     piece.rms.lerp_(squared, network.rms_gain)
     if piece.column is None:
-        piece.row.lerp_(squared.add_(spec.FACTORED_EPSILON), network.factored_gain)
+        piece.row.lerp_(squared.add_(factored.FACTORED_EPSILON), network.factored_gain)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lolo.optimizers import factored
 from lolo.optimizers import norm_fc_spec as spec
 from lolo.torch import blocks
 from lolo.torch.blocks import Batch, BlockLayout, Piece, State, Workspace, Zeros
@@ -31,7 +32,7 @@ ORDER = (
 ENTRY_ROWS = np.r_[tuple(spec.SLICES[name] for name in ORDER)]
 
 
-class Network(NamedTuple):
+class NormFcNetwork(NamedTuple):
     """φ as the blocks want it: weights transposed, rows of the first grouped by where inputs vary."""
 
     entry: torch.Tensor  # [H, 18], of ENTRY_ROWS
@@ -46,11 +47,11 @@ class Network(NamedTuple):
     rms_gain: float
     factored_gain: torch.Tensor  # [3, 1, 1, 1, 1]
 
-    def to(self, device: torch.device) -> Network:
-        return Network(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
+    def to(self, device: torch.device) -> NormFcNetwork:
+        return NormFcNetwork(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
 
 
-class Scratch(NamedTuple):
+class NormFcScratch(NamedTuple):
     """Views of a workspace for blocks of one shape, [T, k, a, b] with n entries."""
 
     momentum: torch.Tensor  # [3, T, k, a, b], this and what follows parts of the inputs
@@ -100,7 +101,7 @@ def is_learned(param: torch.Tensor, is_matrix: bool | None) -> bool:
 def layout(shape: tuple[int, ...]) -> BlockLayout:
     """Ties between axes are broken by their names: [out, in, *window] is [*window, in, out] in JAX."""
     inputs_first = (*range(2, len(shape)), 1, 0) if len(shape) > 1 else None
-    return blocks.layout(shape, spec.factored_axes(shape, inputs_first))
+    return blocks.layout(shape, factored.factored_axes(shape, inputs_first))
 
 
 def zeros(param: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Zeros]:
@@ -114,7 +115,7 @@ def zeros(param: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Zeros]:
     }
 
 
-def network_from(arrays: Mapping[str, np.ndarray]) -> Network:
+def network_from(arrays: Mapping[str, np.ndarray]) -> NormFcNetwork:
     """Regroup φ for the blocks."""
 
     def tensor(array: Any) -> torch.Tensor:
@@ -124,7 +125,7 @@ def network_from(arrays: Mapping[str, np.ndarray]) -> Network:
         return tensor(1 - np.array(decays).reshape(-1, 1, 1, 1, 1))
 
     w0 = arrays["w0"]
-    return Network(
+    return NormFcNetwork(
         entry=tensor(w0[ENTRY_ROWS].T),
         row=tensor(w0[spec.ROW_ROWS].T),
         column=tensor(w0[spec.COLUMN_ROWS].T),
@@ -140,7 +141,7 @@ def network_from(arrays: Mapping[str, np.ndarray]) -> Network:
 
 
 def step(
-    params: list[torch.Tensor], state: State, group: Mapping[str, Any], network: Network, space: Workspace
+    params: list[torch.Tensor], state: State, group: Mapping[str, Any], network: NormFcNetwork, space: Workspace
 ) -> None:
     """One step of parameters of one group and device, all with a gradient and entries."""
     alike = defaultdict[tuple[int, ...], list[torch.Tensor]](list)
@@ -170,7 +171,7 @@ def step_batch(
     batch: Batch,
     shape: tuple[int, ...],
     group: Mapping[str, Any],
-    network: Network,
+    network: NormFcNetwork,
     space: Workspace,
     in_place: bool,
 ) -> None:
@@ -192,7 +193,9 @@ def step_batch(
         torch.mul(change, -rate, out=batch.param)
 
 
-def directions(batch: Batch, place: BlockLayout, network: Network, baseline: bool, space: Workspace) -> torch.Tensor:
+def directions(
+    batch: Batch, place: BlockLayout, network: NormFcNetwork, baseline: bool, space: Workspace
+) -> torch.Tensor:
     """What the network says of T tensors, and the momentum that it corrects. Updates their moments. -> [T, K, A, B]"""
     tensors, entries = batch.grad.shape[0], math.prod(place.shape)
     pieces = blocks.pieces_of(batch, place, network, network.first_bias, spec.NORMALIZE_EPSILON, WIDER * space.block)
@@ -227,42 +230,42 @@ def directions(batch: Batch, place: BlockLayout, network: Network, baseline: boo
     return found
 
 
-def views(space: Workspace, shape: torch.Size, count: int, hidden: int) -> Scratch:
+def views(space: Workspace, shape: torch.Size, count: int, hidden: int) -> NormFcScratch:
     """Views for blocks of this shape, `count` inputs and a network of this width."""
     x, first = space.take("inputs", count, *shape), space.take("first", hidden, *shape)
     baseline, squared = space.take("baseline", *shape), space.take("squared", *shape)
-    return Scratch(
+    return NormFcScratch(
         *(x[0:3], x[3], x[0:4], x[4:8], x[8:11], x[11], x[12], x[13], x[14], x[15:18], x.flatten(1), x.flatten(2)),
         *(baseline, squared, first, first.flatten(1)),
         *(space.take("second", hidden, shape.numel()), space.take("out", 1, shape.numel())),
     )
 
 
-def fill_inputs(piece: Piece, scratch: Scratch) -> None:
+def fill_inputs(piece: Piece, scratch: NormFcScratch) -> None:
     """The inputs that vary from entry to entry, not normalised."""
     scratch.momentum.copy_(piece.momentum)
     scratch.grad.copy_(piece.grad)
     scratch.param.copy_(piece.param)
     scratch.rms.copy_(piece.rms)
     torch.clamp(piece.grad, -spec.GRADIENT_CLIP, spec.GRADIENT_CLIP, out=scratch.clipped)
-    torch.add(piece.rms, spec.MOMENT_EPSILON, out=scratch.root).rsqrt_()
+    torch.add(piece.rms, factored.MOMENT_EPSILON, out=scratch.root).rsqrt_()
     torch.mul(scratch.source, scratch.root, out=scratch.scaled)
     if piece.column is not None:
         torch.mul(piece.row, piece.column, out=scratch.factored_gradient)
         torch.mul(scratch.momentum, scratch.factored_gradient, out=scratch.factored_momentum)
     else:
-        torch.add(piece.row, spec.FACTOR_MEAN_EPSILON, out=scratch.factored_gradient)
-        scratch.factored_gradient.clamp_(min=spec.FACTOR_FLOOR).rsqrt_()
+        torch.add(piece.row, factored.FACTOR_MEAN_EPSILON, out=scratch.factored_gradient)
+        scratch.factored_gradient.clamp_(min=factored.FACTOR_FLOOR).rsqrt_()
     scratch.factored_gradient.mul_(scratch.grad)
 
 
-def fill_baseline(scratch: Scratch) -> None:
+def fill_baseline(scratch: NormFcScratch) -> None:
     """Nesterov momentum, from the inputs."""
     torch.lerp(scratch.momentum[0], scratch.grad, 1 - spec.MOMENTUM_DECAYS[0], out=scratch.baseline)
 
 
 def run_network(
-    weight: torch.Tensor, base: tuple[torch.Tensor, ...], network: Network, scratch: Scratch
+    weight: torch.Tensor, base: tuple[torch.Tensor, ...], network: NormFcNetwork, scratch: NormFcScratch
 ) -> torch.Tensor:
     """The network's output for the block whose inputs lie in the scratch, [T, k, a, b]. base: one or two summands."""
     if len(base) == 2:

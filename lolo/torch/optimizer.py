@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lolo.optimizers import weights_file
-from lolo.torch.architecture import ABSENT, ARCHITECTURES, Architecture, as_weights, settings_of
+from lolo.torch.architecture import ABSENT, ARCHITECTURES, TorchArchitecture, as_weights, settings_of
 from lolo.torch.blocks import MOMENTS, Workspace
 from lolo.torch.checks import check_gradient, check_number, check_parameter, refuse_others
 from lolo.torch.precision import full_precision
@@ -179,7 +179,7 @@ class LoLO(torch.optim.Optimizer):
         for name, (shape, dtype) in self._architecture(group).zeros(param, group).items():
             self.state[param][name] = torch.zeros(shape, device=param.device, dtype=dtype)
 
-    def _architecture(self, group: dict[str, Any]) -> Architecture:
+    def _architecture(self, group: dict[str, Any]) -> TorchArchitecture:
         return ARCHITECTURES[self._networks[group["weights_sha256"]][0]]
 
     def _network(self, group: dict[str, Any], space: Workspace) -> Any:

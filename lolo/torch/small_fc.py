@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lolo.optimizers import factored
 from lolo.optimizers import small_fc_spec as spec
 from lolo.torch import blocks
 from lolo.torch.blocks import Batch, BlockLayout, State, Workspace, Zeros
@@ -24,7 +25,7 @@ from lolo.torch.checks import check_number
 ADDED: Mapping[str, Any] = {"step_decay": math.inf, "freeze_unseen": False}  # settings that older states lack
 
 
-class Network(NamedTuple):
+class SmallFcNetwork(NamedTuple):
     """φ as the blocks want it: weights transposed, columns grouped by where they vary, decays as numbers."""
 
     entry: torch.Tensor  # [H, 16], of spec.ENTRY_COLUMNS
@@ -41,14 +42,14 @@ class Network(NamedTuple):
     rms_gain: float
     factored_gain: torch.Tensor  # [3, 1, 1, 1, 1]
 
-    def to(self, device: torch.device) -> Network:
-        return Network(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
+    def to(self, device: torch.device) -> SmallFcNetwork:
+        return SmallFcNetwork(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
 
 
 class Rule(NamedTuple):
     """How the parameters of one group with one step count move."""
 
-    network: Network
+    network: SmallFcNetwork
     bias: torch.Tensor  # [H], the first bias with the time inputs folded in
     scale: float  # lr · λ1 / √(1 + t/step_decay)
     exp_mult: float  # λ2
@@ -56,7 +57,7 @@ class Rule(NamedTuple):
     freeze_unseen: bool
 
 
-class Scratch(NamedTuple):
+class SmallFcScratch(NamedTuple):
     """Views of a workspace for blocks of one shape, [T, k, a, b] with n entries."""
 
     inputs: torch.Tensor  # [16, T, k, a, b], in the order of spec.ENTRY_COLUMNS; below two axes [22, ...]
@@ -102,7 +103,7 @@ def settings_of(learner: spec.SmallFcSettings, given: Mapping[str, Any]) -> dict
 
 @functools.lru_cache(maxsize=4096)
 def layout(shape: tuple[int, ...]) -> BlockLayout:
-    return blocks.layout(shape, spec.factored_axes(shape))
+    return blocks.layout(shape, factored.factored_axes(shape))
 
 
 def zeros(param: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Zeros]:
@@ -112,7 +113,7 @@ def zeros(param: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Zeros]:
 
 
 def step(
-    params: list[torch.Tensor], state: State, group: Mapping[str, Any], network: Network, space: Workspace
+    params: list[torch.Tensor], state: State, group: Mapping[str, Any], network: SmallFcNetwork, space: Workspace
 ) -> None:
     """One step of parameters of one group and device, all with a gradient and entries."""
     alike = defaultdict(list)
@@ -128,7 +129,7 @@ def step(
             blocks.scatter(batch, some, state, place)
 
 
-def rule_at(count: int, group: Mapping[str, Any], network: Network) -> Rule:
+def rule_at(count: int, group: Mapping[str, Any], network: SmallFcNetwork) -> Rule:
     """How the parameters move that have made `count` steps."""
     clock = float(min(count, group["clock_limit"]))
     bias = network.first_bias + network.time @ torch.tanh(clock / network.timescales - 1)
@@ -144,7 +145,7 @@ def negated(grad: torch.Tensor) -> torch.Tensor:
     return -limited(grad)
 
 
-def network_from(arrays: Mapping[str, np.ndarray]) -> Network:
+def network_from(arrays: Mapping[str, np.ndarray]) -> SmallFcNetwork:
     """Regroup φ for the blocks."""
 
     def tensor(array: np.ndarray) -> torch.Tensor:
@@ -156,7 +157,7 @@ def network_from(arrays: Mapping[str, np.ndarray]) -> Network:
         return tensor(one - np.clip(one - (one - standard) * shift, np.float32(0), one))
 
     w0 = arrays["w0"]
-    return Network(
+    return SmallFcNetwork(
         entry=tensor(w0[spec.ENTRY_COLUMNS].T),
         row=tensor(w0[spec.ROW_COLUMNS].T),
         column=tensor(w0[spec.COLUMN_COLUMNS].T),
@@ -173,20 +174,20 @@ def network_from(arrays: Mapping[str, np.ndarray]) -> Network:
     )
 
 
-def views(space: Workspace, shape: torch.Size, count: int, hidden: int) -> Scratch:
+def views(space: Workspace, shape: torch.Size, count: int, hidden: int) -> SmallFcScratch:
     """Views for blocks of this shape, `count` inputs and a network of this width."""
     entries = shape.numel()
     x = space.take("inputs", count, *shape)
     first = space.take("first", hidden, *shape)
     second, out = space.take("second", hidden, entries), space.take("out", 2, entries)
-    return Scratch(
+    return SmallFcScratch(
         *(x, x[0], x[1], x[2:5], x[5], x[6:9], x[9], x[10:13], x[13:16], x[16:19], x[19:22]),
         *(x.flatten(2), x.flatten(1), space.take("squared", *shape)),
         *(first, first.flatten(1), second, out, out[0].view(shape), out[1].view(shape)),
     )
 
 
-def fill_inputs(piece: blocks.Piece, scratch: Scratch) -> None:
+def fill_inputs(piece: blocks.Piece, scratch: SmallFcScratch) -> None:
     """The inputs that vary from entry to entry, not normalised."""
     scratch.grad.copy_(piece.grad)
     scratch.param.copy_(piece.param)
@@ -199,14 +200,16 @@ def fill_inputs(piece: blocks.Piece, scratch: Scratch) -> None:
         torch.mul(piece.momentum, scratch.factored_gradient, out=scratch.factored_momentum)
     else:
         torch.add(piece.row, spec.MOMENTUM_EPSILON, out=scratch.factored_momentum).rsqrt_().mul_(piece.momentum)
-        torch.add(piece.row, spec.FACTOR_MEAN_EPSILON, out=scratch.factored_gradient)
-        scratch.factored_gradient.clamp_(min=spec.FACTOR_FLOOR).rsqrt_()
+        torch.add(piece.row, factored.FACTOR_MEAN_EPSILON, out=scratch.factored_gradient)
+        scratch.factored_gradient.clamp_(min=factored.FACTOR_FLOOR).rsqrt_()
         scratch.diagonal.copy_(piece.row)
-        torch.add(piece.row, spec.MOMENT_EPSILON, out=scratch.diagonal_root).rsqrt_()
+        torch.add(piece.row, factored.MOMENT_EPSILON, out=scratch.diagonal_root).rsqrt_()
     scratch.factored_gradient.mul_(piece.grad)
 
 
-def run_network(weight: torch.Tensor, base: tuple[torch.Tensor, ...], rule: Rule, scratch: Scratch) -> torch.Tensor:
+def run_network(
+    weight: torch.Tensor, base: tuple[torch.Tensor, ...], rule: Rule, scratch: SmallFcScratch
+) -> torch.Tensor:
     """d · exp(λ2·m) of the block whose inputs lie in the scratch, [T, k, a, b]. base: one or two summands."""
     if len(base) == 2:
         torch.add(*base, out=scratch.first)

@@ -20,7 +20,7 @@ from lolo.files import disk, jsonl
 from lolo.method.task import Splits
 from lolo.optimizers import pretrained, weights_file
 from lolo.runtime import environment, parallel
-from lolo.training import checkpoints, loggers, run_folder, run_log
+from lolo.training import checkpoints, loggers, run_folder, run_log, run_start
 from lolo.training.how import How, Progress
 from lolo.training.recipes import Recipe
 from lolo.training.run import Run, prepare
@@ -67,10 +67,10 @@ def train(
         raise RunError(f"loggers={how.loggers} needs a run folder; give `out`.")
     openers = loggers.openers(how.loggers or ())
     if tasks is not None:
-        recipe = dataclasses.replace(recipe, tasks=run_folder.meta_training_tasks(recipe, tasks))
-    recipe = run_folder.pinned(recipe, tasks or ())
+        recipe = dataclasses.replace(recipe, tasks=run_start.meta_training_tasks(recipe, tasks))
+    recipe = run_start.pinned(recipe, tasks or ())
     source = None if init is None else weights_file.read_weights(init)
-    run_folder.require_alike(how.group, recipe, {"--init": source and source.sha256, "--devices": how.devices})
+    run_start.require_alike(how.group, recipe, {"--init": source and source.sha256, "--devices": how.devices})
     run = prepare(recipe, how, source, tasks)
     if out is not None:
         run.out = Path(out)
@@ -83,8 +83,8 @@ def train(
             "processes": how.group.processes,
             "log": list(openers),
         }
-        run_folder.create(run.out, recipe, about, how.group)
-    with run_folder.exclusive(run.out, how.group), run.logging(openers):
+        run_start.create(run.out, recipe, about, how.group)
+    with run_start.exclusive(run.out, how.group), run.logging(openers):
         how.on_start(run)
         return finish(run)
 
@@ -101,12 +101,12 @@ def resume(out: Path | str, how: How | None = None, *, tasks: dict[str, Splits] 
     """
     folder, how = Path(out), how or How()
     recipe = run_folder.read_recipe(folder)
-    given = recipe.tasks if tasks is None else run_folder.meta_training_tasks(recipe, tasks)
+    given = recipe.tasks if tasks is None else run_start.meta_training_tasks(recipe, tasks)
     if given != recipe.tasks:
         raise RunError(f"{folder} is a run on tasks={recipe.tasks}, not {given}; give those it began with.")
     openers = loggers.openers(run_folder.logged_to(folder) if how.loggers is None else how.loggers)
-    run_folder.require_alike(how.group, recipe, {"--devices": how.devices})
-    with run_folder.exclusive(folder, how.group):
+    run_start.require_alike(how.group, recipe, {"--devices": how.devices})
+    with run_start.exclusive(folder, how.group):
         run = prepare(recipe, how, None, tasks, run_folder.task_folders(folder))
         run.out = folder
         restore(run)

@@ -30,7 +30,8 @@ from lolo.training import build, checkpoints, offload, recipes, run_log, slots
 from lolo.training.how import How
 from lolo.training.loggers import Logger, LoggerError, Open, scalars
 from lolo.training.recipes import Recipe
-from lolo.training.run_folder import RunError, meta_training_tasks
+from lolo.training.run_folder import RunError
+from lolo.training.run_start import meta_training_tasks
 from lolo.trees import count_bytes
 
 META_STREAM = 0  # streams of meta-trainings: their order is drawn from (this, seed, task, epoch)

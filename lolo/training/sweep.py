@@ -25,7 +25,7 @@ from lolo.files import disk, jsonl, settings
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
 from lolo.runtime import interrupt, launch, parallel
-from lolo.training import build, recipes, run_folder, run_log
+from lolo.training import build, recipes, run_folder, run_log, run_start
 from lolo.training.recipes import Recipe
 
 LAST_STEPS = 100  # outer steps that the reported loss is the mean of
@@ -84,7 +84,7 @@ def changed(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
         place[last] = [value] if name == "tasks" and isinstance(value, str) else value
     recipe = recipes.from_dict(data)
     build.build(recipe)  # looks every name up too: a wrong one must not wait for its turn
-    return run_folder.pinned(recipe)
+    return run_start.pinned(recipe)
 
 
 def read(path: Path) -> Sweep:
@@ -132,7 +132,7 @@ def state_of(run: Planned) -> str:
         return "waiting"
     differs = settings.diff(run_folder.read_recipe(run.out), run.recipe)
     if differs:
-        words = "; ".join(f"{name}: {a!r} there, {b!r} in the file" for name, (a, b) in differs.items())
+        words = settings.differences(differs, "there", "in the file")
         raise SweepError(f"{run.out} holds another run ({words}). Give the sweep another `out`, or undo the change.")
     last = run.out / "last.safetensors"
     done = last.is_file() and weights_file.read_weights(last).card.get("outer_step") == run.recipe.outer.steps

@@ -44,7 +44,7 @@ class TooLong(Exception):
     """The trial reached its limit of time."""
 
 
-class Losses(NamedTuple):
+class TrialLosses(NamedTuple):
     """Validation loss of each optimizer on one task, each [seeds]."""
 
     steps: int  # inner steps
@@ -114,7 +114,7 @@ def measure(
     untrained: PyTree | None,
     deadline: float,
     on_steps: OnSteps,
-) -> Losses:
+) -> TrialLosses:
     """All runs on one task. Raises TooLong once the clock is past `deadline`."""
     window = max(min(2 * recipe.unroll.length, MOST_STEPS) // POINTS, 1)
     steps, quarter, done = window * POINTS, window * POINTS // 4, 0
@@ -140,7 +140,7 @@ def measure(
     adam = curves(rivals.maker("adam"), [{"lr": rate, "weight_decay": 0.0} for rate in ADAM_RATES], quarter)
     expert = curves(expert_maker(recipe.imitation, decay), [0.0], steps)[0]
     learned = curves(pretrained.maker(recipe.learner), phis, steps)
-    return Losses(
+    return TrialLosses(
         steps,
         initial,
         trained=learned[0, :, -1],
@@ -151,19 +151,19 @@ def measure(
     )
 
 
-def gain(losses: Losses, after: NDArray[np.float32]) -> NDArray[np.float64]:
+def gain(losses: TrialLosses, after: NDArray[np.float32]) -> NDArray[np.float64]:
     """By how much each run got below the loss of its init, [seeds]; 0 where it got above it or diverged."""
     reached = np.where(np.isfinite(after), after, np.inf).astype(np.float64)
     return np.maximum(losses.initial - reached, 0.0)
 
 
-def judge(name: str, losses: Losses, imitates: bool, rate: float) -> list[Finding]:
+def judge(name: str, losses: TrialLosses, imitates: bool, rate: float) -> list[Finding]:
     """Findings about one task. `imitates`: the run has an expert, of learning rate `rate`."""
     found = [against_the_start(name, losses), against_the_expert(name, losses)]
     return [*found, expert_itself(name, losses, rate)] if imitates else found
 
 
-def compared(losses: Losses, ours: NDArray[np.float32], theirs: NDArray[np.float32], least: float) -> Verdict:
+def compared(losses: TrialLosses, ours: NDArray[np.float32], theirs: NDArray[np.float32], least: float) -> Verdict:
     """Whether ours gained more than theirs by `least`, a share of the larger gain; paired by seed, 95 % t interval."""
     gains, others = gain(losses, ours), gain(losses, theirs)
     larger = np.maximum(gains, others)
@@ -180,7 +180,7 @@ def loss_of(after: NDArray[np.float32]) -> str:
     return f"{after.mean(dtype=np.float64):.4g}"
 
 
-def against_the_start(name: str, losses: Losses) -> Finding:
+def against_the_start(name: str, losses: TrialLosses) -> Finding:
     """Whether φ is better than the φ that the run began with, or, where that is not known, than no training."""
     begun = losses.initial if losses.untrained is None else losses.untrained
     what = "no step at all" if losses.untrained is None else "the untrained φ"
@@ -193,7 +193,7 @@ def against_the_start(name: str, losses: Losses) -> Finding:
     return Finding(verdict, words, advice, decides=True)
 
 
-def against_the_expert(name: str, losses: Losses) -> Finding:
+def against_the_expert(name: str, losses: TrialLosses) -> Finding:
     """Whether φ gets at least as far as its expert does in a quarter of the steps."""
     words = (
         f"{name}: the recipe's expert has {loss_of(losses.expert)} after {losses.steps} steps, and "
@@ -204,7 +204,7 @@ def against_the_expert(name: str, losses: Losses) -> Finding:
     return Finding(verdict, words, advice, decides=True)
 
 
-def expert_itself(name: str, losses: Losses, rate: float) -> Finding:
+def expert_itself(name: str, losses: TrialLosses, rate: float) -> Finding:
     """Whether the expert is worth imitating: it gets as far as the best of a few Adams in a quarter of the steps."""
     best = max(losses.adam_early, key=lambda rate: float(gain(losses, losses.adam_early[rate]).mean()))
     words = (

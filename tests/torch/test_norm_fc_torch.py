@@ -416,7 +416,7 @@ def kept_bytes(optimizer):
 def test_memory_is_what_the_specification_says_and_less_in_bfloat16():
     shapes = {"w": (40, 30)}
     full, half = (stepped(as_parameters(draw(shapes, 1)), state_dtype=d) for d in (None, torch.bfloat16))
-    assert kept_bytes(full) == 4 * 1200 * accumulators_per_parameter(spec, (40, 30))
+    assert kept_bytes(full) == 4 * 1200 * accumulators_per_parameter((40, 30))
     assert kept_bytes(full) - kept_bytes(half) == 3 * 1200 * 2
 
 

@@ -16,7 +16,6 @@ from lolo.bench.textbook_torch import Textbook
 from lolo.data import embedded
 from lolo.files import tensors
 from lolo.optimizers import small_fc
-from lolo.optimizers import small_fc_spec as spec
 from lolo.optimizers.weights_file import WeightsFile
 from lolo.torch import LoLO, blocks
 
@@ -287,7 +286,7 @@ def test_memory_per_parameter_is_what_the_specification_says():
     for param in params.values():
         moments = {k: x for k, x in optimizer.state[param].items() if k != "step"}
         stored = sum(x.untyped_storage().nbytes() for x in moments.values())
-        assert stored == pytest.approx(4 * param.numel() * accumulators_per_parameter(spec, tuple(param.shape)))
+        assert stored == pytest.approx(4 * param.numel() * accumulators_per_parameter(tuple(param.shape)))
 
 
 def test_closed_loops_in_jax_and_torch_stay_together(record_property):
