@@ -542,6 +542,16 @@ def test_gradients_that_are_not_finite_show_in_their_tensor_and_no_other(bad, or
         assert {n for n, u in updates.items() if np.isnan(u).any()} == {name}
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_a_gradient_without_one_finite_entry_shows_and_so_do_the_steps_after_it(bad, orthogonal):
+    params = draw({"matrix": (3, 4), "vector": (4,)}, 3)
+    update, state = jax.jit(make(orthogonal=orthogonal).update), make().init(params)
+    for grads in (jax.tree.map(lambda x: jnp.full_like(x, bad), params), jax.tree.map(jnp.ones_like, params)):
+        updates, state = update(grads, state, params)
+        assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(updates))
+
+
 @pytest.mark.parametrize("baseline", ["none", "momentum"])
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_entries_that_never_had_a_gradient_do_not_move(orthogonal, baseline):

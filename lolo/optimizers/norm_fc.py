@@ -229,8 +229,8 @@ def learned_step(
         step = step + unit((1 - decay) * grad + decay * moments.momentum[0], of.layout, spec.BASELINE_EPSILON)
     if of.axes is not None:
         step = on_full_tensor(step, of.layout, partial(orthogonalize, axes=of.axes))
-    # A product and no jnp.where: NaN stays NaN.
-    return unit(step * (moments.rms > 0), of.layout, spec.NORMALIZE_EPSILON)
+    # Not "where rms > 0": an rms of NaN is no entry that never had a gradient, and must show.
+    return unit(jnp.where(moments.rms == 0, 0.0, step), of.layout, spec.NORMALIZE_EPSILON)
 
 
 def adam_step(moments: NormFcMoments, count: Int[Array, ""]) -> Entries:
