@@ -144,6 +144,60 @@ def test_gradients_of_another_tree_are_refused_by_name(weights, grads, message):
         jax.jit(optimizer.update)(grads, state, PARAMS)
 
 
+class Label:
+    """Static data of a node: equal by value, and read as an address."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return self.value == other.value
+
+    def __hash__(self):
+        return hash(self.value)
+
+
+@jax.tree_util.register_pytree_node_class
+class Labelled:
+    def __init__(self, leaf, label):
+        self.leaf, self.label = leaf, label
+
+    def tree_flatten(self):
+        return (self.leaf,), self.label
+
+    @classmethod
+    def tree_unflatten(cls, label, leaves):
+        return cls(*leaves, label)
+
+
+@learned_weights
+def test_equal_trees_are_taken_however_their_static_data_read(weights):
+    optimizer, params = weights.optimizer(), Labelled(jnp.ones(3), Label(1))
+    assert first_update(optimizer, params, Labelled(jnp.ones(3), Label(1))).leaf.any()
+    with pytest.raises(ValueError, match="is not the parameters' tree"):
+        first_update(optimizer, params, Labelled(jnp.ones(3), Label(2)))
+
+
+@learned_weights
+@pytest.mark.parametrize(
+    ("dtype", "kind", "message"),
+    [
+        (jnp.complex64, ValueError, r"the gradient of params\['w'\] is complex64.*grad.real"),
+        (jax.dtypes.float0, TypeError, r"the gradient of params\['w'\] is float0.*differentiate by"),
+        (jnp.float8_e4m3fn, TypeError, r"the gradient of params\['w'\] is float8_e4m3fn.*astype\(jnp.float32\)"),
+    ],
+)
+def test_gradients_that_are_not_real_numbers_are_refused_by_name(weights, dtype, kind, message):
+    with pytest.raises(kind, match=message):
+        first_update(weights.optimizer(), {"w": jnp.ones(3)}, {"w": np.zeros(3, dtype)})
+
+
+@learned_weights
+def test_parameters_of_eight_bits_are_refused_with_the_cure(weights):
+    with pytest.raises(TypeError, match=r"params\['w'\] is float8_e5m2.*bfloat16 or float32, and cast"):
+        weights.optimizer().init({"w": jnp.ones(3, jnp.float8_e5m2)})
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [
