@@ -417,7 +417,7 @@ def test_injected_settings_leave_the_updates_dtype(weights):
 # Rates of other optimizers: prodigy #27; kohya_ss #950
 
 
-@pytest.mark.parametrize("scale", [1e-3, 3e-4, np.float32(1e-3), 0.019])
+@pytest.mark.parametrize("scale", [1e-3, 3e-4, np.float32(1e-3), 0.019, np.array(1e-3), jnp.float32(1e-3)])
 def test_a_step_scale_that_looks_like_a_learning_rate_warns_once(scale):
     with pytest.warns(UserWarning, match=r"step_scale=.* is no learning rate.*times slower") as seen:
         optimizer = SMALL_FC.optimizer(step_scale=scale)
@@ -431,7 +431,7 @@ QUIET = {
     "whole": 1,
     "zero": 0.0,
     "schedule": optax.constant_schedule(1e-3),
-    "array": jnp.float32(1e-3),
+    "array": jnp.float32(0.5),
 }
 
 
@@ -442,9 +442,31 @@ def test_other_scales_and_the_values_of_schedules_do_not_warn(scale):
         first_update(SMALL_FC.optimizer(step_scale=scale))
 
 
-def test_a_learning_rate_by_position_is_refused():
-    with pytest.raises(TypeError, match="positional"):
+def test_the_values_of_an_injected_schedule_do_not_warn():
+    warm_up = optax.linear_schedule(1e-3, 1.0, 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_update(optax.inject_hyperparams(SMALL_FC.optimizer)(step_scale=warm_up), jnp.ones(3), jnp.ones(3))
+
+
+def test_a_learning_rate_by_position_is_refused_with_the_cure():
+    with pytest.raises(TypeError, match=r"optimizer\(0.001\).*no learning rate.*leave it out, or name"):
         SMALL_FC.optimizer(1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [-1.0, np.nan, np.inf, True, np.array([1.0]), jnp.float32(-1), jnp.float32(np.nan)]
+)
+def test_a_step_scale_without_sense_is_refused(wrong):
+    with pytest.raises(ValueError, match="step_scale=.* must be 0 or a positive number, or a schedule"):
+        SMALL_FC.optimizer(step_scale=wrong)
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "clock_limit", "step_decay"])
+@pytest.mark.parametrize("wrong", [-1.0, np.nan, True, jnp.float32(-1), jnp.float32(np.nan)])
+def test_a_setting_without_sense_is_refused_by_name(name, wrong):
+    with pytest.raises(ValueError, match=f"{name}=.* must be"):
+        SMALL_FC.optimizer(**{name: wrong})
 
 
 # Entries that never had a gradient: pytorch #3711; NVIDIA-NeMo/Speech #5726; open_lth #6
@@ -512,8 +534,10 @@ def test_architectures_without_the_option_say_so(name):
     [
         lambda: jax.enable_x64(True),
         lambda: jax.default_matmul_precision("bfloat16"),
+        lambda: jax.numpy_rank_promotion("raise"),
+        lambda: jax.numpy_dtype_promotion("strict"),
     ],
-    ids=["x64", "matmul precision"],
+    ids=["x64", "matmul precision", "rank promotion", "dtype promotion"],
 )
 def test_settings_of_the_process_change_neither_numbers_nor_dtypes(weights, setting):
     def run():

@@ -138,8 +138,9 @@ def check_gradients(grads: PyTree, params: PyTree, optimizer: str) -> None:
     for name in [name for name in grads_at if name not in params_at]:
         raise ValueError(f"{optimizer}: grads{name} belongs to no parameter; parameters: {names(params_at)}.")
     theirs, ours = (jax.tree.structure(tree) for tree in (grads, params))
-    # Static data of a node may compare by identity and read the same, or compare equal and read otherwise.
-    if theirs != ours and str(theirs) != str(ours):
+    # Static data of a node may be equal and read otherwise (as addresses), or read the same and not be equal (closures)
+    # or not be comparable at all (arrays), hence the order.
+    if str(theirs) != str(ours) and theirs != ours:
         raise ValueError(f"{optimizer}: the gradients' tree {theirs} is not the parameters' tree {ours}.")
     for name, param in params_at.items():
         shape = getattr(grads_at[name], "shape", None)
