@@ -454,9 +454,7 @@ def test_a_learning_rate_by_position_is_refused_with_the_cure():
         SMALL_FC.optimizer(1e-3)
 
 
-@pytest.mark.parametrize(
-    "wrong", [-1.0, np.nan, np.inf, True, np.array([1.0]), jnp.float32(-1), jnp.float32(np.nan)]
-)
+@pytest.mark.parametrize("wrong", [-1.0, np.nan, np.inf, True, np.array([1.0]), jnp.float32(-1), jnp.float32(np.nan)])
 def test_a_step_scale_without_sense_is_refused(wrong):
     with pytest.raises(ValueError, match="step_scale=.* must be 0 or a positive number, or a schedule"):
         SMALL_FC.optimizer(step_scale=wrong)
