@@ -442,6 +442,18 @@ def test_other_scales_and_the_values_of_schedules_do_not_warn(scale):
         first_update(SMALL_FC.optimizer(step_scale=scale))
 
 
+@pytest.mark.parametrize(
+    ("scale", "size"),
+    [(optax.scale_by_learning_rate(1e-3), -1e-3), (optax.scale(1e-3), 1e-3)],
+    ids=["climbs", "is slow"],
+)
+def test_a_learning_rate_behind_it_climbs_or_is_slow_as_docs_use_says(scale, size):
+    grads = jnp.linspace(0.1, 1.0, 3)
+    alone = first_update(SMALL_FC.optimizer(), jnp.ones(3), grads)
+    chained = first_update(optax.chain(SMALL_FC.optimizer(), scale), jnp.ones(3), grads)
+    np.testing.assert_allclose(chained, size * alone, rtol=1e-6)
+
+
 def test_the_values_of_an_injected_schedule_do_not_warn():
     warm_up = optax.linear_schedule(1e-3, 1.0, 100)
     with warnings.catch_warnings():

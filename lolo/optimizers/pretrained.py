@@ -87,6 +87,7 @@ class Weights(NamedTuple):
           adam_scale: of norm_fc, the learning rate of vectors in units of learning_rate; None: as shipped.
           freeze_unseen: of small_fc, entries that never had a gradient do not move, by weight decay neither. Without
             it padding rows, rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
+            Gradients below about 1e-22 count as none, since their squares are 0.
 
         All numbers may be arrays, traced ones too: optax.inject_hyperparams works. The optimizer's state has no empty
         leaf and no dtype but float32 and int32; its update takes and ignores extra arguments.

@@ -61,6 +61,7 @@ class LoLO(torch.optim.Optimizer):
       maximize: climb instead of descend.
       freeze_unseen: of `small_fc`: entries that never had a gradient do not move, by weight decay neither. Without it
         padding rows, rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
+        Gradients below about 1e-22 count as none, since their squares are 0.
         (`norm_fc` gives such entries no step; weight decay reaches them.)
       adam_scale: of `norm_fc`: AdamW's learning rate in units of lr; None: as shipped.
       is_matrix: of `norm_fc`: whether the network moves the tensors of a group; None: those of two axes or more; False:

@@ -487,7 +487,7 @@ def test_the_cure_for_complex_parameters_moves_both_parts():
         optimizer.zero_grad()
         (torch.view_as_complex(param) * (1 + 2j)).abs().square().sum().backward()
         optimizer.step()
-    assert (param < 1).all()
+    assert (param != 1).all()
 
 
 def test_sharded_parameters_are_refused():
