@@ -137,7 +137,8 @@ def check_gradients(grads: PyTree, params: PyTree, optimizer: str) -> None:
         raise ValueError(f"{optimizer}: params{name} has no gradient; gradients are there for: {names(grads_at)}.")
     for name in [name for name in grads_at if name not in params_at]:
         raise ValueError(f"{optimizer}: grads{name} belongs to no parameter; parameters: {names(params_at)}.")
-    theirs, ours = (jax.tree.structure(tree) for tree in (grads, params))
+    theirs: Any = jax.tree.structure(grads)
+    ours: Any = jax.tree.structure(params)
     # Static data of a node may be equal and read otherwise (as addresses), or read the same and not be equal (closures)
     # or not be comparable at all (arrays), hence the order.
     if str(theirs) != str(ours) and theirs != ours:

@@ -28,7 +28,8 @@ Make: TypeAlias = Callable[[PyTree], optax.GradientTransformation]  # φ -> its 
 SMALLEST_SCALE = 0.02  # of a step_scale that is no mistake
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _by_name(method: Callable[P, R]) -> Callable[P, R]:
@@ -123,7 +124,7 @@ def check_scale(step_scale: Any) -> None:
     wrong = f"step_scale={step_scale!r} must be 0 or a positive number, or a schedule; 1 is as shipped."
     if isinstance(step_scale, bool) or not isinstance(step_scale, int | float | np.number | np.ndarray | jax.Array):
         raise ValueError(wrong)
-    if architecture.is_array(step_scale) and not architecture.is_known(step_scale):
+    if isinstance(step_scale, jax.Array) and not architecture.is_known(step_scale):
         return
     try:
         number = settings.number(jax.device_get(step_scale))
