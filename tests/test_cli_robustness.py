@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from lolo.cli import compare, progress
 from lolo.cli import main as cli
-from lolo.cli import progress
 from lolo.files import disk
 from lolo.runtime import environment, streams
 from lolo.training import plan
@@ -88,6 +88,12 @@ def test_a_full_disk_under_the_output_is_said():
     assert done.returncode == 5 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_evaluation_that_can_not_be_printed_is_shown_beside_the_messages():
+    done = lolo(*EVAL, shell="{} > /dev/full")
+    assert done.returncode == 5 and b"| sgdm 0." in done.stderr and b"No space left" in done.stderr
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_do_not_fail_a_command(closed):
     assert lolo("recipes", shell="{} " + closed).returncode == 0
@@ -109,9 +115,21 @@ def test_a_closed_input_does_not_fail_several_processes_and_they_print_in_any_en
     assert done.returncode == 0 and b"3 of 3 loss" in done.stderr, done.stderr
 
 
-def test_a_version_is_printed(capsys):
-    assert cli.main(["--version"]) == 0
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_a_version_is_printed(capsys, flag):
+    assert cli.main([flag]) == 0
     assert capsys.readouterr().out == f"lolo {environment.versions()['lolo']}\n"
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_evaluation_warns_in_one_line_of_a_step_scale_that_is_a_learning_rate(monkeypatch, capsys):
+    monkeypatch.setattr(compare.comparisons, "evaluate", lambda *args, **more: ([], {}))
+    monkeypatch.setattr(compare, "table", lambda rows: "no rows")
+    argv = ["eval", "lolo-anytime:step_scale=0.001", "lolo-anytime:step_scale=0.5", "--task", "quadratic"]
+    assert cli.main(argv) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "no rows\n"
+    assert captured.err.startswith("lolo: step_scale=0.001 is no learning rate") and captured.err.count("\n") == 1
 
 
 FLAGS = [

@@ -144,6 +144,60 @@ def test_gradients_of_another_tree_are_refused_by_name(weights, grads, message):
         jax.jit(optimizer.update)(grads, state, PARAMS)
 
 
+class Label:
+    """Static data of a node: equal by value, and read as an address."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return self.value == other.value
+
+    def __hash__(self):
+        return hash(self.value)
+
+
+@jax.tree_util.register_pytree_node_class
+class Labelled:
+    def __init__(self, leaf, label):
+        self.leaf, self.label = leaf, label
+
+    def tree_flatten(self):
+        return (self.leaf,), self.label
+
+    @classmethod
+    def tree_unflatten(cls, label, leaves):
+        return cls(*leaves, label)
+
+
+@learned_weights
+def test_equal_trees_are_taken_however_their_static_data_read(weights):
+    optimizer, params = weights.optimizer(), Labelled(jnp.ones(3), Label(1))
+    assert first_update(optimizer, params, Labelled(jnp.ones(3), Label(1))).leaf.any()
+    with pytest.raises(ValueError, match="is not the parameters' tree"):
+        first_update(optimizer, params, Labelled(jnp.ones(3), Label(2)))
+
+
+@learned_weights
+@pytest.mark.parametrize(
+    ("dtype", "kind", "message"),
+    [
+        (jnp.complex64, ValueError, r"the gradient of params\['w'\] is complex64.*grad.real"),
+        (jax.dtypes.float0, TypeError, r"the gradient of params\['w'\] is float0.*differentiate by"),
+        (jnp.float8_e4m3fn, TypeError, r"the gradient of params\['w'\] is float8_e4m3fn.*astype\(jnp.float32\)"),
+    ],
+)
+def test_gradients_that_are_not_real_numbers_are_refused_by_name(weights, dtype, kind, message):
+    with pytest.raises(kind, match=message):
+        first_update(weights.optimizer(), {"w": jnp.ones(3)}, {"w": np.zeros(3, dtype)})
+
+
+@learned_weights
+def test_parameters_of_eight_bits_are_refused_with_the_cure(weights):
+    with pytest.raises(TypeError, match=r"params\['w'\] is float8_e5m2.*bfloat16 or float32, and cast"):
+        weights.optimizer().init({"w": jnp.ones(3, jnp.float8_e5m2)})
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [
@@ -363,7 +417,7 @@ def test_injected_settings_leave_the_updates_dtype(weights):
 # Rates of other optimizers: prodigy #27; kohya_ss #950
 
 
-@pytest.mark.parametrize("scale", [1e-3, 3e-4, np.float32(1e-3), 0.019])
+@pytest.mark.parametrize("scale", [1e-3, 3e-4, np.float32(1e-3), 0.019, np.array(1e-3)])
 def test_a_step_scale_that_looks_like_a_learning_rate_warns_once(scale):
     with pytest.warns(UserWarning, match=r"step_scale=.* is no learning rate.*times slower") as seen:
         optimizer = SMALL_FC.optimizer(step_scale=scale)
@@ -377,7 +431,7 @@ QUIET = {
     "whole": 1,
     "zero": 0.0,
     "schedule": optax.constant_schedule(1e-3),
-    "array": jnp.float32(1e-3),
+    "array": jnp.float32(0.5),
 }
 
 
@@ -388,9 +442,41 @@ def test_other_scales_and_the_values_of_schedules_do_not_warn(scale):
         first_update(SMALL_FC.optimizer(step_scale=scale))
 
 
-def test_a_learning_rate_by_position_is_refused():
-    with pytest.raises(TypeError, match="positional"):
+@pytest.mark.parametrize(
+    ("scale", "size"),
+    [(optax.scale_by_learning_rate(1e-3), -1e-3), (optax.scale(1e-3), 1e-3)],
+    ids=["climbs", "is slow"],
+)
+def test_a_learning_rate_behind_it_climbs_or_is_slow_as_docs_use_says(scale, size):
+    grads = jnp.linspace(0.1, 1.0, 3)
+    alone = first_update(SMALL_FC.optimizer(), jnp.ones(3), grads)
+    chained = first_update(optax.chain(SMALL_FC.optimizer(), scale), jnp.ones(3), grads)
+    np.testing.assert_allclose(chained, size * alone, rtol=1e-6)
+
+
+def test_the_values_of_an_injected_schedule_do_not_warn():
+    warm_up = optax.linear_schedule(1e-3, 1.0, 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_update(optax.inject_hyperparams(SMALL_FC.optimizer)(step_scale=warm_up), jnp.ones(3), jnp.ones(3))
+
+
+def test_a_learning_rate_by_position_is_refused_with_the_cure():
+    with pytest.raises(TypeError, match=r"optimizer\(0.001\).*no learning rate.*leave it out, or name"):
         SMALL_FC.optimizer(1e-3)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, np.nan, np.inf, True, np.array([1.0]), jnp.float32(-1), jnp.float32(np.nan)])
+def test_a_step_scale_without_sense_is_refused(wrong):
+    with pytest.raises(ValueError, match="step_scale=.* must be 0 or a positive number, or a schedule"):
+        SMALL_FC.optimizer(step_scale=wrong)
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "clock_limit", "step_decay"])
+@pytest.mark.parametrize("wrong", [-1.0, np.nan, True, jnp.float32(-1), jnp.float32(np.nan)])
+def test_a_setting_without_sense_is_refused_by_name(name, wrong):
+    with pytest.raises(ValueError, match=f"{name}=.* must be"):
+        SMALL_FC.optimizer(**{name: wrong})
 
 
 # Entries that never had a gradient: pytorch #3711; NVIDIA-NeMo/Speech #5726; open_lth #6
@@ -458,8 +544,10 @@ def test_architectures_without_the_option_say_so(name):
     [
         lambda: jax.enable_x64(True),
         lambda: jax.default_matmul_precision("bfloat16"),
+        lambda: jax.numpy_rank_promotion("raise"),
+        lambda: jax.numpy_dtype_promotion("strict"),
     ],
-    ids=["x64", "matmul precision"],
+    ids=["x64", "matmul precision", "rank promotion", "dtype promotion"],
 )
 def test_settings_of_the_process_change_neither_numbers_nor_dtypes(weights, setting):
     def run():

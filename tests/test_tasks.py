@@ -1,6 +1,7 @@
 """Named tasks, and a user's own task from a file."""
 
 import hashlib
+import importlib
 import math
 import sys
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lolo.files import user_code
 from lolo.method.task import Splits, TaskError
 from lolo.tasks import by_name, compact
 from lolo.tasks.by_name import TASKS
@@ -384,3 +386,23 @@ def test_a_pinned_file_is_found_in_the_first_folder_that_has_these_bytes(source,
     assert by_name.pin(pinned, folders) == pinned and by_name.resolve(pinned, folders).train.data.shape == (1000, 3)
     text = error(lambda name: by_name.resolve(name, [tmp_path / "x", tmp_path / "y"]), pinned)
     assert f"{tmp_path}/x, {tmp_path}/y" in text and "Put it back" in text
+
+
+def test_packages_of_an_environment_below_the_folder_stay_imported(tmp_path, monkeypatch):
+    packages = tmp_path / ".venv" / "lib" / "python3" / "site-packages"
+    (packages / "installed_one").mkdir(parents=True)
+    (packages / "installed_one" / "__init__.py").write_text("from installed_one import part")
+    (packages / "installed_one" / "part.py").write_text("")
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "part.py").write_text("")
+    (tmp_path / "own_module.py").write_text("")
+    monkeypatch.syspath_prepend(packages)
+    names = ("installed_one", "installed_one.part", "own_package", "own_package.part", "own_module")
+    try:
+        with user_code.neighbours(tmp_path):
+            for name in names:
+                importlib.import_module(name)
+        assert [name for name in names if name in sys.modules] == ["installed_one", "installed_one.part"]
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)

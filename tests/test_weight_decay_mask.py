@@ -28,6 +28,11 @@ MASKS = {
     "callable": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
     "callable prefix": lambda params: {"layer": False, "scale": True, "nothing": None},
     "one word": False,
+    "arrays": {
+        "layer": {"weight": np.array(True), "bias": jnp.array(False)},
+        "scale": np.bool_(False),
+        "nothing": None,
+    },
 }
 all_masks = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
@@ -78,6 +83,9 @@ def test_a_mask_goes_with_a_decay_that_is_injected(weights):
         ({"layer": True}, "mask is neither the parameters' tree nor a prefix of it"),
         ({"layer": 1.0, "scale": True, "nothing": None}, "mask says 1.0; expected True, for weight decay, or False"),
         (lambda params: {"layer": True}, "mask is neither"),
+        (np.array([True]), r"mask says array\(\[ True\]\); expected True"),
+        (np.array(1), r"mask says array\(1\); expected True"),
+        (lambda params: jax.tree.map(lambda x: x.sum() > 0, params), 'traced.*outside of jit.*static_args="mask"'),
     ],
 )
 def test_a_mask_without_sense_is_refused(weights, mask, message):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from pathlib import Path
 
 import tyro
 
 from lolo.bench import speed
 from lolo.cli.arguments import call
-from lolo.cli.progress import log, progress_display
+from lolo.cli.progress import log, print_or_show, progress_display
 from lolo.files import settings
 from lolo.runtime import environment, interrupt
 from lolo.studies import candidates, comparison_report, comparisons, definitions, evaluation_folder, studies
@@ -61,11 +62,14 @@ def eval_command(argv: list[str]) -> int:
             print(plan.report(plan.of_evaluation(task, recipes.LOLO.learner, len(optimizers), seeds, steps)))
             return 0
         splits = by_name.resolve(task)  # first: where data are missing, nothing is written
-        named = candidates.read(optimizers)
+        with warnings.catch_warnings(record=True) as seen:
+            named = candidates.read(optimizers)
+        for warning in seen:
+            log(str(warning.message))
         if out is None:
             with progress_display() as display:
                 rows, weights = comparisons.evaluate(named, task, steps, seeds, display, splits=splits)
-            print(table(rows))
+            print_or_show(table(rows))
         else:
             stop = interrupt.Stop()
             with (

@@ -108,7 +108,7 @@ def run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
         return 0 if argv else 2
-    if argv[0] == "--version":
+    if argv[0] in ("-V", "--version"):
         print(f"lolo {environment.versions()['lolo']}")
         return 0
     return settings.pick(COMMANDS, "command", argv[0]).run(argv[1:])

@@ -66,3 +66,14 @@ def progress_display() -> Iterator[ProgressDisplay]:
 def log(text: str) -> None:
     """A message for people."""
     streams.log_line(f"lolo: {text}")
+
+
+def print_or_show(text: str) -> None:
+    """Print a result that lies in no file; where that fails, for a full disk say, show it beside the messages."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has left
+        raise
+    except OSError:
+        streams.log_line(text)
+        raise

@@ -20,6 +20,7 @@ from lolo.files.settings import did_you_mean
 NAME = re.compile(r"(?:(?P<path>.+?\.py):)?(?P<function>[\w-]+)(?::(?P<settings>[^@]*))?(?:@(?P<sha256>[0-9a-f]{64}))?")
 HERE = (Path(),)
 PREFIX = "lolo_user_"  # of the names under which files are imported
+INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, which are no user's neighbours
 
 
 class UserCodeError(ValueError):
@@ -97,7 +98,8 @@ def function_of(name: Name, kind: str, returns: str) -> Callable[..., Any]:
 def neighbours(folder: Path) -> Iterator[None]:
     """Modules of a folder can be imported, as by a script that lies there; afterwards nothing is left of it.
 
-    So a module of the same name beside another user's file is another module.
+    So a module of the same name beside another user's file is another module. Installed packages stay, wherever they
+    lie, and so do packages of which a part was imported before.
     """
     path, before = list(sys.path), set(sys.modules)
     sys.path.insert(0, str(folder))
@@ -107,10 +109,20 @@ def neighbours(folder: Path) -> Iterator[None]:
     finally:
         sys.path[:] = path
         for name in set(sys.modules) - before:
-            module = sys.modules[name]
-            file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), None)
-            if file and folder in Path(file).parents and not name.startswith(PREFIX):
+            if name.partition(".")[0] not in before and _lies_in(folder, name):
                 del sys.modules[name]
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    """Whether a module is a file of the folder, or of a package there: what lies deeper was found in another place.
+
+    So is `.venv/lib/python3.12/site-packages/scipy`, most often, and a package with compiled parts loads only once.
+    """
+    module = sys.modules[name]
+    file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), None)
+    if not file or folder not in Path(file).parents or INSTALLED.intersection(Path(file).parts):
+        return False
+    return Path(file).relative_to(folder).parts[0].partition(".")[0] == name.partition(".")[0]
 
 
 def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:

@@ -115,7 +115,10 @@ def check_weights(meta_params: Arrays, data: dict[str, Any], source: str) -> Lea
 
 
 def deployed(learner: LearnerSettings, requested: Mapping[str, Any]) -> LearnerSettings:
-    """A learner with other deployment settings; None or an array: as it is. Raises ValueError for one that it lacks."""
+    """A learner with other deployment settings; None or an array: as it is.
+
+    Raises ValueError for a setting that the learner lacks, and for a number that can't be, in an array too.
+    """
     rules, changes = of(learner).deployment, dict[str, Any]()
     for name, value in requested.items():
         if value is None:
@@ -125,6 +128,8 @@ def deployed(learner: LearnerSettings, requested: Mapping[str, Any]) -> LearnerS
         try:
             if not is_array(value):
                 changes[name] = rules[name](value)
+            elif is_known(value):
+                rules[name](float(jax.device_get(value)))  # checked alone: as an array it goes another way
         except ValueError as error:
             raise ValueError(f"{name}={value!r} {error}") from error
     return dataclasses.replace(learner, **changes)
@@ -139,6 +144,11 @@ def check_mask(learner: LearnerSettings) -> None:
 def is_array(value: Any) -> bool:
     """Whether a setting comes as an array, as `optax.inject_hyperparams` has it; its value is not looked at."""
     return isinstance(value, jax.Array)
+
+
+def is_known(value: jax.Array) -> bool:
+    """Whether an array is one number that can be looked at: not while it is traced."""
+    return not isinstance(value, jax.core.Tracer) and value.shape == () and value.is_fully_addressable
 
 
 def build_learner(

@@ -97,7 +97,7 @@ def check_reduced(grads: PyTree, params: PyTree) -> None:
 
 
 def check_params(params: PyTree, optimizer: str) -> None:
-    """Raise TypeError for leaves that are not arrays of real numbers, and ValueError for complex ones."""
+    """Raise TypeError for leaves that are not arrays of floats of 16 bits or more, and ValueError for complex ones."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = f"params{jax.tree_util.keystr(path)}"
         dtype = getattr(leaf, "dtype", None)
@@ -116,10 +116,23 @@ def check_params(params: PyTree, optimizer: str) -> None:
                 f"{name} is {dtype}, which has no gradient. Filter first: "
                 "equinox.filter(model, equinox.is_inexact_array), or optax.masked."
             )
+        if not is_real(dtype):
+            raise TypeError(
+                f"{name} is {dtype}, in which a step of the optimizer is lost. Keep it as bfloat16 or float32, and "
+                "cast where the model uses it."
+            )
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether the optimizers compute with numbers of a dtype: floating ones of 16 bits or more."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits >= 16
 
 
 def check_gradients(grads: PyTree, params: PyTree, optimizer: str) -> None:
-    """Raise ValueError unless every parameter has a gradient of its shape, and nothing else has one."""
+    """Raise ValueError unless every parameter has a real gradient of its shape, and nothing else has one.
+
+    Raises TypeError for a gradient of a dtype in which there are none.
+    """
     params_at, grads_at = (
         {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (params, grads)
@@ -128,13 +141,29 @@ def check_gradients(grads: PyTree, params: PyTree, optimizer: str) -> None:
         raise ValueError(f"{optimizer}: params{name} has no gradient; gradients are there for: {names(grads_at)}.")
     for name in [name for name in grads_at if name not in params_at]:
         raise ValueError(f"{optimizer}: grads{name} belongs to no parameter; parameters: {names(params_at)}.")
-    theirs, ours = (str(jax.tree.structure(tree)) for tree in (grads, params))
-    if theirs != ours:
+    theirs: Any = jax.tree.structure(grads)
+    ours: Any = jax.tree.structure(params)
+    # Static data of a node may be equal and read otherwise (as addresses), or read the same and not be equal (closures)
+    # or not be comparable at all (arrays), hence the order.
+    if str(theirs) != str(ours) and theirs != ours:
         raise ValueError(f"{optimizer}: the gradients' tree {theirs} is not the parameters' tree {ours}.")
     for name, param in params_at.items():
         shape = getattr(grads_at[name], "shape", None)
         if shape != param.shape:
             raise ValueError(f"{optimizer}: the gradient of params{name} has shape {shape}; expected {param.shape}.")
+        _check_gradient(f"{optimizer}: the gradient of params{name}", grads_at[name].dtype)
+
+
+def _check_gradient(name: str, dtype: Any) -> None:
+    """Raise TypeError, or ValueError for complex numbers, for a dtype that a real parameter's gradient can't have."""
+    if dtype == jax.dtypes.float0:
+        raise TypeError(
+            f"{name} is float0, which says that there is none: differentiate by these parameters themselves."
+        )
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(f"{name} is {dtype}, and the parameter is real: give its real part, grad.real.")
+    if jnp.issubdtype(dtype, jnp.floating) and not is_real(dtype):
+        raise TypeError(f"{name} is {dtype}: give it as float32, grad.astype(jnp.float32).")
 
 
 def answers_of(asked: PyTree, params: PyTree, what: str, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
@@ -154,10 +183,21 @@ def decays_of(decay: Any, mask: Mask, params: PyTree) -> list[Any]:
     if mask is None:
         return [decay] * len(jax.tree.leaves(params))
     answers = answers_of(mask(params) if callable(mask) else mask, params, "mask")
-    for answer in answers:
-        if not isinstance(answer, bool | np.bool_):
-            raise ValueError(f"mask says {answer!r}; expected True, for weight decay, or False.")
-    return [decay if answer else 0.0 for answer in answers]
+    return [decay if _yes(answer) else 0.0 for answer in answers]
+
+
+def _yes(answer: Any) -> bool:
+    """A mask's answer: a bool, or an array that is one. Raises ValueError."""
+    if isinstance(answer, jax.core.Tracer):
+        raise ValueError(
+            "mask says something that is traced, and which parameters decay must be known before. Build the mask of "
+            'bools or NumPy\'s arrays, outside of jit; for optax.inject_hyperparams, name it: static_args="mask".'
+        )
+    if isinstance(answer, np.ndarray | jax.Array) and answer.shape == () and answer.dtype == bool:
+        return bool(answer)
+    if not isinstance(answer, bool | np.bool_):
+        raise ValueError(f"mask says {answer!r}; expected True, for weight decay, or False.")
+    return bool(answer)
 
 
 def limited(grad: Float[Array, "*shape"], most: float) -> Float[Array, "*shape"]:

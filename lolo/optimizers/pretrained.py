@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,29 @@ from lolo.optimizers.architecture import LearnerSettings
 from lolo.optimizers.base import Mask
 from lolo.trees import PyTree
 
-Number: TypeAlias = float | int | np.number | jax.Array
+Number: TypeAlias = float | int | np.number | np.ndarray | jax.Array
 Schedule: TypeAlias = Callable[[jax.Array], jax.Array]
 Make: TypeAlias = Callable[[PyTree], optax.GradientTransformation]  # φ -> its optimizer
 SMALLEST_SCALE = 0.02  # of a step_scale that is no mistake
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _by_name(method: Callable[P, R]) -> Callable[P, R]:
+    """A method that tells who gives it a learning rate in AdamW's place what to do instead."""
+
+    @functools.wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) > 1:
+            raise TypeError(
+                f"optimizer({args[1]!r}): settings are given by name. There is no learning rate to give first, and "
+                "step_scale is none: leave it out, or name what you mean."
+            )
+        return method(*args, **kwargs)
+
+    return checked
 
 
 class Weights(NamedTuple):
@@ -34,6 +54,7 @@ class Weights(NamedTuple):
     recipe: dict[str, Any]  # of its meta-training; {} if unknown
     card: dict[str, Any]  # the model card: data, results, realised steps, limits
 
+    @_by_name
     def optimizer(
         self,
         *,
@@ -66,6 +87,7 @@ class Weights(NamedTuple):
           adam_scale: of norm_fc, the learning rate of vectors in units of learning_rate; None: as shipped.
           freeze_unseen: of small_fc, entries that never had a gradient do not move, by weight decay neither. Without
             it padding rows, rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
+            Gradients below about 1e-22 count as none, since their squares are 0.
 
         All numbers may be arrays, traced ones too: optax.inject_hyperparams works. The optimizer's state has no empty
         leaf and no dtype but float32 and int32; its update takes and ignores extra arguments.
@@ -77,9 +99,10 @@ class Weights(NamedTuple):
         lie on several devices without a word here. Warns of a step_scale below 0.02, which looks like another
         optimizer's rate.
         """
-        warn_if_a_rate(step_scale)
+        check_scale(step_scale)
         requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
         requested |= {"learning_rate": learning_rate, "adam_scale": adam_scale}
+        _refuse_bools(requested)
         learner = architecture.deployed(self.learner, requested)
         arrays = {name: jnp.asarray(x, jnp.float32) for name, x in requested.items() if architecture.is_array(x)}
         more: dict[str, Any] = arrays if mask is None else {**arrays, "mask": mask}
@@ -87,17 +110,39 @@ class Weights(NamedTuple):
             architecture.check_mask(learner)
         where = axis_name, sharded_axis or 0
         make = maker(learner, step_scale, *where, presented=True, freeze_unseen=freeze_unseen, more=more)
-        return optax.with_extra_args_support(make(self.meta_params))
+        return _in_default_numpy(optax.with_extra_args_support(make(self.meta_params)))
 
 
-def warn_if_a_rate(step_scale: Any) -> None:
-    """Warn of a number that is some other optimizer's learning rate. What comes from a schedule is not looked at."""
-    if isinstance(step_scale, int | float | np.number) and 0 < step_scale < SMALLEST_SCALE:
+def check_scale(step_scale: Any) -> None:
+    """Raise ValueError for a step_scale that is no number of 0 or more; warn of some other optimizer's learning rate.
+
+    What comes from a schedule or is traced is not looked at; JAX arrays get no warning.
+    """
+    if callable(step_scale) or isinstance(step_scale, jax.core.Tracer):
+        return
+    wrong = f"step_scale={step_scale!r} must be 0 or a positive number, or a schedule; 1 is as shipped."
+    if isinstance(step_scale, bool) or not isinstance(step_scale, int | float | np.number | np.ndarray | jax.Array):
+        raise ValueError(wrong)
+    if isinstance(step_scale, jax.Array) and not architecture.is_known(step_scale):
+        return
+    try:
+        number = settings.number(jax.device_get(step_scale))
+    except (TypeError, ValueError) as error:
+        raise ValueError(wrong) from error
+    # optax.inject_hyperparams makes a JAX array of each value of a schedule, which may be small.
+    if 0 < number < SMALLEST_SCALE and not isinstance(step_scale, jax.Array):
         warnings.warn(
-            f"step_scale={step_scale} is no learning rate: it multiplies the step that the weights were meta-trained "
-            f"with, and 1 is as shipped. Training will be {1 / float(step_scale):,.0f} times slower; leave it out.",
-            stacklevel=3,
+            f"step_scale={number:g} is no learning rate: it multiplies the step that the weights were meta-trained "
+            f"with, and 1 is as shipped. Training will be {1 / number:,.0f} times slower; leave it out.",
+            stacklevel=4,
         )
+
+
+def _refuse_bools(requested: Mapping[str, Any]) -> None:
+    """Raise ValueError for True or False where a number belongs."""
+    for name, value in requested.items():
+        if isinstance(value, bool | np.bool_):
+            raise ValueError(f"{name}={value!r} must be a number.")
 
 
 def maker(
@@ -127,6 +172,20 @@ def maker(
     if isinstance(step_scale, int | float) and step_scale == 1.0:
         return make
     return _then(make, lambda optimizer: optax.chain(optimizer, _scale(step_scale)))
+
+
+def _in_default_numpy(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """The same optimizer, traced under the promotions that it was written for, whatever the process has set."""
+
+    def init(params: PyTree) -> Any:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return optimizer.init(params)
+
+    def update(grads: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(grads, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _then(make: Make, change: Callable[[optax.GradientTransformation], optax.GradientTransformation]) -> Make:

@@ -214,7 +214,7 @@ def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.Gradie
 
     def limit(grad: Any) -> Any:
         # What has no real numbers is refused inside, by name.
-        real = hasattr(grad, "dtype") and jnp.issubdtype(grad.dtype, jnp.floating)
+        real = hasattr(grad, "dtype") and base.is_real(grad.dtype)
         return base.limited(grad, spec.LARGEST_GRADIENT) if real else grad
 
     def update(

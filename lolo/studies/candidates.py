@@ -215,6 +215,7 @@ def _named_weights(
         loaded[path] = pretrained.load(path)
     weights = loaded[path]
     deployment = parse_deployment(words, path, weights.learner)
+    pretrained.check_scale(deployment.step_scale)  # warns of another optimizer's learning rate
     taken = {(other.label, other.meta_seed) for other in before.values() if isinstance(other, NamedWeights)}
     label, seed = _label(weights, deployment, path, methods.get(path), kinds, taken)
     weights = weights._replace(learner=architecture.deployed(weights.learner, deployment.learner))

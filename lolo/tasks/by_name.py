@@ -82,7 +82,8 @@ def pin(name: str, folders: Sequence[Path] = HERE) -> str:
 def resolve(name: str, folders: Sequence[Path] = HERE) -> Splits:
     """The splits of a task's name. Runs the code of `path.py:function`. Raises TaskError, DataError.
 
-    The file and its function may import modules of the file's folder. folders: see `pin`.
+    The file and its function may import modules of the file's folder; its losses, which are traced later, may not: put
+    such imports at the top of the file. folders: see `pin`.
     """
     pin(name, folders)
     return _build(name, outline=False, folders=folders)

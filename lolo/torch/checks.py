@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ OTHERS = {
     "decoupled_weight_decay": "its weight decay is always decoupled",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMPLEX = " Keep a real parameter of shape [..., 2], and use torch.view_as_complex of it in the model."
 SHARDED = {"DTensor", "FlatParameter", "ShardedTensor"}
 
 
@@ -32,7 +34,7 @@ def check_parameter(param: Any) -> None:
             "means over the whole tensor. Use DistributedDataParallel, or keep these parameters unsharded."
         )
     if param.dtype not in DTYPES:
-        cure = " Optimize torch.view_as_real of it." if param.is_complex() else ""
+        cure = COMPLEX if param.is_complex() else ""
         raise TypeError(f"LoLO got a parameter of {param.dtype}; it moves {', '.join(map(str, DTYPES))}.{cure}")
     if param.layout != torch.strided:
         raise TypeError(f"LoLO got a parameter of layout {param.layout}; it needs dense ones.")
@@ -59,5 +61,20 @@ def refuse_others(given: Iterable[str]) -> None:
 
 def check_number(name: str, value: Any, endless: bool = False) -> None:
     """Raise ValueError for a setting that is no number, is negative, or is infinite and not `endless`."""
-    if not float(value) >= 0 or not (math.isfinite(float(value)) or endless):
+    try:
+        number = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not number >= 0 or not (math.isfinite(number) or endless):
         raise ValueError(f"{name}={value!r}; expected a number that is not negative.")
+
+
+def warn_of_rates(rates: Iterable[float], smallest: float, stacklevel: int) -> None:
+    """Warn of each lr of small_fc, of several param groups, that is some other optimizer's learning rate."""
+    for rate in rates:
+        if 0 < rate < smallest:
+            warnings.warn(
+                f"lr={rate:g} is a multiple of the step that the weights were meta-trained with, and 1 is as shipped. "
+                f"Training will be {1 / rate:,.0f} times slower; leave lr out.",
+                stacklevel=stacklevel + 1,
+            )

@@ -11,7 +11,6 @@ CPUs (docs/performance.md has a GPU's times).
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,12 +21,17 @@ import torch
 from lolo.optimizers import weights_file
 from lolo.torch.architecture import ABSENT, ARCHITECTURES, TorchArchitecture, as_weights, settings_of
 from lolo.torch.blocks import MOMENTS, Workspace
-from lolo.torch.checks import check_gradient, check_number, check_parameter, refuse_others
+from lolo.torch.checks import check_gradient, check_number, check_parameter, refuse_others, warn_of_rates
 from lolo.torch.precision import full_precision
 
 SMALLEST_RATE = 0.02  # of an lr of small_fc that is no mistake
 COMMON = ("lr", "weights", "weight_decay", "maximize")
 SETTINGS = (*COMMON, *ABSENT)
+
+
+def multiple_of(group: Mapping[str, Any]) -> float:
+    """What a param group multiplies the step by that came with the weights; 1 where its lr is a learning rate."""
+    return float(group["lr"]) if "step_mult" in group else 1.0
 
 
 class LoLO(torch.optim.Optimizer):
@@ -57,6 +61,7 @@ class LoLO(torch.optim.Optimizer):
       maximize: climb instead of descend.
       freeze_unseen: of `small_fc`: entries that never had a gradient do not move, by weight decay neither. Without it
         padding rows, rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
+        Gradients below about 1e-22 count as none, since their squares are 0.
         (`norm_fc` gives such entries no step; weight decay reaches them.)
       adam_scale: of `norm_fc`: AdamW's learning rate in units of lr; None: as shipped.
       is_matrix: of `norm_fc`: whether the network moves the tensors of a group; None: those of two axes or more; False:
@@ -83,8 +88,10 @@ class LoLO(torch.optim.Optimizer):
 
     Raises ValueError for weights or numbers that make no sense and for settings that the weights' architecture does not
     have, TypeError for parameters it can't move and for arguments of other optimizers, RuntimeError for gradients it
-    can't use. Warns if every lr of `small_fc` is below 0.02.
+    can't use. Warns of each group's lr of `small_fc` below 0.02.
     """
+
+    _complete = True  # not while torch's own __init__ adds the groups
 
     def __init__(
         self,
@@ -112,14 +119,10 @@ class LoLO(torch.optim.Optimizer):
         small_fc = {"clock_limit": clock_limit, "step_decay": step_decay, "freeze_unseen": freeze_unseen}
         norm_fc = {"adam_scale": adam_scale, "is_matrix": is_matrix, "state_dtype": state_dtype}
         common = {"lr": lr, "weights": weights, "weight_decay": weight_decay, "maximize": maximize}
+        self._complete = False
         super().__init__(params, {**common, **small_fc, **norm_fc})
-        multiples = [float(group["lr"]) for group in self.param_groups if "step_mult" in group]
-        if multiples and 0 < (rate := max(multiples)) < SMALLEST_RATE:
-            warnings.warn(
-                f"lr={rate:g} is a multiple of the step that the weights were meta-trained with, and 1 is as shipped. "
-                f"Training will be {1 / rate:,.0f} times slower; leave lr out.",
-                stacklevel=2,
-            )
+        self._complete = True
+        warn_of_rates(map(multiple_of, self.param_groups), SMALLEST_RATE, stacklevel=2)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own where given. See `torch.optim.Optimizer.add_param_group`."""
@@ -146,6 +149,8 @@ class LoLO(torch.optim.Optimizer):
             del self.param_groups[-1][name]
         if sha256 not in self._networks:
             self._networks[sha256] = learned.architecture, row.network(learned.file.meta_params)
+        if self._complete:
+            warn_of_rates([multiple_of(self.param_groups[-1])], SMALLEST_RATE, stacklevel=2)
 
     @torch._disable_dynamo
     @torch.no_grad()

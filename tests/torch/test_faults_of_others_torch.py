@@ -1,5 +1,6 @@
 """What users of other optimizers reported as bugs does not happen in `lolo.torch`."""
 
+import copy
 import sys
 import warnings
 
@@ -164,6 +165,25 @@ def test_an_lr_of_adamw_warns_once(lr):
     with pytest.warns(UserWarning, match="lr=.* is a multiple of the step.*leave lr out") as seen:
         make(lr=lr)
     assert len(seen) == 1
+
+
+@small_fc_only
+def test_each_group_with_an_lr_of_adamw_warns_added_later_too():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr} for lr in (1e-3, 1.0, 2e-3, 3e-3)]
+    with pytest.warns(UserWarning, match="leave lr out") as seen:
+        optimizer = LoLO(groups[:2])
+    assert len(seen) == 1
+    with pytest.warns(UserWarning, match="lr=0.002 is a multiple") as seen:
+        optimizer.add_param_group(groups[2])
+    assert len(seen) == 1
+    with pytest.warns(UserWarning, match="lr=0.003 is a multiple"):
+        copy.deepcopy(optimizer).add_param_group(groups[3])
+
+
+@pytest.mark.parametrize("lr", ["a", True, float("nan"), [1.0]])
+def test_an_lr_that_is_no_number_is_refused_by_name(lr):
+    with pytest.raises(ValueError, match="lr=.*; expected a number that is not negative"):
+        LoLO([{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr}])
 
 
 @pytest.mark.parametrize("architecture", ["norm_fc"], indirect=True)

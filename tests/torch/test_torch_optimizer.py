@@ -474,10 +474,20 @@ def test_sparse_gradients_are_refused():
 
 
 def test_complex_and_unknown_dtypes_are_refused():
-    with pytest.raises(TypeError, match="complex64.*view_as_real"):
+    with pytest.raises(TypeError, match=r"complex64.*\[\.\.\., 2\].*torch.view_as_complex"):
         one(torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64)))
     with pytest.raises(TypeError, match="float8_e5m2"):
         one(torch.nn.Parameter(torch.zeros(3, dtype=torch.float8_e5m2), requires_grad=False))
+
+
+def test_the_cure_for_complex_parameters_moves_both_parts():
+    param = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = one(param)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (torch.view_as_complex(param) * (1 + 2j)).abs().square().sum().backward()
+        optimizer.step()
+    assert (param != 1).all()
 
 
 def test_sharded_parameters_are_refused():
