@@ -99,6 +99,7 @@ def test_blocks_that_are_timed_divide_the_pairs_and_leave_no_device_idle(monkeyp
     assert list(speed.block_times(small("lolo", **{"estimator.pairs": 3}), devices=1)) == [1]
 
 
+@pytest.mark.slow
 def test_the_fastest_block_is_stored_in_the_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "in_turns", lambda calls, rounds: {name: {"1": 0.2, "2": 0.1}[name] for name in calls})
     options = [f"--{name}={value}" for name, value in SMALL.items() if name != "tasks"]

@@ -33,7 +33,15 @@ def prepared_data(folder):
 FILES = {"interop": interop_files, "data": prepared_data}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.stem == "add_your_own" else ())
+        for page in PAGES
+        if blocks(page)
+    ],
+    ids=lambda page: page.stem,
+)
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     FILES.get(page.stem, lambda folder: None)(tmp_path)

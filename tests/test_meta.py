@@ -156,7 +156,7 @@ def test_alpha_zero_follows_adam(alpha_loss):
         assert min(norms) > 0.0
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_adam_read_from_the_learners_accumulators_is_adam(schedule):
     changes = {"learner.name": "small_fc", "learner.hidden": 4, "estimator.pairs": 2, "imitation.expert": "adam"}
     changes |= {"imitation.schedule": schedule, "imitation.decay_steps": 20}
@@ -197,6 +197,7 @@ def test_a_floor_teaches_imitation_after_the_hand_over():
     assert same(gradient(0.5), gradient(0.5))
 
 
+@pytest.mark.slow
 def test_imitation_in_parts_is_measured_as_their_sum_and_needs_no_part_without_an_expert():
     changes = {"imitation.loss": "direction-magnitude", "imitation.alpha_loss": "zero", "imitation.magnitude": 0.25}
     setup = setup_of(LOLO, changes, outer=recording())
@@ -547,6 +548,7 @@ def stored(losses, push, truncations=4):
     return found
 
 
+@pytest.mark.slow
 def test_struggle_stores_the_first_state_of_a_truncation_in_which_the_loss_rose_and_of_the_last():
     falls = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.2, 0.1]
     assert stored(falls, "struggle") == [None, None, None, 9]

@@ -58,7 +58,9 @@ def test_gpt2_mini_is_minGPTs_gpt_mini_with_gpt2s_vocabulary():
     assert models.GPT_SIZES["gpt2-mini"] == (6, 6, 192, 1024, 50_257)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "resnet18, imagenet" else ()) for name in SMALL]
+)
 def test_models_run_differentiate_and_keep_the_shape_of_their_stats(name):
     model, inputs = SMALL[name]
     params, stats = model.init(KEY)
@@ -91,7 +93,7 @@ def test_scoring_does_not_depend_on_the_rest_of_the_batch(name):
     assert all((same_stats[key] == stats[key]).all() for key in stats)
 
 
-@pytest.mark.parametrize("name", ["mlp", "char_mlp", "resnet18, cifar", "gpt"])
+@pytest.mark.parametrize("name", ["mlp", "char_mlp", pytest.param("resnet18, cifar", marks=pytest.mark.slow), "gpt"])
 def test_models_vmap_over_slots_of_parameters(name):
     model, inputs = SMALL[name]
     params, stats = jax.vmap(model.init)(jax.random.split(KEY, 2))

@@ -130,9 +130,8 @@ def test_pylo_normalises_convolutions_over_the_last_two_axes_and_ours_over_the_w
 # The textbook form
 
 
-@pytest.mark.parametrize(
-    ("orthogonal", "baseline"), [pytest.param(False, "none", marks=pytest.mark.slow), (True, "momentum")]
-)
+@pytest.mark.parametrize(("orthogonal", "baseline"), [(False, "none"), (True, "momentum")])
+@pytest.mark.slow
 def test_all_shapes_equal_the_textbook(orthogonal, baseline):
     settings = dict(orthogonal=orthogonal, baseline=baseline, weight_decay=0.1, adam_scale=0.5)
     params = draw(SHAPES, 3)

@@ -167,6 +167,7 @@ def collectives(text):
     return found
 
 
+@pytest.mark.slow
 def test_what_travels_is_what_the_cost_model_says(tmp_path):
     again = tmp_path / "again.py"
     again.write_text("from lolo.tasks import quadratic\n")

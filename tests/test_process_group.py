@@ -115,6 +115,7 @@ def one_by_one(lolo, run, *options, count=2, more=()):
 # --- the same bytes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(lolo, tmp_path):
     options = [*OPTIONS, "--outer.steps", "6", "--validation.every", "3", "--validation.steps", "100"]
     assert ends(lolo("train", "lolo", *options, "--out", tmp_path / "one"))[0] == 0
@@ -202,6 +203,7 @@ def test_different_recipes_are_refused_and_nothing_is_written(lolo, tmp_path):
     assert not (tmp_path / "run").exists() and time.monotonic() - began < 120
 
 
+@pytest.mark.slow
 def test_a_wrong_coordinator_is_refused(lolo, tmp_path):
     address = free_address()
     options = [*OPTIONS, "--processes", "2", "--out", tmp_path / "run", "--join-timeout", "1"]

@@ -77,6 +77,7 @@ def test_a_study_does_not_overwrite_an_evaluation(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_parts_of_a_study_share_their_meta_trainings(tmp_path, monkeypatch):
     second = dataclasses.replace(
         TINY, methods=("lolo", "lolo replay.read=pop"), deployments=(("lolo", "schedule=cosine"),)

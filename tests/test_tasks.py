@@ -62,7 +62,15 @@ PARAMETERS = {
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(params=EMBEDDED)
+SLOW = ("fashion-resnet", "fashion-vit", "books-gru", "books-words", "digits-finetune")  # to compile
+
+
+def rows(names):
+    """Rows of a test, those that compile for long as slow ones."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
+@pytest.fixture(params=rows(EMBEDDED))
 def name(request):
     return request.param
 
@@ -112,7 +120,7 @@ def test_loss_and_gradient_at_the_start(name):
         assert task.loss_limit == {"fashion-autoencoder": 1.5, "quadratic": None}[name]
 
 
-@pytest.mark.parametrize("name", [name for name in EMBEDDED if name != "quadratic"])
+@pytest.mark.parametrize("name", rows(name for name in EMBEDDED if name != "quadratic"))
 def test_batch_and_widths_are_settings(name):
     others = {"fashion-conv": "widths=4", "fashion-resnet": "width=4", "digits-finetune": "widths=4-8"}
     others |= dict.fromkeys(("books-transformer", "books-gru", "fashion-vit"), "width=8")
@@ -155,13 +163,14 @@ def test_without_scikit_learn_the_digits_say_what_to_install(monkeypatch):
         compact.digits.__wrapped__()
 
 
+@pytest.mark.slow
 def test_fine_tuning_begins_at_a_trained_net_with_a_new_output_layer():
     task = by_name.resolve("digits-finetune").train
     (first, _), (second, _) = task.init(KEY), task.init(jax.random.key(1))
     fashion = by_name.resolve("fashion-conv:widths=16-32,batch=64").validation
     kept = [name for name in first if np.array_equal(first[name], second[name]) and not name.endswith("bias")]
     assert kept == ["convolutions.0.weight", "convolutions.1.weight"]
-    trained = compact._trained(fashion_conv("16-32", 64).train, 500)
+    trained = jax.tree.map(jnp.asarray, compact._trained(fashion_conv("16-32", 64).train, 500))
     scores = fashion.score(trained, {}, fashion.examples(fashion.data, jnp.arange(1000)))
     assert scores["accuracy"] > 0.75 and all(np.array_equal(trained[name], first[name]) for name in kept)
 
@@ -328,7 +337,7 @@ def test_a_file_that_changed_is_refused(source):
 @pytest.mark.parametrize(
     "name,words",
     [
-        ("fashion", ["'fashion'", "did you mean 'fashion-mlp'?", "path.py:function"]),
+        ("fashion-ml", ["'fashion-ml'", "did you mean 'fashion-mlp'?", "path.py:function"]),
         ("book-mlp", ["'book-mlp'", "did you mean 'books-mlp'?"]),
         ("", ["unknown task ''"]),
         ("nowhere.py:make", ["nowhere.py does not exist", "path.py:function"]),

@@ -46,7 +46,9 @@ def phi(result):
     return tensors.digest({name: np.asarray(x) for name, x in result.weights.meta_params.items()})
 
 
-@pytest.mark.parametrize("name", ["lolo", "bc-only", "naive"])
+@pytest.mark.parametrize(
+    "name", ["lolo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bc-only", "naive"))]
+)
 def test_stop_and_resume_equals_uninterrupted(tmp_path, name):
     recipe = small(name, **{"validation.every": 3, "validation.steps": 100, "validation.seeds": 1})
     whole = loop.train(recipe, tmp_path / "whole")
