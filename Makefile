@@ -28,7 +28,7 @@ test: $(INSTALLED) ## unit, statistical and parity tests
 
 # LOLO_REQUIRE_ALL: a skipped test fails the run (tests/conftest.py).
 test-all: $(TORCH_INSTALLED) ## everything slow, and everything that needs PyTorch or an extra; nothing may be skipped
-	LOLO_REQUIRE_ALL=1 $(BIN)/python -m pytest -m 'slow or torch' $(ARGS)
+	LOLO_REQUIRE_ALL=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow or torch' $(ARGS)
 
 # Not in .venv, which holds the CPU builds: with the python of an environment that has JAX and PyTorch for CUDA.
 gpu-test: ## on a machine with an NVIDIA GPU: make gpu-test PYTHON=..., of an environment with 'lolo[cuda,torch,test]'
