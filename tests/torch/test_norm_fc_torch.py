@@ -217,7 +217,7 @@ def test_loss_curves_in_jax_and_torch_stay_together(record_property):
         torch_optimizer.step()
         curves.append((our_loss.item(), float(their_loss)))
     apart = max(abs(a - b) for a, b in curves)
-    record_property("largest distance of the losses in 50 steps", apart)
+    record_property("largest distance of the losses in 50 steps", float(apart))
     assert apart <= 1e-3 and curves[-1][0] < 0.7 * curves[0][0]
 
 

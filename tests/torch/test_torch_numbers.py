@@ -326,7 +326,7 @@ def test_closed_loops_in_jax_and_torch_stay_together(record_property):
             )
         )
         distances[step + 1] = apart / moved
-    record_property("relative distance after 10 and 50 steps", [distances[10], distances[50]])
+    record_property("relative distance after 10 and 50 steps", [float(distances[10]), float(distances[50])])
     print(f"closed loop, ‖Δθ‖/‖θ − θ0‖: {distances[10]:.2e} after 10 steps, {distances[50]:.2e} after 50")
     assert distances[10] <= 1e-3
 
