@@ -14,7 +14,7 @@ from helpers import accumulators_per_parameter
 
 from lolo.data import embedded
 from lolo.optimizers import norm_fc_spec as spec
-from lolo.optimizers import small_fc_spec, weights_file
+from lolo.optimizers import weights_file
 from lolo.optimizers.norm_fc import norm_fc
 from lolo.torch import LoLO, blocks
 from lolo.torch import norm_fc as torch_norm_fc
@@ -240,12 +240,6 @@ def test_blocks_change_nothing(shapes, monkeypatch):
             optimizer.step()
         found.append([p.detach() - torch.tensor(x) for p, x in zip(params.values(), start, strict=True)])
     assert all(relative(a, b) <= 1e-5 for a, b in zip(*found, strict=True))
-
-
-def test_numbers_that_both_architectures_share_are_the_same():
-    # lolo.torch.blocks has them from small_fc's.
-    for name in ("FACTORED_EPSILON", "FACTOR_MEAN_EPSILON", "FACTOR_FLOOR", "MOMENT_EPSILON"):
-        assert getattr(spec, name) == getattr(small_fc_spec, name)
 
 
 # Settings
