@@ -77,8 +77,8 @@ def files_of(place: Path) -> list[Path]:
     """The file itself, or a folder's files in the order of names, without hidden ones."""
     if not place.is_dir():
         return [place]
-    hidden = [path for path in place.iterdir() if path.name.startswith(".") or disk.is_litter(path)]
-    return sorted(path for path in place.iterdir() if path.is_file() and path not in hidden)
+    shown = (path for path in place.iterdir() if not path.name.startswith(".") and not disk.is_litter(path))
+    return sorted(path for path in shown if path.is_file())
 
 
 def check_labels(labels: NDArray[Any], low: int, high: int, name: Path | str, start: int = 0) -> None:

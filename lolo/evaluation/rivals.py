@@ -21,52 +21,47 @@ PICK_SEEDS = (1_000_001, 1_000_002)  # learning rates of rivals are picked on th
 WEIGHT_DECAY = 1e-4  # where a name does not say otherwise
 
 Number: TypeAlias = float | jax.Array
-Rate: TypeAlias = Number | Callable[[jax.Array], jax.Array]
-Optimizer: TypeAlias = Callable[[Rate, Number], optax.GradientTransformation]  # (learning rate, weight decay) -> it
+Optimizer: TypeAlias = Callable[
+    [experts.Rate, Number], optax.GradientTransformation
+]  # (learning rate, weight decay) -> it
 
 
-def adamw(rate: Rate, weight_decay: Number) -> optax.GradientTransformation:
+def adamw(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
     """AdamW."""
     return optax.adamw(rate, weight_decay=weight_decay)
 
 
-def adam(rate: Rate, weight_decay: Number) -> optax.GradientTransformation:
+def adam(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
     """Adam, without weight decay."""
     return optax.adam(rate)
 
 
-def sgdm(rate: Rate, weight_decay: Number) -> optax.GradientTransformation:
+def sgdm(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
     """SGD with momentum 0.9, without weight decay."""
     return optax.sgd(rate, momentum=0.9)
 
 
-def nadamw(rate: Rate, weight_decay: Number) -> optax.GradientTransformation:
+def nadamw(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
     """AdamW with Nesterov momentum."""
     return optax.nadamw(rate, weight_decay=weight_decay)
 
 
-def nesterov(rate: Rate, weight_decay: Number) -> optax.GradientTransformation:
+def nesterov(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
     """SGD with Nesterov momentum 0.9; the weight decay is part of the gradient (L2)."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=0.9, nesterov=True))
 
 
-def lion(rate: Rate, weight_decay: Number) -> optax.GradientTransformation:
+def lion(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
     """Lion."""
     return optax.lion(rate, weight_decay=weight_decay)
 
 
-def muon(rate: Rate, weight_decay: Number) -> optax.GradientTransformation:
-    """Muon with a step of root mean square 1 times the rate: every tensor of two axes or more; AdamW for the others."""
-    return optax.contrib.muon(
-        rate,
-        weight_decay=weight_decay,
-        adam_weight_decay=weight_decay,
-        consistent_rms=1.0,
-        muon_weight_dimension_numbers=experts.last_axis_is_output,
-    )
+def muon(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
+    """Muon as it is as an expert, with weight decay."""
+    return experts.muon(rate, weight_decay)
 
 
-def schedule_free(rate: Rate, weight_decay: Number) -> optax.GradientTransformation:
+def schedule_free(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
     """Schedule-Free AdamW; scores are those of its average."""
     # As optax.contrib.schedule_free_adamw, whose warm-up can't be traced.
     optimizer = optax.chain(
@@ -77,7 +72,7 @@ def schedule_free(rate: Rate, weight_decay: Number) -> optax.GradientTransformat
     return optax.contrib.schedule_free(optimizer, rate, b1=0.9)
 
 
-def prodigy(rate: Rate, weight_decay: Number) -> optax.GradientTransformation:
+def prodigy(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
     """Prodigy, which finds its learning rate; `rate` multiplies it, 1 as meant."""
     return optax.contrib.prodigy(rate, weight_decay=weight_decay)
 
@@ -129,7 +124,7 @@ def maker(name: str) -> long_runs.Make:
     optimizer, factor = RIVALS[kind].optimizer, schedules.SCHEDULES[schedule]
 
     def make(setting: dict[str, Any]) -> optax.GradientTransformation:
-        rate: Rate = setting["lr"]
+        rate: experts.Rate = setting["lr"]
         if schedule != "constant":
             rate = lambda count: setting["lr"] * factor(count, setting["steps"], setting["warmup"])  # noqa: E731
         return optimizer(rate, setting["weight_decay"])

@@ -15,7 +15,7 @@ import optax
 from lolo.trees import PyTree
 
 Expert: TypeAlias = optax.GradientTransformationExtraArgs
-Rate: TypeAlias = float | Callable[[jax.Array], jax.Array]  # constant, or a function of the inner steps done
+Rate: TypeAlias = float | jax.Array | Callable[[jax.Array], jax.Array]  # constant, or of the inner steps done
 
 
 def constant(learning_rate: float, final: float, steps: int) -> Rate:
@@ -64,7 +64,7 @@ def sgdm(learning_rate: Rate) -> Expert:
     return optax.with_extra_args_support(optax.sgd(learning_rate, momentum=0.9))
 
 
-def muon(learning_rate: Rate) -> Expert:
+def muon(learning_rate: Rate, weight_decay: float | jax.Array = 0.0) -> Expert:
     """optax's Muon: Nesterov momentum .95, five Newton-Schulz iterations, times √max(rows, columns).
 
     That gives a step of root mean square 1, times the rate, where all singular values come out as 1: .8 to 1 for a
@@ -72,7 +72,13 @@ def muon(learning_rate: Rate) -> Expert:
     is the matrix [all other axes, last axis]; the others are on AdamW (.9, .999), with Nesterov too, as optax has it.
     """
 
-    muon_ = optax.contrib.muon(learning_rate, consistent_rms=1.0, muon_weight_dimension_numbers=last_axis_is_output)
+    muon_ = optax.contrib.muon(
+        learning_rate,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        consistent_rms=1.0,
+        muon_weight_dimension_numbers=last_axis_is_output,
+    )
     return optax.with_extra_args_support(muon_)
 
 

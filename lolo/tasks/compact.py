@@ -14,10 +14,11 @@ import optax
 from numpy.typing import NDArray
 
 from lolo.data import embedded
+from lolo.method import inner
 from lolo.method.task import Splits, Task, TaskError
 from lolo.tasks import compact_models, models
 from lolo.tasks.classification import classification
-from lolo.tasks.small import fashion, fashion_conv, next_symbols, parse_widths
+from lolo.tasks.small import fashion, fashion_conv, next_symbols, parse_widths, pick_image, pick_next
 from lolo.trees import PyTree
 
 VALIDATION, TEST = 5, 6  # of seven digits in a row, the places of those that are held out
@@ -45,15 +46,10 @@ def books_gru(width: int = 64, context: int = 32, batch: int = 16) -> Splits:
 def books_words(vocabulary: int = 4096, embedding: int = 16, widths: str = "64", batch: int = 64) -> Splits:
     """The next word of 4,096 from the 3 before it: most rows of the embedding are rarely seen. Batch 64."""
     data, context = embedded.books_words(vocabulary), 3
-
-    def examples(words: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        windows = words[indices[:, None] + jnp.arange(context + 1)]
-        return windows[:, :context], windows[:, context]
-
     return classification(
         data,
         models.char_mlp(vocabulary, context, embedding, parse_widths(widths)),
-        examples,
+        pick_next(context),
         classes=vocabulary,
         batch=batch,
         sizes={split: len(words) - context for split, words in data.items()},
@@ -81,13 +77,9 @@ def digits() -> dict[str, tuple[NDArray[np.float32], NDArray[np.int32]]]:
 
 
 def _digits(model: models.Model, batch: int) -> Splits:
-    def pick(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        images, labels = data
-        return (images[indices] - 73.0) / 85.0, labels[indices]  # the scale of Fashion-MNIST
-
     data = digits()
     sizes = {split: len(labels) for split, (_, labels) in data.items()}
-    return classification(data, model, pick, classes=10, batch=batch, sizes=sizes)
+    return classification(data, model, pick_image, classes=10, batch=batch, sizes=sizes)
 
 
 @functools.cache
@@ -115,15 +107,11 @@ def _trained(task: Task, steps: int) -> PyTree:
     """Parameters after AdamW with a cosine from 3e-3, from a fixed key."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps))
 
-    def step(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
-        params, stats, state = carry
-        key_batch, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
-        grads, stats = jax.grad(task.loss, has_aux=True)(params, stats, task.sample(key_batch, i), key_loss)
-        updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), stats, state), None
-
     def run(task: Task) -> PyTree:
-        params, stats = task.init(jax.random.key(0))
-        return jax.lax.scan(step, (params, stats, optimizer.init(params)), jnp.arange(steps))[0][0]
+        def step(state: inner.InnerState, i: jax.Array) -> tuple[inner.InnerState, None]:
+            key = jax.random.fold_in(jax.random.key(1), i)
+            return inner.inner_step(task, optimizer, None, jnp.ones(()), state, key)[0], None
+
+        return jax.lax.scan(step, inner.begin(task, optimizer, None, jax.random.key(0)), jnp.arange(steps))[0].params
 
     return {name: np.asarray(x) for name, x in jax.jit(run)(task).items()}

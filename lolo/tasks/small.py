@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,15 @@ from lolo.tasks.classification import classification
 from lolo.trees import PyTree
 
 
-def _pick_image(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+def scaled(images: jax.Array) -> jax.Array:
+    """Gray values from 0 to 255, with mean 0 and variance 1 on Fashion-MNIST at 8×8."""
+    return (images.astype(jnp.float32) - 73.0) / 85.0
+
+
+def pick_image(data: PyTree, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Images and their labels."""
     images, labels = data
-    return (images[indices].astype(jnp.float32) - 73.0) / 85.0, labels[indices]
+    return scaled(images[indices]), labels[indices]
 
 
 def parse_widths(words: str) -> tuple[int, ...]:
@@ -47,7 +54,7 @@ def fashion(model: models.Model, batch: int) -> Splits:
     """Fashion-MNIST at 8×8 through a model of gray images [B, 64]."""
     data = embedded.fashion_mnist()
     sizes = {split: len(labels) for split, (_, labels) in data.items()}
-    return classification(data, model, _pick_image, classes=10, batch=batch, sizes=sizes)
+    return classification(data, model, pick_image, classes=10, batch=batch, sizes=sizes)
 
 
 @functools.cache
@@ -56,7 +63,7 @@ def fashion_autoencoder(widths: str = "32-8-32", batch: int = 64) -> Splits:
     model = models.mlp((64, *parse_widths(widths), 64))
 
     def examples(images: jax.Array, indices: jax.Array) -> jax.Array:
-        return (images[indices].astype(jnp.float32) - 73.0) / 85.0
+        return scaled(images[indices])
 
     def error(params: PyTree, stats: PyTree, images: jax.Array) -> jax.Array:
         return jnp.mean((model.apply(params, stats, images)[0] - images) ** 2)
@@ -79,9 +86,15 @@ def fashion_autoencoder(widths: str = "32-8-32", batch: int = 64) -> Splits:
 CONTEXT = 8  # characters that books_mlp predicts the next one from
 
 
-def _pick_characters(symbols: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    windows = symbols[indices[:, None] + jnp.arange(CONTEXT + 1)].astype(jnp.int32)
-    return windows[:, :CONTEXT], windows[:, CONTEXT]
+@functools.cache
+def pick_next(context: int) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """`context` symbols in a row, and the one after them."""
+
+    def pick(symbols: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        windows = symbols[indices[:, None] + jnp.arange(context + 1)].astype(jnp.int32)
+        return windows[:, :context], windows[:, context]
+
+    return pick
 
 
 @functools.cache
@@ -91,7 +104,7 @@ def books_mlp(widths: str = "32-32", batch: int = 128) -> Splits:
     return classification(
         data,
         models.char_mlp(symbols=embedded.SYMBOLS, context=CONTEXT, embedding=8, widths=parse_widths(widths)),
-        _pick_characters,
+        pick_next(CONTEXT),
         classes=embedded.SYMBOLS,
         batch=batch,
         sizes={split: len(symbols) - CONTEXT for split, symbols in data.items()},

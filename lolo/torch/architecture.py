@@ -28,7 +28,7 @@ class TorchArchitecture(NamedTuple):
     lr: Callable[[Any], float]  # of a learner, when none is said
     arguments: tuple[str, ...]  # of `LoLO`, beside those that all have
     settings_of: Callable[[Any, Mapping[str, Any]], dict[str, Any]]  # (learner, arguments) -> settings of a group
-    network: Callable[[Mapping[str, np.ndarray]], Any]  # φ as `step` takes it; has a method `to(device)`
+    network: Callable[[Mapping[str, np.ndarray]], Any]  # φ as `step` takes it: a NamedTuple
     zeros: Callable[[torch.Tensor, Mapping[str, Any]], dict[str, Zeros]]  # (param, group) -> what is kept for it
     step: Callable[[list[torch.Tensor], State, Mapping[str, Any], Any, Workspace], None]  # moves and counts
     added: Mapping[str, Any] = settings.NONE  # settings of a group that older states lack, and what they meant

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from lolo.optimizers import factored
@@ -87,6 +88,23 @@ def limited(grad: torch.Tensor, largest: float, infinite: float) -> torch.Tensor
     return grad.clamp(-largest, largest).masked_fill_(grad.isinf(), infinite)
 
 
+def reader(largest: float, infinite: float, maximize: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes a float32 gradient fit for use: `limited`, and the other way round where the step shall climb."""
+    if maximize:
+        return lambda grad: -limited(grad, largest, infinite)
+    return lambda grad: limited(grad, largest, infinite)
+
+
+def as_tensor(array: Any) -> torch.Tensor:
+    """A copy of an array in float32, on the CPU; torch.tensor would ask for the default device."""
+    return torch.from_numpy(np.array(array, np.float32, order="C"))
+
+
+def moved(network: Any, device: torch.device) -> Any:
+    """A NamedTuple of tensors and numbers with its tensors on a device."""
+    return type(network)(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in network))
+
+
 @functools.lru_cache(maxsize=4096)
 def layout(shape: tuple[int, ...], axes: factored.FactoredAxes | None) -> BlockLayout:
     """Where the factored axes go: last, the largest at the very end. Matrices with long rows stay as they are."""
@@ -137,11 +155,11 @@ def split(tensor: torch.Tensor, shape: tuple[int, int, int], block: tuple[int, i
 
 
 def gather(
-    params: list[torch.Tensor], state: State, place: BlockLayout, limit: Callable[[torch.Tensor], torch.Tensor]
+    params: list[torch.Tensor], state: State, place: BlockLayout, read: Callable[[torch.Tensor], torch.Tensor]
 ) -> Batch:
     """T tensors of one layout, dtype apart; alone in its batch a float32 tensor is worked on where it lies.
 
-    limit: what makes a gradient fit for use.
+    read: what makes a gradient fit for use (`reader`).
     """
     grads = [as_float32(arrange(param.grad, place)) for param in params]
     values = [arrange(param, place).float() for param in params]
@@ -153,7 +171,7 @@ def gather(
     else:
         grad, value = torch.stack(grads), torch.stack(values)
         together = {name: torch.stack(moment, dim=-4) for name, moment in moments.items()}
-    return Batch(limit(grad), value, *(together.get(name) for name in MOMENTS))
+    return Batch(read(grad), value, *(together.get(name) for name in MOMENTS))
 
 
 def scatter(batch: Batch, params: list[torch.Tensor], state: State, place: BlockLayout) -> None:

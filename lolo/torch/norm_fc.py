@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,9 +46,6 @@ class NormFcNetwork(NamedTuple):
     momentum_gain: torch.Tensor  # [3, 1, 1, 1, 1], 1 − decay
     rms_gain: float
     factored_gain: torch.Tensor  # [3, 1, 1, 1, 1]
-
-    def to(self, device: torch.device) -> NormFcNetwork:
-        return NormFcNetwork(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
 
 
 class NormFcScratch(NamedTuple):
@@ -118,22 +115,19 @@ def zeros(param: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Zeros]:
 def network_from(arrays: Mapping[str, np.ndarray]) -> NormFcNetwork:
     """Regroup φ for the blocks."""
 
-    def tensor(array: Any) -> torch.Tensor:
-        return torch.from_numpy(np.array(array, np.float32, order="C"))  # torch.tensor asks for the default device
-
     def gain(decays: tuple[float, ...]) -> torch.Tensor:
-        return tensor(1 - np.array(decays).reshape(-1, 1, 1, 1, 1))
+        return blocks.as_tensor(1 - np.array(decays).reshape(-1, 1, 1, 1, 1))
 
     w0 = arrays["w0"]
     return NormFcNetwork(
-        entry=tensor(w0[ENTRY_ROWS].T),
-        row=tensor(w0[spec.ROW_ROWS].T),
-        column=tensor(w0[spec.COLUMN_ROWS].T),
-        first_bias=tensor(arrays["b0"]),
-        second=tensor(arrays["w1"].T),
-        second_bias=tensor(arrays["b1"][:, None]),
-        last=tensor(arrays["w2"].T),
-        last_bias=tensor(arrays["b2"][:, None]),
+        entry=blocks.as_tensor(w0[ENTRY_ROWS].T),
+        row=blocks.as_tensor(w0[spec.ROW_ROWS].T),
+        column=blocks.as_tensor(w0[spec.COLUMN_ROWS].T),
+        first_bias=blocks.as_tensor(arrays["b0"]),
+        second=blocks.as_tensor(arrays["w1"].T),
+        second_bias=blocks.as_tensor(arrays["b1"][:, None]),
+        last=blocks.as_tensor(arrays["w2"].T),
+        last_bias=blocks.as_tensor(arrays["b2"][:, None]),
         momentum_gain=gain(spec.MOMENTUM_DECAYS),
         rms_gain=1 - spec.RMS_DECAY,
         factored_gain=gain(spec.FACTORED_DECAYS),
@@ -149,22 +143,19 @@ def step(
     for param in params:
         members = alike[tuple(param.shape)] if is_learned(param, group["is_matrix"]) else others
         members.append(param)
+    read = reader_of(group)
     for shape, members in alike.items():
         place = layout(shape)
         for some in blocks.batches(members, place, WIDER * space.block):
-            batch = blocks.gather(some, state, place, negated if group["maximize"] else limited)
+            batch = blocks.gather(some, state, place, read)
             step_batch(batch, shape, group, network, space, blocks.in_place(batch, some))
             blocks.scatter(batch, some, state, place)
     if others:
         adam_step(others, state, group)
 
 
-def limited(grad: torch.Tensor) -> torch.Tensor:
-    return blocks.limited(grad, spec.LARGEST_GRADIENT, math.nan)
-
-
-def negated(grad: torch.Tensor) -> torch.Tensor:
-    return -limited(grad)
+def reader_of(group: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return blocks.reader(spec.LARGEST_GRADIENT, math.nan, group["maximize"])
 
 
 def step_batch(
@@ -300,8 +291,8 @@ def newton_schulz(x: torch.Tensor) -> torch.Tensor:
 
 def adam_step(params: list[torch.Tensor], state: State, group: Mapping[str, Any]) -> None:
     """AdamW's step (.9, .95, 1e-8) of tensors of any shape, each with its own step count."""
-    decays, limit = (spec.MOMENTUM_DECAYS[0], spec.RMS_DECAY), negated if group["maximize"] else limited
-    grads = [limit(blocks.as_float32(param.grad)) for param in params]
+    decays, read = (spec.MOMENTUM_DECAYS[0], spec.RMS_DECAY), reader_of(group)
+    grads = [read(blocks.as_float32(param.grad)) for param in params]
     states = [state[param] for param in params]
     kept, squares = ([own[name] for own in states] for name in ("momentum", "rms"))
     means = [mean.float() for mean in kept]

@@ -20,7 +20,7 @@ import torch
 
 from lolo.optimizers import weights_file
 from lolo.torch.architecture import ABSENT, ARCHITECTURES, TorchArchitecture, as_weights, settings_of
-from lolo.torch.blocks import MOMENTS, Workspace
+from lolo.torch.blocks import MOMENTS, Workspace, moved
 from lolo.torch.checks import check_gradient, check_number, check_parameter, refuse_others, warn_of_rates
 from lolo.torch.precision import full_precision
 
@@ -191,7 +191,7 @@ class LoLO(torch.optim.Optimizer):
         """φ on the device of a workspace."""
         sha256 = group["weights_sha256"]
         if sha256 not in space.networks:
-            space.networks[sha256] = self._networks[sha256][1].to(space.device)
+            space.networks[sha256] = moved(self._networks[sha256][1], space.device)
         return space.networks[sha256]
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -42,9 +42,6 @@ class SmallFcNetwork(NamedTuple):
     rms_gain: float
     factored_gain: torch.Tensor  # [3, 1, 1, 1, 1]
 
-    def to(self, device: torch.device) -> SmallFcNetwork:
-        return SmallFcNetwork(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
-
 
 class Rule(NamedTuple):
     """How the parameters of one group with one step count move."""
@@ -120,11 +117,12 @@ def step(
     for param in params:
         alike[layout(tuple(param.shape)), int(state[param]["step"])].append(param)
     rules: dict[int, Rule] = {}
+    read = blocks.reader(spec.LARGEST_GRADIENT, math.inf, group["maximize"])
     for (place, count), members in alike.items():
         if count not in rules:
             rules[count] = rule_at(count, group, network)
         for some in blocks.batches(members, place, space.block):
-            batch = blocks.gather(some, state, place, negated if group["maximize"] else limited)
+            batch = blocks.gather(some, state, place, read)
             step_batch(batch, place, rules[count], space, blocks.in_place(batch, some))
             blocks.scatter(batch, some, state, place)
 
@@ -137,37 +135,26 @@ def rule_at(count: int, group: Mapping[str, Any], network: SmallFcNetwork) -> Ru
     return Rule(network, bias, scale, group["exp_mult"], float(group["weight_decay"]), group["freeze_unseen"])
 
 
-def limited(grad: torch.Tensor) -> torch.Tensor:
-    return blocks.limited(grad, spec.LARGEST_GRADIENT, math.inf)
-
-
-def negated(grad: torch.Tensor) -> torch.Tensor:
-    return -limited(grad)
-
-
 def network_from(arrays: Mapping[str, np.ndarray]) -> SmallFcNetwork:
     """Regroup φ for the blocks."""
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.array(array, np.float32, order="C"))  # torch.tensor asks for the default device
 
     def gain(decay: float | tuple[float, ...], offsets: str) -> torch.Tensor:
         standard, one = np.asarray(decay, np.float32).reshape(-1, 1, 1, 1, 1), np.float32(1)
         shift = np.exp(np.float32(10) * arrays[offsets].reshape(standard.shape)) if offsets in arrays else one
-        return tensor(one - np.clip(one - (one - standard) * shift, np.float32(0), one))
+        return blocks.as_tensor(one - np.clip(one - (one - standard) * shift, np.float32(0), one))
 
     w0 = arrays["w0"]
     return SmallFcNetwork(
-        entry=tensor(w0[spec.ENTRY_COLUMNS].T),
-        row=tensor(w0[spec.ROW_COLUMNS].T),
-        column=tensor(w0[spec.COLUMN_COLUMNS].T),
-        time=tensor(w0[spec.TIME_COLUMNS].T),
-        timescales=tensor(np.array(spec.TIMESCALES)),
-        first_bias=tensor(arrays["b0"]),
-        second=tensor(arrays["w1"].T),
-        second_bias=tensor(arrays["b1"][:, None]),
-        last=tensor(arrays["w2"].T),
-        last_bias=tensor(arrays["b2"][:, None]),
+        entry=blocks.as_tensor(w0[spec.ENTRY_COLUMNS].T),
+        row=blocks.as_tensor(w0[spec.ROW_COLUMNS].T),
+        column=blocks.as_tensor(w0[spec.COLUMN_COLUMNS].T),
+        time=blocks.as_tensor(w0[spec.TIME_COLUMNS].T),
+        timescales=blocks.as_tensor(np.array(spec.TIMESCALES)),
+        first_bias=blocks.as_tensor(arrays["b0"]),
+        second=blocks.as_tensor(arrays["w1"].T),
+        second_bias=blocks.as_tensor(arrays["b1"][:, None]),
+        last=blocks.as_tensor(arrays["w2"].T),
+        last_bias=blocks.as_tensor(arrays["b2"][:, None]),
         momentum_gain=gain(spec.MOMENTUM_DECAYS, "momentum_decays"),
         rms_gain=gain(spec.RMS_DECAY, "rms_decays").item(),
         factored_gain=gain(spec.FACTORED_DECAYS, "adafactor_decays"),
