@@ -1,10 +1,15 @@
 """What holds for every test: on the CPU unless asked, no display, checked annotations, no hidden skips."""
 
 import os
+import pathlib
 
 # Before anything imports jax or matplotlib: both read these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
+# Most of the time goes into compiling: what one test has compiled is there for the others, and for the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jaxtyping
 import pytest

@@ -15,6 +15,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from lolo.optimizers import norm_fc_features as nf
 from lolo.optimizers import norm_fc_spec as spec
+from lolo.optimizers import pretrained
 from lolo.optimizers.norm_fc import norm_fc
 from lolo.tasks import small
 from lolo.training import build, recipes
@@ -236,6 +237,18 @@ def test_the_user_says_which_tensors_take_adamw(is_matrix):
         np.testing.assert_allclose(ours["embedding"], adam["embedding"], rtol=1e-4)
         assert not np.allclose(default["embedding"], adam["embedding"], rtol=0.1)
     assert chosen[1].momentum["embedding"].shape == (1, 20, 4), "AdamW needs one momentum, not three"
+
+
+def test_weights_take_is_matrix_and_state_dtype_as_norm_fc_does():
+    settings, params = spec.NormFcSettings(learning_rate=0.01), draw(TREE, 3)
+    weights = pretrained.Weights(norm_fc().init(jax.random.key(0)), settings, {}, {})
+    optimizer = weights.optimizer(is_matrix=lambda path, param: path == "layer", state_dtype=jnp.bfloat16)
+    state = optimizer.init(params)
+    assert {name: x.shape[0] for name, x in state.momentum.items()} == {"embedding": 1, "layer": 3, "bias": 1}
+    assert {x.dtype for x in jax.tree.leaves(state.momentum)} == {jnp.dtype(jnp.bfloat16)}
+    for words in ({"is_matrix": TREE}, {"state_dtype": jnp.bfloat16}):
+        with pytest.raises(ValueError, match=f"'small_fc' has no {next(iter(words))}; leave it out"):
+            pretrained.load("lolo-small").optimizer(**words)
 
 
 def test_is_matrix_sees_paths_and_may_be_a_prefix():

@@ -96,5 +96,5 @@ def test_a_mask_without_sense_is_refused(weights, mask, message):
 def test_an_architecture_without_weight_decay_has_no_mask():
     learner = architecture.ARCHITECTURES["sgd"].settings()
     weights = Weights(architecture.build_learner(learner).init(jax.random.key(0)), learner, {}, {})
-    with pytest.raises(ValueError, match="learner 'sgd' has no mask: it has no weight decay. Leave it out."):
+    with pytest.raises(ValueError, match="learner 'sgd' has no mask; leave it out."):
         weights.optimizer(mask=True)

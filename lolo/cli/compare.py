@@ -1,4 +1,4 @@
-"""`lolo eval`, `reproduce` and `bench`: optimizers side by side, studies, speed."""
+"""`lolo eval`, `race`, `reproduce` and `bench`: optimizers side by side, studies, speed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import tyro
 from lolo.bench import speed
 from lolo.cli.arguments import call
 from lolo.cli.progress import log, print_or_show, progress_display
-from lolo.files import settings
+from lolo.files import settings as files_settings
+from lolo.race import entrants, stages, workloads
+from lolo.race import report as race_report
 from lolo.runtime import environment, interrupt
 from lolo.studies import candidates, comparison_report, comparisons, definitions, evaluation_folder, studies
 from lolo.studies.tables import table
@@ -86,6 +88,66 @@ def eval_command(argv: list[str]) -> int:
     return call(evaluate_, argv, "lolo eval")
 
 
+def race_command(argv: list[str]) -> int:
+    """lolo race"""
+
+    def race_(
+        optimizer: str = "",
+        settings: tuple[str, ...] = (),
+        only: tuple[str, ...] = (),
+        seeds: int = entrants.SEEDS,
+        out: Path = Path("runs/race"),
+        from_scratch: bool = False,
+        time_steps: bool = False,
+        dry_run: bool = False,
+    ) -> int:
+        """Race an optimizer against those that people use, on ten small workloads: the rules are in docs/race.md.
+
+        Without an optimizer the published race is reported. A stopped race resumes with the same command.
+
+        Args:
+          optimizer: who is added, as `lolo eval` names it: weights, or path.py:function, a function that returns an
+            optax optimizer. Of its arguments, steps gets the number of steps, and is_matrix a function (path,
+            parameter) that is false for embeddings and output layers.
+          settings: of the optimizer, up to five, as they stand after its name: lr=0.01 lr=0.03. All workloads get the
+            same; the first is the one of the self-tuning rules.
+          only: these workloads: mlp, convolution, resnet, vit, transformer, gru, autoencoder, words, finetuning,
+            small-batch.
+          seeds: runs of each setting on each workload.
+          out: folder for rows and report.
+          from_scratch: search the rivals' settings, set the targets and race the rivals here too: some hours.
+          time_steps: measure the time of a training step again, of the rivals and the optimizer: minutes.
+          dry_run: only say what would run.
+        """
+        for name in only:
+            files_settings.pick(workloads.WORKLOADS, "workload", name)
+        if seeds < 1:
+            raise ValueError(f"--seeds {seeds} must be at least 1.")
+        if settings and not optimizer:
+            raise ValueError("--settings are of --optimizer: name one.")
+        environment.set_up()
+        mine = [entrants.entrant(optimizer, settings)] if optimizer else []
+        if dry_run:
+            print(stages.outlook(mine, seeds, only, out, from_scratch))
+            return 0
+        stop = interrupt.Stop()
+        with progress_display() as display, interrupt.stop_on_signals(stop):
+            on_progress = interrupt.interruptible(stop, display, out)
+            if from_scratch:
+                stages.search_all(out, only, on_progress)
+                stages.set_targets(out, only, on_progress)
+            rivals = stages.rivals(stages.read(out).trials)
+            field = [*(rivals if from_scratch else ()), *mine]
+            stages.race(out, field, seeds, only, on_progress)
+            if time_steps or mine:
+                stages.time_steps(out, [*(rivals if time_steps else ()), *mine], only, on_progress)
+        print(race_report.write(stages.read(out, only), out, mine, shlex.join(["lolo", "race", *argv])))
+        print(f"\nReport, rows and pictures: {out}")
+        return 0
+
+    return call(race_, argv, "lolo race")
+
+
 def reproduce_command(argv: list[str]) -> int:
     """lolo reproduce STUDY"""
 
@@ -104,7 +166,7 @@ def reproduce_command(argv: list[str]) -> int:
             settings, settings-confirmed, outer-steps, transfer, norm-fc, norm-fc-long.
           smoke: the smallest form, to see that everything runs; in a folder `smoke` inside, so that no rows are lost.
         """
-        settings.pick({**definitions.STUDIES, "study": None}, "study", study)
+        files_settings.pick({**definitions.STUDIES, "study": None}, "study", study)
         environment.set_up()
         stop, folder = interrupt.Stop(), out or Path("runs") / study
         folder = folder / "smoke" if smoke else folder

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lolo.cli.compare import bench_command, eval_command, reproduce_command
+from lolo.cli.compare import bench_command, eval_command, race_command, reproduce_command
 from lolo.cli.data import data_command
 from lolo.cli.progress import log
 from lolo.cli.show import doctor_command, recipes_command, report_command, tasks_command, weights_command
@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "OPTIMIZER... --task T", "long runs from the same inits and batches: table, rows, curves", eval_command
     ),
+    "race": Command("[--optimizer MINE]", "an optimizer against those that people use, on ten workloads", race_command),
     "report": Command("FOLDER...", "runs, evaluations and studies as one HTML page", report_command),
     "doctor": Command(
         "RUN", "whether a run is healthy, and its φ better than its start; status 0, 7 or 8", doctor_command

@@ -42,7 +42,7 @@ class Curves(NamedTuple):
 
     train_loss: NDArray[np.float32]  # [K, W], means over the WINDOW steps before, of the training batches' loss
     held_loss: NDArray[np.float32]  # [K, W], on a fixed subset of the held-out split
-    final: dict[str, NDArray[np.float32]]  # [K] each, scores on the whole held-out split after the last step
+    final: dict[str, NDArray[np.float32]]  # [K] each, scores on a whole split after the last step
 
 
 def score_split(task: Task, params: PyTree, statistics: PyTree, limit: int | None = None) -> dict[str, jax.Array]:
@@ -166,11 +166,13 @@ def run(
     on_steps: Callable[[int], None] = lambda steps: None,
     window: int = WINDOW,
     scored: Scored = params_of,
+    final: Task | None = None,
 ) -> Curves:
     """K = len(settings) runs: run k trains with `make(settings[k])` from the init and batches of `seeds[k]`.
 
     Args:
       task: the split to train on; held: the split to score on.
+      final: the split that the last parameters are scored on; None: held.
       make: settings -> optimizer, one function for all runs; keep it the same object to compile once.
       settings: trees of numbers or arrays, equal shapes.
       steps: any number; the last window is shorter where it is no multiple of `window`.
@@ -180,7 +182,7 @@ def run(
     """
     check_steps(steps)
     if task.stream is not None and len(set(seeds)) > 1:
-        return _by_seed(task, held, make, settings, seeds, steps, on_steps, window, scored)
+        return _by_seed(task, held, make, settings, seeds, steps, on_steps, window, scored, final)
     count = len(settings)
     devices = max(min(len(jax.local_devices()), count), 1)
     begin, _, finish, over = _programs(make, devices, window, scored)
@@ -201,8 +203,9 @@ def run(
                 on_steps(length * count)
             train.append(mean_of_last(means, window))
             scores.append(np.asarray(score))
-    final = {name: np.asarray(x)[:count] for name, x in finish(held, states).items()}
-    return Curves(np.stack(train, 1)[:count], np.stack(scores, 1)[:count], final)
+    last = finish(held if final is None else parallel.place(final, over), states)
+    last = {name: np.asarray(x)[:count] for name, x in last.items()}
+    return Curves(np.stack(train, 1)[:count], np.stack(scores, 1)[:count], last)
 
 
 def _by_seed(
@@ -215,11 +218,12 @@ def _by_seed(
     on_steps: Callable[[int], None],
     window: int,
     scored: Scored,
+    final: Task | None,
 ) -> Curves:
     """`run` for one seed after the other: the runs of a call share the segments of one stream."""
     groups = {seed: [k for k, other in enumerate(seeds) if other == seed] for seed in seeds}
     parts = [
-        run(task, held, make, [settings[k] for k in group], [seed] * len(group), steps, on_steps, window, scored)
+        run(task, held, make, [settings[k] for k in group], [seed] * len(group), steps, on_steps, window, scored, final)
         for seed, group in groups.items()
     ]
     places = np.argsort(np.concatenate(list(groups.values())))

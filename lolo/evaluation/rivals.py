@@ -21,9 +21,7 @@ PICK_SEEDS = (1_000_001, 1_000_002)  # learning rates of rivals are picked on th
 WEIGHT_DECAY = 1e-4  # where a name does not say otherwise
 
 Number: TypeAlias = float | jax.Array
-Optimizer: TypeAlias = Callable[
-    [experts.Rate, Number], optax.GradientTransformation
-]  # (learning rate, weight decay) -> it
+Optimizer: TypeAlias = Callable[..., optax.GradientTransformation]  # (learning rate, weight decay) -> it
 
 
 def adamw(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
@@ -56,11 +54,6 @@ def lion(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformati
     return optax.lion(rate, weight_decay=weight_decay)
 
 
-def muon(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
-    """Muon as it is as an expert, with weight decay."""
-    return experts.muon(rate, weight_decay)
-
-
 def schedule_free(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
     """Schedule-Free AdamW; scores are those of its average."""
     # As optax.contrib.schedule_free_adamw, whose warm-up can't be traced.
@@ -88,6 +81,7 @@ class Rival(NamedTuple):
     rates: tuple[float, ...] = GRID  # of its grids
     decays: bool = True  # whether it has a weight decay
     scored: long_runs.Scored = long_runs.params_of  # where its scores are taken
+    takes_is_matrix: bool = False  # whether it has a third argument, which parameters are matrices
 
 
 RIVALS: dict[str, Rival] = {
@@ -97,7 +91,7 @@ RIVALS: dict[str, Rival] = {
     "nadamw": Rival(nadamw),
     "nesterov": Rival(nesterov, rates=SGD_GRID),
     "lion": Rival(lion, rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
-    "muon": Rival(muon),
+    "muon": Rival(experts.muon, takes_is_matrix=True),
     "schedule-free": Rival(
         schedule_free, scored=lambda state: optax.contrib.schedule_free_eval_params(state.learner, state.params)
     ),
@@ -115,13 +109,16 @@ GRIDS = {"grid": (WEIGHT_DECAY,), "wide-grid": (WEIGHT_DECAY, 0.1)}
 
 
 @functools.cache
-def maker(name: str) -> long_runs.Make:
+def maker(name: str, is_matrix: experts.IsMatrix | None = None) -> long_runs.Make:
     """setting -> the optimizer of that name, one object for all settings, so that they share a compiled program.
 
-    A setting holds numbers by name: lr, weight_decay, and for a schedule steps and warmup, in steps.
+    A setting holds numbers by name: lr, weight_decay, and for a schedule steps and warmup, in steps. is_matrix: the
+    parameters that a rival which tells matrices apart moves as such; None: all of two axes or more.
     """
     kind, schedule = NAMES[name]
     optimizer, factor = RIVALS[kind].optimizer, schedules.SCHEDULES[schedule]
+    if is_matrix is not None and RIVALS[kind].takes_is_matrix:
+        optimizer = functools.partial(optimizer, is_matrix=is_matrix)
 
     def make(setting: dict[str, Any]) -> optax.GradientTransformation:
         rate: experts.Rate = setting["lr"]
@@ -133,11 +130,16 @@ def maker(name: str) -> long_runs.Make:
 
 
 def rival(
-    name: str, lr: float, steps: int, weight_decay: float = WEIGHT_DECAY, warmup: float = schedules.WARMUP
+    name: str,
+    lr: float,
+    steps: int,
+    weight_decay: float = WEIGHT_DECAY,
+    warmup: float = schedules.WARMUP,
+    is_matrix: experts.IsMatrix | None = None,
 ) -> long_runs.Candidate:
     """A rival as a candidate: "adamw", 1e-3 -> AdamW with learning rate 1e-3 and weight decay 1e-4.
 
-    steps: of the run; warmup: the share of it in which a schedule's warm-up rises.
+    steps: of the run; warmup: the share of it in which a schedule's warm-up rises; is_matrix: see `maker`.
     """
     label = f"{name} {lr:g}"
     if weight_decay != WEIGHT_DECAY:
@@ -145,7 +147,7 @@ def rival(
     if warmup != schedules.WARMUP:
         label += f" warmup {warmup:g}"
     setting = {"lr": lr, "weight_decay": weight_decay, "steps": float(steps), "warmup": warmup * steps}
-    return long_runs.Candidate(label, None, maker(name), setting, RIVALS[NAMES[name][0]].scored)
+    return long_runs.Candidate(label, None, maker(name, is_matrix), setting, RIVALS[NAMES[name][0]].scored)
 
 
 def grid(name: str, of: str, steps: int) -> list[long_runs.Candidate]:

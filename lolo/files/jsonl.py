@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,14 +108,16 @@ def fields(**readers: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
 def read_json_lines(path: Path, read: Callable[[Any], dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The rows of a log, each checked by `read`, which raises ValueError (see `fields`). Raises FileError.
 
-    A half-written last line, as a killed run leaves it, is skipped.
+    A half-written last line, as a killed run leaves it, is skipped. A name that ends in .gz is of a gzipped log.
     """
     try:
-        if path.stat().st_size > MAX_LOG_BYTES:
-            raise FileError(f"{path}: {path.stat().st_size} bytes; at most {MAX_LOG_BYTES} are read.")
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise FileError(f"{path}: can't be read ({error.strerror}).") from error
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(MAX_LOG_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise FileError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error}).") from error
+    if len(content) > MAX_LOG_BYTES:
+        raise FileError(f"{path}: over {MAX_LOG_BYTES} bytes, the most that are read.")
+    lines = content.split(b"\n")
     for count, line in enumerate(lines, 1):
         if not line.strip():
             continue

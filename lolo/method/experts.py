@@ -5,6 +5,7 @@ An expert's `update` is called with the learner's new state as `learner_state`; 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -64,11 +65,16 @@ def sgdm(learning_rate: Rate) -> Expert:
     return optax.with_extra_args_support(optax.sgd(learning_rate, momentum=0.9))
 
 
-def muon(learning_rate: Rate, weight_decay: float | jax.Array = 0.0) -> Expert:
+IsMatrix: TypeAlias = Callable[[str, Any], bool]  # path and parameter -> whether Muon moves it, or AdamW
+
+
+def muon(
+    learning_rate: Rate, weight_decay: float | jax.Array = 0.0, is_matrix: IsMatrix = lambda path, param: param.ndim > 1
+) -> Expert:
     """optax's Muon: Nesterov momentum .95, five Newton-Schulz iterations, times √max(rows, columns).
 
     That gives a step of root mean square 1, times the rate, where all singular values come out as 1: .8 to 1 for a
-    full rank, less for a low one, such as an embedding's of which few rows were read. Every tensor of two axes or more
+    full rank, less for a low one, such as an embedding's of which few rows were read. A tensor that `is_matrix` names
     is the matrix [all other axes, last axis]; the others are on AdamW (.9, .999), with Nesterov too, as optax has it.
     """
 
@@ -77,19 +83,20 @@ def muon(learning_rate: Rate, weight_decay: float | jax.Array = 0.0) -> Expert:
         weight_decay=weight_decay,
         adam_weight_decay=weight_decay,
         consistent_rms=1.0,
-        muon_weight_dimension_numbers=last_axis_is_output,
+        muon_weight_dimension_numbers=functools.partial(last_axis_is_output, is_matrix),
     )
     return optax.with_extra_args_support(muon_)
 
 
-def last_axis_is_output(params: PyTree) -> PyTree:
-    """Muon's axes for every tensor of two axes or more: the last one is the output, all others are inputs."""
+def last_axis_is_output(is_matrix: IsMatrix, params: PyTree) -> PyTree:
+    """Muon's axes for every tensor that is a matrix: the last one is the output, all others are inputs."""
 
-    def axes(param: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+    def axes(path: Any, param: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         last = param.ndim - 1
-        return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last) if last > 0 else None
+        known = is_matrix(jax.tree_util.keystr(path, simple=True, separator="/"), param)
+        return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last) if known else None
 
-    return jax.tree.map(axes, params)
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 EXPERTS: dict[str, Callable[[Rate], Expert]] = {

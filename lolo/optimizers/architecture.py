@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -36,6 +36,7 @@ class Architecture(NamedTuple):
     # The settings that may differ at inference, and what reads each, from a value or a word of a command line; it
     # raises ValueError, which says what there must be.
     deployment: Mapping[str, Callable[[Any], Any]] = settings.NONE
+    arguments: tuple[str, ...] = ()  # of `build`, which no recipe holds: they are of the user's model
     expert_decay: Callable[[Any], float] = lambda learner: 0.0  # decay per step that its expert must have too
     keeps_adam_moments: Callable[[Any], bool] = lambda learner: False  # so that adam-of-learner can be its expert
     fixed_size: bool = False  # whether the size of a step is a setting: there is none to learn from an expert
@@ -63,6 +64,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         check=small_fc_spec.check,
         check_meta_training=small_fc_spec.check_meta_training,
         deployment=small_fc_spec.DEPLOYMENT,
+        arguments=("mask",),
         expert_decay=small_fc_spec.expert_decay,
         keeps_adam_moments=small_fc_spec.keeps_adam_moments,
         present=small_fc.one_tree_per_moment,
@@ -74,6 +76,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shapes=norm_fc_spec.shapes_of,
         check=norm_fc_spec.check,
         deployment=norm_fc_spec.DEPLOYMENT,
+        arguments=("mask", "is_matrix", "state_dtype"),
         expert_decay=norm_fc_spec.expert_decay,
         fixed_size=True,
     ),
@@ -135,10 +138,11 @@ def deployed(learner: LearnerSettings, requested: Mapping[str, Any]) -> LearnerS
     return dataclasses.replace(learner, **changes)
 
 
-def check_mask(learner: LearnerSettings) -> None:
-    """Raise ValueError for an architecture without weight decay, which has no use for a mask of it."""
-    if "weight_decay" not in of(learner).deployment:
-        raise ValueError(f"learner {learner.name!r} has no mask: it has no weight decay. Leave it out.")
+def check_arguments(learner: LearnerSettings, names: Iterable[str]) -> None:
+    """Raise ValueError for the name of an argument that the architecture does not take."""
+    for name in names:
+        if name not in of(learner).arguments:
+            raise ValueError(f"learner {learner.name!r} has no {name}; leave it out.")
 
 
 def is_array(value: Any) -> bool:
@@ -160,7 +164,7 @@ def build_learner(
     """The architecture that a recipe names; inside shard_map, for parameters cut over `axis_name` (see small_fc).
 
     One object for equal arguments: what is compiled for it is found again. `more`: what no recipe holds and has no
-    equals, deployment settings that are arrays, which may be traced, and a mask for weight decay.
+    equals, deployment settings that are arrays, which may be traced, and `Architecture.arguments`.
     """
     if more:
         return of(learner).build(learner, axis_name, sharded_axis, **more)

@@ -67,6 +67,8 @@ class Weights(NamedTuple):
         step_decay: Number | None = None,
         learning_rate: Number | Schedule | None = None,
         adam_scale: Number | None = None,
+        is_matrix: Callable[[str, Any], Any] | PyTree = None,
+        state_dtype: jax.typing.DTypeLike | None = None,
         freeze_unseen: bool = False,
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer for optax.
@@ -85,6 +87,9 @@ class Weights(NamedTuple):
           step_decay: updates are divided by √(1 + t/step_decay); None: as shipped; inf switches it off.
           learning_rate: of norm_fc, a float or a schedule step -> float; None: as shipped.
           adam_scale: of norm_fc, the learning rate of vectors in units of learning_rate; None: as shipped.
+          is_matrix: of norm_fc, which parameters the network moves, as `lolo.norm_fc` has it; AdamW moves the others,
+            as advised for embeddings and output layers. None: all of two axes or more are matrices.
+          state_dtype: of norm_fc, float32 or bfloat16, that of the momenta; None: float32.
           freeze_unseen: of small_fc, entries that never had a gradient do not move, by weight decay neither. Without
             it padding rows, rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
             Gradients below about 1e-22 count as none, since their squares are 0.
@@ -105,11 +110,11 @@ class Weights(NamedTuple):
         _refuse_bools(requested)
         learner = architecture.deployed(self.learner, requested)
         arrays = {name: jnp.asarray(x, jnp.float32) for name, x in requested.items() if architecture.is_array(x)}
-        more: dict[str, Any] = arrays if mask is None else {**arrays, "mask": mask}
-        if mask is not None:
-            architecture.check_mask(learner)
+        optional = {"mask": mask, "is_matrix": is_matrix, "state_dtype": state_dtype}
+        given = {name: value for name, value in optional.items() if value is not None}
+        architecture.check_arguments(learner, given)
         where = axis_name, sharded_axis or 0
-        make = maker(learner, step_scale, *where, presented=True, freeze_unseen=freeze_unseen, more=more)
+        make = maker(learner, step_scale, *where, presented=True, freeze_unseen=freeze_unseen, more=arrays | given)
         return _in_default_numpy(optax.with_extra_args_support(make(self.meta_params)))
 
 

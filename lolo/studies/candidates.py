@@ -21,7 +21,7 @@ from lolo.evaluation import long_runs, rivals, schedules
 from lolo.evaluation.long_runs import Candidate
 from lolo.files import settings, user_code
 from lolo.files.settings import RecipeError
-from lolo.method import meta
+from lolo.method import experts, meta
 from lolo.method.task import Splits
 from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.optimizers.architecture import LearnerSettings
@@ -104,7 +104,7 @@ class NamedFunction(NamedTuple):
 
     label: str  # file, function and settings: "path.py:mine:lr=0.01"
     sha256: str  # of its file
-    make: Callable[[int], optax.GradientTransformation]  # steps of the run -> the optimizer
+    make: Callable[..., optax.GradientTransformation]  # steps of the run, is_matrix or None -> the optimizer
 
 
 Named: TypeAlias = NamedWeights | NamedRival | NamedFunction
@@ -142,12 +142,14 @@ def function_of(name: str) -> NamedFunction | None:
     with user_code.neighbours(folder):
         function = user_code.function_of(own, "optimizer", "an optax optimizer")
     given = user_code.parse_settings(own.settings, user_code.defaults_of(function), own.function)
-    knows_steps = "steps" in inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters
 
-    def make(steps: int) -> optax.GradientTransformation:
+    def make(steps: int, is_matrix: experts.IsMatrix | None = None) -> optax.GradientTransformation:
+        known: dict[str, Any] = {"steps": steps, "is_matrix": is_matrix}
+        of_the_run = {name: value for name, value in known.items() if name in parameters and value is not None}
         try:
             with user_code.neighbours(folder):
-                optimizer = function(**({"steps": steps} if knows_steps else {}) | given)
+                optimizer = function(**of_the_run | given)
         except Exception as error:
             raise ValueError(f"{name} failed with {type(error).__name__}: {error}.") from error
         if not isinstance(optimizer, optax.GradientTransformation):
@@ -257,33 +259,46 @@ def _label(
 
 @functools.lru_cache(maxsize=64)
 def _make(
-    learner: LearnerSettings, step_scale: float, schedule: str, steps: int, warmup: float, freeze_unseen: bool
+    learner: LearnerSettings,
+    step_scale: float,
+    schedule: str,
+    steps: int,
+    warmup: float,
+    freeze_unseen: bool,
+    is_matrix: experts.IsMatrix | None,
 ) -> long_runs.Make:
     """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
-    if schedule == "constant":
-        return pretrained.maker(learner, step_scale, freeze_unseen=freeze_unseen)
-    factor = schedules.SCHEDULES[schedule]
-
-    def scale(count: Any) -> Any:
-        return step_scale * factor(count, steps, warmup * steps)
-
-    return pretrained.maker(learner, scale, freeze_unseen=freeze_unseen)
+    scale: Any = step_scale
+    if schedule != "constant":
+        factor = schedules.SCHEDULES[schedule]
+        scale = lambda count: step_scale * factor(count, steps, warmup * steps)  # noqa: E731
+    taken = is_matrix is not None and "is_matrix" in architecture.of(learner).arguments
+    more = {"is_matrix": is_matrix} if taken else settings.NONE
+    return pretrained.maker(learner, scale, freeze_unseen=freeze_unseen, more=more)
 
 
 def candidate(
-    named: Named, splits: Splits, steps: int, on_steps: Callable[[int], None] = lambda count: None
+    named: Named,
+    splits: Splits,
+    steps: int,
+    on_steps: Callable[[int], None] = lambda count: None,
+    is_matrix: experts.IsMatrix | None = None,
 ) -> Candidate:
-    """What `long_runs.compare` takes. The best of a grid is found here; on_steps gets the number of steps done."""
+    """What `long_runs.compare` takes. The best of a grid is found here; on_steps gets the number of steps done.
+
+    is_matrix: of the task's parameters, those that optimizers which tell matrices apart move as such; for a user's
+    function with an argument of this name too. None: all of two axes or more. A grid's best is found without it.
+    """
     if isinstance(named, NamedWeights):
         label, seed, weights, deployed = named
         horizon = 0 if deployed.schedule == "constant" else steps
         schedule = deployed.schedule, horizon, deployed.warmup
-        make = _make(weights.learner, deployed.step_scale, *schedule, deployed.freeze_unseen)
+        make = _make(weights.learner, deployed.step_scale, *schedule, deployed.freeze_unseen, is_matrix)
         return Candidate(label, seed, make, weights.meta_params)
     if isinstance(named, NamedFunction):
-        optimizer = named.make(steps)
+        optimizer = named.make(steps, is_matrix)
         return Candidate(named.label, None, lambda setting: optimizer, 0.0)
     name, rate, weight_decay, warmup = named
     if isinstance(rate, str):
         return rivals.best_of_grid(splits, name, steps, rate, on_steps=on_steps)
-    return rivals.rival(name, rate, steps, weight_decay, warmup)
+    return rivals.rival(name, rate, steps, weight_decay, warmup, is_matrix)

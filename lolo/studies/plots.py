@@ -18,7 +18,8 @@ COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#B
 STYLES = ("-", "--", ":")  # for a ninth line, and a seventeenth
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,7 +35,7 @@ def save_figure(figure: Any, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:], dpi=150, bbox_inches="tight")
     disk.write_bytes(path, buffer.getvalue())
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
@@ -42,7 +43,7 @@ def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
 
     Long curves are thinned to means between steps that lie evenly on the axis.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     labels = list(dict.fromkeys(row.optimizer for row in rows))
     for axis, field, name in ((axes[0], "train_curve", "train loss"), (axes[1], "held_curve", "held-out loss")):
@@ -102,7 +103,7 @@ def _range(values: np.ndarray) -> tuple[float, float]:
 
 def finals(rows: Sequence[Row], title: str) -> Any:
     """Train and held-out loss at the last step, one line per optimizer, best first: mean and range over runs."""
-    plt = _pyplot()
+    plt = pyplot()
     values: dict[str, np.ndarray] = {}  # label -> [runs, 2]
     for label in dict.fromkeys(row.optimizer for row in rows):
         values[label] = np.array([(row.train_loss, row.held_loss) for row in rows if row.optimizer == label], float)
@@ -124,7 +125,7 @@ def finals(rows: Sequence[Row], title: str) -> Any:
 
 def start_steps(counts_of: Mapping[str, Mapping[str, int]]) -> Any:
     """Histogram of the start steps that meta-training realised: label -> first step of a bin of 250 -> unrolls."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
     # Lines of methods without a buffer lie on one another: the first drawn are the widest.
     widths = np.linspace(min(1.2 * len(counts_of), 6.0), 1.2, len(counts_of))
@@ -143,7 +144,7 @@ def start_steps(counts_of: Mapping[str, Mapping[str, int]]) -> Any:
 
 def meta_losses(runs: dict[str, list[tuple[np.ndarray, np.ndarray]]], title: str) -> Any:
     """Task loss in meta-training against wall-clock time: method -> (hours, loss) of each meta-seed."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
     for (method, seeds), colour in zip(runs.items(), COLOURS * (len(runs) // len(COLOURS) + 1), strict=False):
         for i, (hours, losses) in enumerate(seeds):
@@ -161,7 +162,7 @@ def meta_losses(runs: dict[str, list[tuple[np.ndarray, np.ndarray]]], title: str
 
 def growth(curves: dict[str, list[tuple[float, float]]]) -> Any:
     """Time of an outer step (ms) against each thing that it grows with; the dotted line is proportional growth."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(
         1, len(curves), figsize=(3.2 * len(curves), 3.2), constrained_layout=True, squeeze=False
     )

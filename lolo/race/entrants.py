@@ -1,0 +1,141 @@
+"""Who takes part in the race, and the runs of one entrant on one workload."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from lolo.evaluation import long_runs
+from lolo.race import records, search, tuning, workloads
+from lolo.race.records import RaceRow
+from lolo.studies import candidates, evaluation_folder
+from lolo.studies.candidates import Named
+from lolo.studies.rows import slug
+from lolo.tasks import by_name
+
+SEEDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """An optimizer in the race."""
+
+    name: str
+    optimizers: tuple[str, ...]  # up to five settings, as `lolo eval` names them; the first is for self-tuning
+    meta_tasks: tuple[str, ...] = ()  # that its φ was meta-trained on
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.optimizers) <= search.FIVE:
+            raise ValueError(f"{self.name} has {len(self.optimizers)} settings; expected 1 to {search.FIVE}.")
+
+
+def rival(kind: str, found: Sequence[records.Trial]) -> Entrant:
+    """A rival with the settings that the search found."""
+    return Entrant(kind, tuple(tuning.names_of(found, kind)))
+
+
+def entrant(optimizer: str, settings: Sequence[str] = ()) -> Entrant:
+    """An optimizer as `lolo eval` names it, with several settings if it has some. Raises ValueError.
+
+    >>> entrant("adamw:1e-3").optimizers
+    ('adamw:1e-3',)
+    >>> entrant("lolo-small", ("schedule=cosine", "schedule=cosine,step_scale=2")).optimizers[1]
+    'lolo-small:schedule=cosine,step_scale=2'
+    """
+    separator = "," if ":" in optimizer.rpartition(".py:")[2] else ":"
+    names = tuple(f"{optimizer}{separator}{words}" for words in settings) or (optimizer,)
+    found = candidates.read(names)
+    recipe = {task for named in found.values() for task in meta_tasks(named)}
+    return Entrant(optimizer, names, tuple(sorted(recipe)))
+
+
+def meta_tasks(named: Named) -> tuple[str, ...]:
+    """The tasks that an optimizer's φ was meta-trained on, by its recipe; () without one."""
+    return tuple(named.weights.recipe.get("tasks", ())) if isinstance(named, candidates.NamedWeights) else ()
+
+
+def part_file(out: Path, workload: str, optimizer: str, named: Named) -> Path:
+    """Where the rows of one optimizer on one workload are kept: by its name, and what is in its weights or its file."""
+    digest = ""
+    if isinstance(named, candidates.NamedWeights):
+        digest = evaluation_folder.phi_digest(named.weights)
+    elif isinstance(named, candidates.NamedFunction):
+        digest = named.sha256
+    unique = hashlib.sha256(f"{optimizer} {digest}".encode()).hexdigest()[:8]
+    return out / "parts" / workload / f"{slug(optimizer)[-120:]}-{unique}.jsonl"
+
+
+def run_on(
+    of: Entrant, workload: str, seeds: int, out: Path, on_steps: tuning.OnSteps = lambda steps: None
+) -> list[RaceRow]:
+    """All runs of an entrant on a workload: each setting on each seed, the first on the held-out form too.
+
+    Rows are kept in `out` as they come; those found there are not made again. Raises ValueError, FileError.
+    """
+    named = candidates.read(of.optimizers)
+    files = {name: part_file(out, workload, name, one) for name, one in named.items()}
+    rows = {name: records.read(file, RaceRow) for name, file in files.items()}
+    missing = [name for name in named if not is_complete(rows[name], workload, seeds, name == of.optimizers[0])]
+    for held_out, names in ((False, missing), (True, [name for name in missing if name == of.optimizers[0]])):
+        for group in together(named, names, workload, held_out):
+            for name, made in _rows(of, workload, held_out, group, seeds, on_steps).items():
+                rows[name] = [*(row for row in rows[name] if row.held_out != held_out), *made]
+    for name in missing:
+        records.write(files[name], rows[name])
+    # Entrants may have a setting in common, and its rows.
+    return [dataclasses.replace(row, entrant=of.name) for name in named for row in rows[name]]
+
+
+def is_complete(rows: Sequence[RaceRow], workload: str, seeds: int, first: bool) -> bool:
+    """Whether there is a row of this workload for each seed, and of its held-out form if it is the first setting."""
+    steps = workloads.WORKLOADS[workload].steps
+    there = {(row.workload, row.held_out, row.seed, row.steps) for row in rows}
+    forms = (False, True) if first else (False,)
+    return there == {(workload, form, seed, steps) for form in forms for seed in range(seeds)}
+
+
+def task_of(workload: str, held_out: bool) -> str:
+    """The task of a workload, or of its held-out form."""
+    of = workloads.WORKLOADS[workload]
+    return workloads.variant_of(of) if held_out else of.task
+
+
+def together(
+    named: dict[str, Named], names: Sequence[str], workload: str, held_out: bool
+) -> list[dict[str, long_runs.Candidate]]:
+    """Candidates that share a compiled program, in groups."""
+    task, steps = task_of(workload, held_out), workloads.WORKLOADS[workload].steps
+    groups: dict[object, dict[str, long_runs.Candidate]] = {}
+    for name in names:
+        entry = candidates.candidate(
+            named[name], workloads.splits_of(task), steps, is_matrix=workloads.matrices_of(task)
+        )
+        groups.setdefault((entry.make, entry.scored), {})[name] = entry
+    return list(groups.values())
+
+
+def _rows(
+    of: Entrant,
+    workload: str,
+    held_out: bool,
+    group: dict[str, long_runs.Candidate],
+    seeds: int,
+    on_steps: tuning.OnSteps,
+) -> dict[str, list[RaceRow]]:
+    steps = workloads.WORKLOADS[workload].steps
+    curves = tuning.run(task_of(workload, held_out), list(group.values()), range(seeds), steps, on_steps)
+    found: dict[str, list[RaceRow]] = {name: [] for name in group}
+    for k, (name, seed) in enumerate((name, seed) for name in group for seed in range(seeds)):
+        curve = [round(float(x), records.CURVE_DIGITS) for x in curves.held_loss[k]]
+        test = {score: round(float(values[k]), 6) for score, values in curves.final.items()}
+        train = round(float(curves.train_loss[k, -1]), 6)
+        found[name].append(RaceRow(workload, held_out, of.name, name, seed, steps, curve, train, test))
+    return found
+
+
+def check_data() -> None:
+    """Raise TaskError, and say what to install, where a workload's data are missing."""
+    for workload in workloads.WORKLOADS.values():
+        by_name.resolve(workload.task)

@@ -1,0 +1,154 @@
+"""The stages of a race, each resumed where it was stopped: search, targets, runs, step times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from lolo.files.disk import FileError
+from lolo.race import entrants, records, search, step_times, tuning, workloads
+from lolo.race.entrants import Entrant
+from lolo.race.records import KEPT, RaceRow, StepTime, Target, Trial
+from lolo.race.results import Form
+from lolo.runtime import interrupt, parallel
+
+TRIALS_FILE, TARGETS_FILE, ROWS_FILE, TIMES_FILE = (
+    "trials.jsonl.gz",
+    "targets.jsonl",
+    "rows.jsonl.gz",
+    "step-times.jsonl",
+)
+
+
+class Race(NamedTuple):
+    """All that is known of a race."""
+
+    trials: list[Trial]
+    targets: Mapping[Form, Target]
+    rows: list[RaceRow]
+    step_times: list[StepTime]
+
+
+def source_of(out: Path) -> Path:
+    """Where trials and targets come from: a folder's own, if it was raced from scratch, else the published ones."""
+    return out if (out / TARGETS_FILE).exists() else KEPT
+
+
+def read(out: Path, only: Sequence[str] = ()) -> Race:
+    """The race in a folder, on top of the published one unless it has targets of its own. Raises FileError.
+
+    only: these workloads; none: all. An entrant's rows in the folder replace those that were published.
+    """
+    source = source_of(out)
+    rows: dict[tuple[str, str], list[RaceRow]] = {}
+    for folder in dict.fromkeys((source, out)):
+        found: dict[tuple[str, str], list[RaceRow]] = {}
+        for row in records.read(folder / ROWS_FILE, RaceRow):
+            found.setdefault((row.entrant, row.workload), []).append(row)
+        rows |= found
+    times = {
+        (t.workload, t.entrant): t for folder in (source, out) for t in records.read(folder / TIMES_FILE, StepTime)
+    }
+    chosen = only or tuple(workloads.WORKLOADS)
+    return Race(
+        records.read(source / TRIALS_FILE, Trial),
+        tuning.read_targets(source),
+        [row for (_, workload), mine in rows.items() for row in mine if workload in chosen],
+        list(times.values()),
+    )
+
+
+class Steps:
+    """Counts steps done and reports them as progress."""
+
+    def __init__(self, total: int, what: str, on_progress: interrupt.OnProgress) -> None:
+        self.total, self.what, self.on_progress, self.done = total, what, on_progress, 0
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        self.on_progress(self.what, self.done, self.total, "steps")
+
+
+def search_all(out: Path, only: Sequence[str], on_progress: interrupt.OnProgress) -> list[Trial]:
+    """Every rival's trials on every workload; those in `out` are not made again."""
+    chosen = only or tuple(workloads.WORKLOADS)
+    parts = {(name, kind): out / "trials" / f"{name}-{kind}.jsonl" for name in chosen for kind in search.SPACES}
+    missing = {place: file for place, file in parts.items() if not file.exists()}
+    total = sum(tuning.steps_of_search(workloads.WORKLOADS[name]) * search.TRIALS for name, _ in missing)
+    steps = Steps(total, "searching the rivals' settings", on_progress)
+    for (name, kind), file in missing.items():
+        records.write(file, tuning.trials(name, kind, steps))
+    found = [trial for file in sorted((out / "trials").glob("*.jsonl")) for trial in records.read(file, Trial)]
+    records.write(out / TRIALS_FILE, found)
+    return found
+
+
+def set_targets(out: Path, only: Sequence[str], on_progress: interrupt.OnProgress) -> None:
+    """Every workload's target and that of its held-out form, from the trials in `out`."""
+    found, there = records.read(out / TRIALS_FILE, Trial), tuning.read_targets(out)
+    places = [(name, held_out) for name in only or workloads.WORKLOADS for held_out in (False, True)]
+    missing = [place for place in places if place not in there]
+    runs = len(tuning.TARGET_SEEDS)
+    total = sum(tuning.steps_of_search(workloads.WORKLOADS[name]) * runs for name, _ in missing)
+    steps = Steps(total, "setting targets", on_progress)
+    for place in missing:
+        there[place] = tuning.target(found, *place, steps)
+        records.write(out / TARGETS_FILE, list(there.values()))
+
+
+def race(
+    out: Path, field: Sequence[Entrant], seeds: int, only: Sequence[str], on_progress: interrupt.OnProgress
+) -> None:
+    """Every entrant on every workload; rows go to `out`, and those that are there are not made again."""
+    chosen, rows = only or tuple(workloads.WORKLOADS), records.read(out / ROWS_FILE, RaceRow)
+    runs = sum(len(entrant.optimizers) + 1 for entrant in field) * seeds
+    steps = Steps(sum(workloads.WORKLOADS[name].steps for name in chosen) * runs, "racing", on_progress)
+    for name in chosen:
+        for entrant in field:
+            before = steps.done
+            made = entrants.run_on(entrant, name, seeds, out, steps)
+            rows = [row for row in rows if (row.entrant, row.workload) != (entrant.name, name)] + made
+            records.write(out / ROWS_FILE, rows)
+            due = workloads.WORKLOADS[name].steps * (len(entrant.optimizers) + 1) * seeds
+            steps(due - (steps.done - before))  # of those that were there
+
+
+def time_steps(out: Path, field: Sequence[Entrant], only: Sequence[str], on_progress: interrupt.OnProgress) -> None:
+    """The time of a training step of every entrant on every workload, in place of what `out` has of them."""
+    chosen, times = only or tuple(workloads.WORKLOADS), records.read(out / TIMES_FILE, StepTime)
+    device = jax.local_devices()[0]
+    machine = f"{device.platform}: {device.device_kind}, one of {parallel.cores()} cores"
+    done = Steps(len(chosen) * len(field), "timing steps", on_progress)
+    for name in chosen:
+        made = step_times.measure(name, field, machine, done)
+        places = {(t.workload, t.entrant) for t in made}
+        times = [t for t in times if (t.workload, t.entrant) not in places] + made
+        records.write(out / TIMES_FILE, times)
+
+
+def rivals(trials: Sequence[Trial]) -> list[Entrant]:
+    """The rivals with the settings that the search found. Raises FileError: a trial is missing."""
+    for kind in search.SPACES:
+        if not any(trial.kind == kind for trial in trials):
+            raise FileError(f"no trials of {kind}: run lolo race --from-scratch.")
+    return [entrants.rival(kind, trials) for kind in search.SPACES]
+
+
+def outlook(mine: Sequence[Entrant], seeds: int, only: Sequence[str], out: Path, from_scratch: bool) -> str:
+    """What a race would run, in words: workloads with their targets, and the number of training steps."""
+    targets, lines = tuning.read_targets(source_of(out)), []
+    for name in only or workloads.WORKLOADS:
+        of = workloads.WORKLOADS[name]
+        known = [targets[name, form].loss for form in (False, True) if (name, form) in targets]
+        losses = " and ".join(f"{loss:.4f}" for loss in known) or "not set yet"
+        lines.append(f"{name}: {of.task}, held out {workloads.variant_of(of)}, {of.steps:,} steps, targets {losses}")
+    steps = sum(workloads.WORKLOADS[name].steps for name in only or workloads.WORKLOADS)
+    runs = sum(len(entrant.optimizers) + 1 for entrant in mine)
+    if from_scratch:
+        runs += len(search.SPACES) * (search.FIVE + 1)
+        lines.append(f"search: {len(search.SPACES)} rivals, {search.TRIALS} trials each on every workload")
+    lines.append(f"race: {runs * seeds} runs on every workload, {runs * seeds * steps:,} training steps in all")
+    return "\n".join(lines)

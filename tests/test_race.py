@@ -1,0 +1,281 @@
+"""The race: workloads, the search, scores with known answers, and a whole race on a small task."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from lolo.cli.main import main
+from lolo.files.disk import FileError
+from lolo.race import entrants, records, report, results, scores, search, stages, step_times, tuning, workloads
+from lolo.race.records import RaceRow, StepTime, Target, Trial
+from lolo.studies import candidates
+from lolo.tasks import by_name
+
+INF = math.inf
+QUADRATIC = workloads.Workload("quadratic", 200, {"dimensions": (3, 5)}, "none", "quadratic")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two workloads that take no time."""
+    table = {"near": QUADRATIC, "far": QUADRATIC._replace(task="quadratic:dimensions=4")}
+    monkeypatch.setattr(workloads, "WORKLOADS", table)
+    monkeypatch.setattr(search, "SPACES", {kind: search.SPACES[kind] for kind in ("adamw", "nadamw", "nesterov")})
+
+
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
+def test_a_workload_and_its_held_out_form_are_tasks_and_differ_in_one_setting(name):
+    of = workloads.WORKLOADS[name]
+    variant = workloads.variant_of(of)
+    assert of.steps % workloads.POINTS == 0 and tuning.steps_of_search(of) % workloads.POINTS == 0
+    assert variant != of.task and variant == workloads.variant_of(of)
+    drawn = {workloads.variant_of(of, seed) for seed in range(60)}
+    assert len(drawn) == sum(map(len, of.variants.values()))  # all are drawn, and none is the workload itself
+    first, second = (by_name.outline(task) for task in (of.task, variant))
+    assert first.train.init is not second.train.init
+
+
+def test_embeddings_and_output_layers_are_no_matrices():
+    outside = {name: workloads.matrices_of(of.task).outside for name, of in workloads.WORKLOADS.items()}
+    assert outside["mlp"] == {"layers.2.weight", "layers.2.bias"}
+    assert outside["words"] >= {"embedding.weight", "layers.1.weight"}
+    assert outside["transformer"] == {"wte.weight", "wpe.weight"}
+    assert {"output.weight", "positions.weight"} <= outside["vit"]
+    is_matrix = workloads.matrices_of(workloads.WORKLOADS["mlp"].task)
+    shapes = {"layers.0.weight": (64, 256), "layers.0.bias": (256,), "layers.2.weight": (256, 10)}
+    answers = {name: is_matrix(name, jax.ShapeDtypeStruct(shape, np.float32)) for name, shape in shapes.items()}
+    assert answers == {"layers.0.weight": True, "layers.0.bias": False, "layers.2.weight": False}
+
+
+def test_muon_leaves_what_is_no_matrix_to_adamw():
+    task = workloads.WORKLOADS["words"].task
+    entry = tuning.rival_of("muon", search.settings_of("muon")[0], task, 100)
+    params = {
+        "embedding.weight": np.ones((4, 3)),
+        "layers.0.weight": np.ones((3, 3)),
+        "layers.1.weight": np.ones((3, 4)),
+    }
+    state = entry.make(entry.setting).init(jax.tree.map(jax.numpy.asarray, params))
+    muon = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state) if "'muon'" in str(path)]
+    assert {x.shape for x in muon if getattr(x, "ndim", 0) == 2} == {(3, 3)}
+
+
+def test_what_a_workload_shares_with_meta_training_is_named():
+    of = workloads.WORKLOADS
+    assert workloads.shared_with(of["mlp"], ("fashion-mlp:batch=8", "books-mlp")) == ["Fashion-MNIST", "MLP"]
+    assert workloads.shared_with(of["gru"], ("fashion-mlp", "books-mlp")) == ["books"]
+    assert workloads.shared_with(of["small-batch"], ("fashion-conv",)) == []
+
+
+@pytest.mark.parametrize("kind", search.SPACES)
+def test_trials_fill_their_space_and_are_the_same_each_time(kind):
+    space, found = search.SPACES[kind], search.settings_of(kind)
+    assert found == search.settings_of(kind) and len(set(found)) == search.TRIALS
+    for values, (low, high) in zip(zip(*found, strict=True), space[:3], strict=True):
+        assert low * 0.999 <= min(values) < low * (high / low) ** 0.2
+        assert low * (high / low) ** 0.8 < max(values) <= high * 1.001
+    for setting in found:
+        named = candidates.read([tuning.name_of(kind, setting)])
+        (rival,) = named.values()
+        assert (rival.learning_rate, rival.weight_decay, rival.warmup) == setting
+
+
+def test_one_setting_for_all_has_the_lowest_mean_rank_and_five_cover_what_it_misses():
+    losses = {"a": [1.0, 2.0, 9.0, 3.0, 4.0, 5.0, math.nan], "b": [5.0, 2.0, 9.0, 3.0, 4.0, 1.0, 0.5]}
+    assert search.one_for_all(losses) == 1  # second on a, third on b
+    five = search.five_for_all(losses)
+    assert five[0] == 1 and len(set(five)) == 5 and {0, 6} <= set(five[:3])  # the best of a and of b come next
+    assert search.five_for_all({"a": [2.0, 1.0]}) == [1, 0]
+
+
+def test_steps_to_a_target_with_answers_by_hand():
+    curve = [3.0, 2.0, math.nan, 1.0]
+    assert [scores.steps_to(t, curve, 400) for t in (3.0, 2.5, 1.0, 0.5)] == [100, 200, 400, INF]
+
+
+def test_scores_with_answers_by_hand():
+    times = np.array([[10.0, 20.0], [20.0, INF], [INF, 80.0], [INF, INF]])
+    np.testing.assert_allclose(scores.ratios(times), [[1, 1], [2, INF], [INF, 4], [INF, INF]])
+    np.testing.assert_allclose(scores.profile_score(times), [1, 1 / 3, 0, 0])
+    np.testing.assert_allclose(
+        scores.profile(times, np.array([1.0, 2.0, 4.0])), [[1, 1, 1], [0, 0.5, 0.5], [0, 0, 0.5], [0, 0, 0]]
+    )
+    assert scores.profile_score(np.full((2, 3), INF)).tolist() == [0, 0]
+    area = np.trapezoid(scores.profile(times, np.linspace(1, 4, 30001)), dx=1 / 30000, axis=1)
+    np.testing.assert_allclose(area, scores.profile_score(times), atol=1e-4)  # B is the area under the profile
+    reference = np.array([20.0, 20.0])
+    assert scores.speed_up(times[0], reference) == pytest.approx(math.sqrt(2))
+    assert scores.speed_up(times[1], reference) == pytest.approx(math.sqrt(1 / 4))
+    assert scores.speed_up(np.array([20.0, 800.0]), reference) == pytest.approx(
+        math.sqrt(1 / 4)
+    )  # no worse than a miss
+
+
+def row(entrant, optimizer, seed, curve, held_out=False, workload="near"):
+    return RaceRow(workload, held_out, entrant, optimizer, seed, 200, curve, curve[-1], {"loss": curve[-1]})
+
+
+TARGETS = {("near", False): Target("quadratic", 0.5, "adamw", [0.5]), ("near", True): Target("q2", 0.5, "adamw", [0.5])}
+
+
+def rows_of(entrant, *curves):
+    """Two seeds of each setting; the first setting ran on the held-out form too."""
+    return [
+        row(entrant, f"{entrant}:{i}", seed, curve, held_out)
+        for i, curve in enumerate(curves)
+        for held_out in ((False, True) if i == 0 else (False,))
+        for seed in (0, 1)
+    ]
+
+
+def test_tuned_takes_the_best_setting_of_each_workload_and_self_tuning_the_first():
+    rows = rows_of("adamw", [0.9, 0.8], [0.9, 0.4], [0.4, 0.3])
+    chosen = {rules: results.rows_that_count(rows, rules, TARGETS)["adamw"] for rules in results.RULES}
+    assert {form: of[0].optimizer for form, of in chosen["self-tuning"].items()} == {
+        ("near", False): "adamw:0",
+        ("near", True): "adamw:0",
+    }
+    assert {form: of[0].optimizer for form, of in chosen["tuned"].items()} == {("near", False): "adamw:2"}
+    with pytest.raises(ValueError, match="self-tuning and tuned"):
+        results.rows_that_count(rows, "both", TARGETS)
+
+
+def test_equal_rows_under_two_names_score_equal_and_a_miss_is_a_miss():
+    rows = rows_of("adamw", [0.9, 0.4]) + rows_of("again", [0.9, 0.4]) + rows_of("never", [0.9, 0.8])
+    found = {s.entrant: s for s in results.standings(rows, TARGETS, "self-tuning", {})}
+    assert found["adamw"][1:4] == found["again"][1:4] or found["adamw"].profile == found["again"].profile
+    assert found["adamw"].profile.mean == 1 and found["adamw"].speed_up.mean == 1
+    assert found["never"].profile.mean == 0 and found["never"].speed_up.mean == 0.25
+    assert all(math.isinf(steps) for steps in found["never"].steps.values())  # there, and not dropped
+    assert math.isnan(found["adamw"].speed_up_seconds.mean)
+
+
+def test_seconds_are_steps_times_the_time_of_a_step():
+    rows = rows_of("adamw", [0.9, 0.4]) + rows_of("fast", [0.4, 0.3])
+    times = {("near", "adamw"): 1.0, ("near", "fast"): 3.0}
+    found = {s.entrant: s for s in results.standings(rows, TARGETS, "tuned", times)}
+    assert found["fast"].speed_up.mean == 2 and found["fast"].speed_up_seconds.mean == pytest.approx(2 / 3)
+    assert found["fast"].seconds == {("near", False): 300.0}
+
+
+def test_where_adamw_misses_its_time_is_that_of_all_steps():
+    rows = rows_of("adamw", [0.9, 0.8]) + rows_of("first", [0.4, 0.3])
+    found = {s.entrant: s for s in results.standings(rows, TARGETS, "tuned", {})}
+    assert found["first"].speed_up.mean == 2 and found["adamw"].speed_up.mean == 0.25
+
+
+def test_records_come_back_and_damaged_ones_are_refused(tmp_path):
+    kept = {
+        "trials.jsonl.gz": Trial("near", "adamw", 1e-3, 0.1, 0.02, math.nan),
+        "targets.jsonl": TARGETS["near", False],
+        "rows.jsonl.gz": row("adamw", "adamw:0", 1, [0.5, INF]),
+        "step-times.jsonl": StepTime("near", "adamw", 0.1, "cpu"),
+    }
+    for name, record in kept.items():
+        records.write(tmp_path / name, [record, record])
+        assert str(records.read(tmp_path / name, type(record))) == str([record, record])  # NaN is not equal to itself
+        first = (tmp_path / name).read_bytes()
+        records.write(tmp_path / name, [record, record])
+        assert (tmp_path / name).read_bytes() == first
+        (tmp_path / name).write_bytes(first[: len(first) // 2])
+        if name.endswith(".gz"):
+            with pytest.raises(FileError, match=name):
+                records.read(tmp_path / name, type(record))
+    assert records.read(tmp_path / "none.jsonl", Trial) == []
+    records.write(tmp_path / "rows.jsonl", [kept["rows.jsonl.gz"]])
+    text = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(text.replace('"seed": 1', '"seed": "x"'))
+    with pytest.raises(FileError, match="seed"):
+        records.read(tmp_path / "rows.jsonl", RaceRow)
+
+
+def test_an_entrant_s_settings_stand_after_its_name(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import optax\n\ndef mine(steps, is_matrix, lr=0.1):\n    assert is_matrix is None or callable(is_matrix)\n"
+        "    return optax.sgd(optax.cosine_decay_schedule(lr, steps))\n\ndef plain(lr=0.1):\n    return optax.sgd(lr)\n"
+    )
+    assert entrants.entrant(f"{file}:plain", ("lr=0.1", "lr=0.2")).optimizers == (
+        f"{file}:plain:lr=0.1",
+        f"{file}:plain:lr=0.2",
+    )
+    assert entrants.entrant(f"{file}:plain").meta_tasks == ()
+    assert entrants.entrant("lolo-small", ("schedule=cosine",)).meta_tasks == ("fashion-mlp",)
+    with pytest.raises(ValueError, match="6 settings; expected 1 to 5"):
+        entrants.entrant(f"{file}:plain", [f"lr={x}" for x in range(1, 7)])
+    with pytest.raises(ValueError, match="momentum"):
+        entrants.entrant(f"{file}:plain", ("momentum=0.9",))
+
+
+def quiet(what, done, total, status):
+    assert 0 <= done <= total
+
+
+def test_a_whole_race_finds_the_best_rate_and_resumes(small, tmp_path):
+    found = stages.search_all(tmp_path, (), quiet)
+    assert len(found) == 2 * 3 * search.TRIALS
+    kind, setting = tuning.reference_of(found, "near")
+    losses = {trial.learning_rate: trial.loss for trial in found if (trial.kind, trial.workload) == (kind, "near")}
+    assert setting.learning_rate == min(losses, key=losses.get) and min(losses.values()) < 0.01 < max(losses.values())
+    stages.set_targets(tmp_path, (), quiet)
+    targets = tuning.read_targets(tmp_path)
+    assert set(targets) == {(name, form) for name in ("near", "far") for form in (False, True)}
+    assert all(target.loss == sorted(target.reruns)[2] and len(target.reruns) == 5 for target in targets.values())
+
+    field = [*stages.rivals(found), entrants.Entrant("bad rate", ("adamw-warmup-cosine:1e-7",))]
+    stages.race(tmp_path, field, 2, (), quiet)
+    stages.time_steps(tmp_path, field[-2:], (), quiet)
+    race = stages.read(tmp_path)
+    standings = {s.entrant: s for s in results.standings(race.rows, race.targets, "tuned", {})}
+    assert standings["bad rate"].profile.mean == 0 < standings["adamw"].profile.mean
+    assert all(t.seconds > 0 for t in race.step_times) and len(race.step_times) == 4
+    # Each row is what `lolo eval` would say of that optimizer's run: its end, by hand.
+    text = report.write(race, tmp_path, field, "lolo race")
+    assert "bad rate" in text and {"profile-tuned.png", "curves-self-tuning.png"} <= {
+        f.name for f in tmp_path.iterdir()
+    }
+
+    before = (tmp_path / stages.ROWS_FILE).read_bytes()
+    made = []
+    stages.race(tmp_path, field, 2, (), lambda *progress: made.append(progress))
+    assert (tmp_path / stages.ROWS_FILE).read_bytes() == before and made[-1][1] == made[-1][2]
+    (next((tmp_path / "parts" / "near").iterdir())).unlink()
+    stages.race(tmp_path, field, 2, (), quiet)
+    assert (tmp_path / stages.ROWS_FILE).read_bytes() == before  # made again, with the same bytes
+
+
+def test_one_optimizer_under_two_names_scores_equal(small, tmp_path):
+    stages.search_all(tmp_path, (), quiet)
+    stages.set_targets(tmp_path, (), quiet)
+    names = stages.rivals(stages.read(tmp_path).trials)[0].optimizers
+    field = [entrants.Entrant("adamw", names), entrants.Entrant("again", names)]
+    stages.race(tmp_path, field, 2, (), quiet)
+    race = stages.read(tmp_path)
+    for rules in results.RULES:
+        first, second = results.standings(race.rows, race.targets, rules, {})
+        assert {first.entrant, second.entrant} == {"adamw", "again"} and first[1:2] == second[1:2]
+        assert first.profile == second.profile and first.speed_up == second.speed_up
+
+
+def test_step_times_are_those_of_the_whole_step(small):
+    slow, fast = (entrants.Entrant(name, (name,)) for name in ("lolo-small", "adamw:1e-3"))
+    found = step_times.measure("near", [slow, fast], "cpu")
+    assert [t.entrant for t in found] == ["lolo-small", "adamw:1e-3"] and all(0 < t.seconds < 10 for t in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "mpl"], "did you mean 'mlp'"),
+        (["--settings", "lr=1"], "--settings are of --optimizer"),
+        (["--seeds", "0"], "at least 1"),
+        (["--optimizer", "none.py:mine"], "does not exist"),
+        (["--optimizer", "adamw"], "adamw"),
+    ],
+)
+def test_what_can_t_race_is_refused_in_one_line(words, message, capsys, tmp_path):
+    assert main(["race", "--out", str(tmp_path / "race"), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "race").exists()
