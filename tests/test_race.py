@@ -8,7 +8,19 @@ import pytest
 
 from lolo.cli.main import main
 from lolo.files.disk import FileError
-from lolo.race import entrants, records, report, results, scores, search, stages, step_times, tuning, workloads
+from lolo.race import (
+    entrants,
+    records,
+    report,
+    results,
+    scores,
+    search,
+    stages,
+    step_times,
+    transfer,
+    tuning,
+    workloads,
+)
 from lolo.race.records import RaceRow, StepTime, Target, Trial
 from lolo.studies import candidates
 from lolo.tasks import by_name
@@ -263,6 +275,23 @@ def test_step_times_are_those_of_the_whole_step(small):
     slow, fast = (entrants.Entrant(name, (name,)) for name in ("lolo-small", "adamw:1e-3"))
     found = step_times.measure("near", [slow, fast], "cpu")
     assert [t.entrant for t in found] == ["lolo-small", "adamw:1e-3"] and all(0 < t.seconds < 10 for t in found)
+
+
+@pytest.mark.slow
+def test_learning_rates_are_tried_on_transformers_of_several_sizes(monkeypatch, tmp_path, capsys):
+    sizes = {"WIDTHS": (8, 16), "DEPTHS": (1,), "STEPS": 50, "SEEDS": 1, "RATES": (1e-5, 1e-2), "SCALES": (0.001, 1.0)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(transfer, name, value)
+    words = ["race", "--out", str(tmp_path), "--transfer", "adamw", "lolo-small"]
+    assert main(words) == 0 and (tmp_path / "transfer.png").stat().st_size > 10_000
+    assert capsys.readouterr().err.count("step_scale=0.001 is no learning rate") == 1
+    rows = records.read(tmp_path / stages.TRANSFER_FILE, records.TransferRow)
+    names, losses = transfer.grid(rows, "adamw")
+    assert names == ["adamw-warmup-cosine:1e-05", "adamw-warmup-cosine:0.01"] and losses.shape == (2, 2)
+    assert (losses[:, 1] < losses[:, 0] - 0.1).all()  # at 1e-5 nothing is learned in 50 steps
+    before = (tmp_path / stages.TRANSFER_FILE).read_bytes()
+    assert main(words) == 0 and (tmp_path / stages.TRANSFER_FILE).read_bytes() == before
+    assert main(["race", "--out", str(tmp_path), "--transfer", "adamw:1e-3"]) == 2
 
 
 @pytest.mark.parametrize(

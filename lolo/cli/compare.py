@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import warnings
 from pathlib import Path
 
 import tyro
 
 from lolo.bench import speed
 from lolo.cli.arguments import call
-from lolo.cli.progress import log, print_or_show, progress_display
+from lolo.cli.progress import log, logged_warnings, print_or_show, progress_display
 from lolo.files import settings as files_settings
 from lolo.race import entrants, stages, workloads
 from lolo.race import report as race_report
@@ -64,10 +63,8 @@ def eval_command(argv: list[str]) -> int:
             print(plan.report(plan.of_evaluation(task, recipes.LOLO.learner, len(optimizers), seeds, steps)))
             return 0
         splits = by_name.resolve(task)  # first: where data are missing, nothing is written
-        with warnings.catch_warnings(record=True) as seen:
+        with logged_warnings():
             named = candidates.read(optimizers)
-        for warning in seen:
-            log(str(warning.message))
         if out is None:
             with progress_display() as display:
                 rows, weights = comparisons.evaluate(named, task, steps, seeds, display, splits=splits)
@@ -99,6 +96,7 @@ def race_command(argv: list[str]) -> int:
         out: Path = Path("runs/race"),
         from_scratch: bool = False,
         time_steps: bool = False,
+        transfer: tuple[str, ...] = (),
         dry_run: bool = False,
     ) -> int:
         """Race an optimizer against those that people use, on ten small workloads: the rules are in docs/race.md.
@@ -117,6 +115,8 @@ def race_command(argv: list[str]) -> int:
           out: folder for rows and report.
           from_scratch: search the rivals' settings, set the targets and race the rivals here too: some hours.
           time_steps: measure the time of a training step again, of the rivals and the optimizer: minutes.
+          transfer: no race: how far the best learning rate of these optimizers moves with the width and the depth of a
+            transformer, as a picture. Each is a rival's kind or weights: adamw muon mine.safetensors.
           dry_run: only say what would run.
         """
         for name in only:
@@ -126,13 +126,17 @@ def race_command(argv: list[str]) -> int:
         if settings and not optimizer:
             raise ValueError("--settings are of --optimizer: name one.")
         environment.set_up()
-        mine = [entrants.entrant(optimizer, settings)] if optimizer else []
+        with logged_warnings():
+            mine = [entrants.entrant(optimizer, settings)] if optimizer else []
         if dry_run:
             print(stages.outlook(mine, seeds, only, out, from_scratch))
             return 0
         stop = interrupt.Stop()
-        with progress_display() as display, interrupt.stop_on_signals(stop):
+        with progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
             on_progress = interrupt.interruptible(stop, display, out)
+            if transfer:
+                print(stages.transfer_rates(out, transfer, on_progress))
+                return 0
             if from_scratch:
                 stages.search_all(out, only, on_progress)
                 stages.set_targets(out, only, on_progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,22 @@ def progress_display() -> Iterator[ProgressDisplay]:
 def log(text: str) -> None:
     """A message for people."""
     streams.log_line(f"lolo: {text}")
+
+
+@contextmanager
+def logged_warnings() -> Iterator[None]:
+    """Warnings become messages, each of them once."""
+    seen = set[str]()
+
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        if str(message) not in seen:
+            log(str(message))
+        seen.add(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield
 
 
 def print_or_show(text: str) -> None:

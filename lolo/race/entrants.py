@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lolo.evaluation import long_runs
@@ -79,7 +79,8 @@ def run_on(
     rows = {name: records.read(file, RaceRow) for name, file in files.items()}
     missing = [name for name in named if not is_complete(rows[name], workload, seeds, name == of.optimizers[0])]
     for held_out, names in ((False, missing), (True, [name for name in missing if name == of.optimizers[0]])):
-        for group in together(named, names, workload, held_out):
+        of_task = task_of(workload, held_out), workloads.WORKLOADS[workload].steps
+        for group in together(named, names, *of_task):
             for name, made in _rows(of, workload, held_out, group, seeds, on_steps).items():
                 rows[name] = [*(row for row in rows[name] if row.held_out != held_out), *made]
     for name in missing:
@@ -103,15 +104,13 @@ def task_of(workload: str, held_out: bool) -> str:
 
 
 def together(
-    named: dict[str, Named], names: Sequence[str], workload: str, held_out: bool
+    named: Mapping[str, Named], names: Sequence[str], task: str, steps: int
 ) -> list[dict[str, long_runs.Candidate]]:
     """Candidates that share a compiled program, in groups."""
-    task, steps = task_of(workload, held_out), workloads.WORKLOADS[workload].steps
     groups: dict[object, dict[str, long_runs.Candidate]] = {}
     for name in names:
-        entry = candidates.candidate(
-            named[name], workloads.splits_of(task), steps, is_matrix=workloads.matrices_of(task)
-        )
+        splits, is_matrix = workloads.splits_of(task), workloads.matrices_of(task)
+        entry = candidates.candidate(named[name], splits, steps, is_matrix=is_matrix)
         groups.setdefault((entry.make, entry.scored), {})[name] = entry
     return list(groups.values())
 

@@ -63,7 +63,20 @@ class StepTime:
     device: str  # where it was measured
 
 
-Record = TypeVar("Record", Trial, Target, RaceRow, StepTime)
+@dataclasses.dataclass(frozen=True)
+class TransferRow:
+    """One run of a transformer at one learning rate."""
+
+    entrant: str
+    optimizer: str  # with its learning rate, as `lolo eval` names it
+    width: int
+    depth: int
+    seed: int
+    steps: int
+    loss: float  # validation loss at the end
+
+
+Record = TypeVar("Record", Trial, Target, RaceRow, StepTime, TransferRow)
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "str": jsonl.string,

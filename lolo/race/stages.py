@@ -9,18 +9,15 @@ from typing import NamedTuple
 import jax
 
 from lolo.files.disk import FileError
-from lolo.race import entrants, records, search, step_times, tuning, workloads
+from lolo.race import entrants, records, search, step_times, transfer, tuning, workloads
 from lolo.race.entrants import Entrant
-from lolo.race.records import KEPT, RaceRow, StepTime, Target, Trial
+from lolo.race.records import KEPT, RaceRow, StepTime, Target, TransferRow, Trial
 from lolo.race.results import Form
 from lolo.runtime import interrupt, parallel
+from lolo.studies import plots
 
-TRIALS_FILE, TARGETS_FILE, ROWS_FILE, TIMES_FILE = (
-    "trials.jsonl.gz",
-    "targets.jsonl",
-    "rows.jsonl.gz",
-    "step-times.jsonl",
-)
+TRIALS_FILE, ROWS_FILE, TRANSFER_FILE = "trials.jsonl.gz", "rows.jsonl.gz", "transfer.jsonl.gz"
+TARGETS_FILE, TIMES_FILE = "targets.jsonl", "step-times.jsonl"
 
 
 class Race(NamedTuple):
@@ -49,9 +46,8 @@ def read(out: Path, only: Sequence[str] = ()) -> Race:
         for row in records.read(folder / ROWS_FILE, RaceRow):
             found.setdefault((row.entrant, row.workload), []).append(row)
         rows |= found
-    times = {
-        (t.workload, t.entrant): t for folder in (source, out) for t in records.read(folder / TIMES_FILE, StepTime)
-    }
+    measured = [t for folder in (source, out) for t in records.read(folder / TIMES_FILE, StepTime)]
+    times = {(t.workload, t.entrant): t for t in measured}
     chosen = only or tuple(workloads.WORKLOADS)
     return Race(
         records.read(source / TRIALS_FILE, Trial),
@@ -127,6 +123,24 @@ def time_steps(out: Path, field: Sequence[Entrant], only: Sequence[str], on_prog
         places = {(t.workload, t.entrant) for t in made}
         times = [t for t in times if (t.workload, t.entrant) not in places] + made
         records.write(out / TIMES_FILE, times)
+
+
+def transfer_rates(out: Path, optimizers: Sequence[str], on_progress: interrupt.OnProgress) -> Path:
+    """The best learning rate of each optimizer on transformers of several sizes; rows and picture go to `out`.
+
+    Rows that are there are not made again. Returns the picture's path. Raises ValueError, FileError.
+    """
+    file, rows = out / TRANSFER_FILE, records.read(out / TRANSFER_FILE, TransferRow)
+    missing = [name for name in optimizers if not any(row.entrant == name for row in rows)]
+    models = len(transfer.WIDTHS) * len(transfer.DEPTHS) * transfer.SEEDS
+    runs = sum(len(transfer.names_of(name)) for name in missing) * models
+    steps = Steps(runs * transfer.STEPS, "trying learning rates on transformers", on_progress)
+    for name in missing:
+        rows += transfer.run(name, steps)
+        records.write(file, rows)
+    picture = out / "transfer.png"
+    plots.save_figure(transfer.picture([row for row in rows if row.entrant in optimizers]), picture)
+    return picture
 
 
 def rivals(trials: Sequence[Trial]) -> list[Entrant]:

@@ -1,0 +1,100 @@
+"""Does a learning rate transfer? The best one at three widths and three depths of a small transformer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lolo.evaluation import rivals
+from lolo.optimizers import architecture
+from lolo.race import entrants, tuning
+from lolo.race.records import TransferRow
+from lolo.studies import candidates
+from lolo.studies.plots import pyplot
+
+WIDTHS, DEPTHS, STEPS, SEEDS = (32, 64, 128), (1, 2, 4), 800, 2
+RATES = (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of weights whose step has no rate
+
+
+def task_of(width: int, depth: int) -> str:
+    """A character transformer."""
+    return f"books-transformer:width={width},heads=4,context=32,layers={depth}"
+
+
+def names_of(optimizer: str) -> list[str]:
+    """An optimizer at every rate, as `lolo eval` names it: of a rival its kind is given, of weights their name.
+
+    >>> names_of("muon")[1]
+    'muon-warmup-cosine:0.001'
+    >>> names_of("lolo-small")[3]
+    'lolo-small:schedule=warmup-cosine,step_scale=1'
+    """
+    if optimizer in rivals.RIVALS:
+        return [f"{optimizer}-warmup-cosine:{rate:g}" for rate in RATES]
+    (named,) = candidates.read([optimizer]).values()
+    if not isinstance(named, candidates.NamedWeights):
+        raise ValueError(f"{optimizer}: expected weights, or one of {', '.join(rivals.RIVALS)}.")
+    has_rate = "learning_rate" in architecture.of(named.weights.learner).deployment
+    field, values = ("learning_rate", RATES) if has_rate else ("step_scale", SCALES)
+    separator = "," if ":" in optimizer else ":"
+    return [f"{optimizer}{separator}schedule=warmup-cosine,{field}={value:g}" for value in values]
+
+
+def run(optimizer: str, on_steps: tuning.OnSteps) -> list[TransferRow]:
+    """Every rate on every model, on two seeds."""
+    names, rows = names_of(optimizer), []
+    for width, depth in itertools.product(WIDTHS, DEPTHS):
+        task = task_of(width, depth)
+        for group in entrants.together(candidates.read(names), names, task, STEPS):
+            curves = tuning.run(task, list(group.values()), range(SEEDS), STEPS, on_steps)
+            losses = curves.held_loss[:, -1].reshape(len(group), SEEDS)
+            for name, mine in zip(group, losses, strict=True):
+                rows += [
+                    TransferRow(optimizer, name, width, depth, seed, STEPS, round(float(loss), 6))
+                    for seed, loss in enumerate(mine)
+                ]
+    return rows
+
+
+def grid(rows: Sequence[TransferRow], optimizer: str) -> tuple[list[str], np.ndarray]:
+    """An optimizer's names, by rate, and the mean validation loss over seeds, [models, rates], widths before depths."""
+    mine = [row for row in rows if row.entrant == optimizer]
+    names = list(dict.fromkeys(row.optimizer for row in mine))
+    table = np.full((len(WIDTHS), len(DEPTHS), len(names)), np.nan)
+    for (i, width), (j, depth), (k, name) in itertools.product(enumerate(WIDTHS), enumerate(DEPTHS), enumerate(names)):
+        found = [r.loss for r in mine if (r.width, r.depth, r.optimizer) == (width, depth, name)]
+        table[i, j, k] = np.mean(found) if found else np.nan
+    return names, table.reshape(-1, len(names))
+
+
+def picture(rows: Sequence[TransferRow]) -> Any:
+    """One panel per optimizer: how far each rate is above the best one of its model; the best is marked."""
+    plt = pyplot()
+    optimizers = list(dict.fromkeys(row.entrant for row in rows))
+    figure, axes = plt.subplots(
+        1,
+        len(optimizers),
+        figsize=(3.6 * len(optimizers) + 1, 3.8),
+        constrained_layout=True,
+        squeeze=False,
+        sharey=True,
+    )
+    models = [f"{width} × {depth}" for width, depth in itertools.product(WIDTHS, DEPTHS)]
+    for axis, optimizer in zip(axes[0], optimizers, strict=True):
+        names, losses = grid(rows, optimizer)
+        above = losses - np.nanmin(np.where(np.isfinite(losses), losses, np.nan), axis=1, keepdims=True)
+        shown = axis.imshow(np.where(np.isfinite(above), above, 1.0), cmap="viridis_r", vmin=0, vmax=0.3, aspect="auto")
+        best = np.nanargmin(np.where(np.isfinite(above), above, np.inf), axis=1)
+        axis.plot(best, np.arange(len(best)), "o", color="#EE6677", markersize=6)
+        axis.set_xticks(range(len(names)), [name.rpartition("=")[2].rpartition(":")[2] for name in names], rotation=45)
+        axis.set_yticks(range(len(models)), models)
+        axis.set_title(Path(optimizer.partition(":")[0]).stem, fontsize=10)
+        axis.set_xlabel("learning rate" if "step_scale" not in names[0] else "step_scale")
+    axes[0, 0].set_ylabel("width × depth")
+    figure.colorbar(shown, ax=axes[0].tolist(), label="validation loss above the model's best (nats)")
+    return figure
