@@ -29,6 +29,7 @@ def eval_command(argv: list[str]) -> int:
         steps: int = 10_000,
         seeds: int = 5,
         out: Path | None = None,
+        code: tuple[Path, ...] = (),
         dry_run: bool = False,
     ) -> int:
         """Train a task with each optimizer, from the same inits and batches, and compare.
@@ -51,6 +52,7 @@ def eval_command(argv: list[str]) -> int:
           steps: inner steps of each run.
           seeds: runs per optimizer.
           out: folder for rows, table, curves and report; default: only the table is printed.
+          code: your own files that may be run, of weights whose architecture is a function of one.
           dry_run: only say what it would need: memory, arithmetic, time; needs no data.
         """
         if not optimizers:
@@ -64,7 +66,7 @@ def eval_command(argv: list[str]) -> int:
             return 0
         splits = by_name.resolve(task)  # first: where data are missing, nothing is written
         with logged_warnings():
-            named = candidates.read(optimizers)
+            named = candidates.read(optimizers, code=code)
         if out is None:
             with progress_display() as display:
                 rows, weights = comparisons.evaluate(named, task, steps, seeds, display, splits=splits)

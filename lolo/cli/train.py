@@ -19,7 +19,7 @@ from lolo.runtime import environment, launch, parallel
 from lolo.runtime.interrupt import Stop, stop_on_signals
 from lolo.runtime.launch import Processes
 from lolo.runtime.process_group import ALONE
-from lolo.training import build, loop, plan, recipes, run_folder, run_start, sweep
+from lolo.training import build, loop, own_parts, plan, recipes, run_folder, run_start, sweep
 from lolo.training.how import How, Progress
 from lolo.training.recipes import Recipe
 from lolo.training.run import Run
@@ -80,6 +80,7 @@ def train_command(argv: list[str]) -> int:
     recipe = arguments.recipe
     task = "-".join(Path(t.partition(":")[0]).stem for t in recipe.tasks)
     out = arguments.out or Path("runs") / f"{name}-{task}-seed{recipe.seed}"
+    recipe = own_parts.load(recipe)
     build.check(recipe)
     if arguments.dry_run:
         environment.set_up()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -16,6 +19,14 @@ NONE: Mapping[str, Any] = types.MappingProxyType({})
 
 class RecipeError(ValueError):
     """A recipe that can't be built; says which field, which value, and what to do."""
+
+
+NAME = re.compile(r"(?:(?P<path>.+?\.py):)?(?P<function>[\w-]+)(?::(?P<settings>[^@]*))?(?:@(?P<sha256>[0-9a-f]{64}))?")
+"""What a user's own function is called: path, function, settings, sha256 of the file."""
+
+
+class UserCodeError(ValueError):
+    """A user's function that can't be found, has changed, or can't be imported."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +104,22 @@ def with_field(recipe: S, name: str, value: Any) -> S:
     if section:
         kinds, old = kinds_of(recipe, section), getattr(recipe, section)
         if kinds and field == "name":
-            value = old if value == old.name else typing.cast(Any, kind_named(kinds, name, value))()
+            value = old if value == old.name else typing.cast(Any, kind_named(kinds, name, value))(name=value)
         else:
             value = dataclasses.replace(old, **{field: value})
     return dataclasses.replace(typing.cast(Any, recipe), **{section or field: value})
+
+
+OWN = "path.py:function"
+"""The name of the alternative that a user's function is, whatever its own name."""
 
 
 def kind_named(kinds: Mapping[str, type[Alternative]], field: str, name: Any) -> type[Alternative]:
     """The type of an alternative. Raises RecipeError, which names the nearest one that there is."""
     if not isinstance(name, str):
         raise RecipeError(f"recipe field {field!r} can't be {name!r}: expected str.")
+    if OWN in kinds and ".py:" in name:
+        return kinds[OWN]
     return pick(dict(kinds), field, name)
 
 
@@ -237,3 +254,40 @@ def number(value: Any, *, positive: bool = False, endless: bool = False) -> floa
     if not found >= 0 or (positive and not found) or not (endless or math.isfinite(found)):
         raise ValueError(f"must be {'0 or ' * (not positive)}a positive number.")
     return found
+
+
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword arguments of a function that a name may set: those with a default of a plain type."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str)}
+
+
+def parse_settings(text: str, known: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """`batch=8,dtype=bfloat16` as keyword arguments, typed like the `known` ones. Raises UserCodeError."""
+    given = {}
+    for setting in text.split(",") if text else ():
+        name, separator, value = setting.partition("=")
+        if name not in known or not separator:
+            hint = did_you_mean(name, known)
+            raise UserCodeError(f"{setting!r} is no setting of {what!r}, which takes NAME=VALUE,NAME=VALUE; {hint}")
+        given[name] = _typed(value, known[name], f"{what}: setting {name}")
+    return given
+
+
+def _typed(value: str, like: Any, what: str) -> Any:
+    if isinstance(like, str):
+        return value
+    if isinstance(like, bool):
+        if value.lower() not in ("true", "false"):
+            raise UserCodeError(f"{what}={value!r} must be true or false.")
+        return value.lower() == "true"
+    try:
+        return type(like)(value)
+    except ValueError:
+        raise UserCodeError(f"{what}={value!r} must be a number, such as {like}.") from None
+
+
+def with_settings(function: Callable[..., Any], words: str | None) -> Callable[..., Any]:
+    """A user's function with the settings that stand in its name. Raises UserCodeError."""
+    given = parse_settings(words or "", defaults_of(function), getattr(function, "__name__", "the function"))
+    return functools.partial(function, **given) if given else function

@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lolo.files.disk import sha256_of
-from lolo.files.settings import did_you_mean
+from lolo.files.settings import NAME, UserCodeError, defaults_of, parse_settings
 
-NAME = re.compile(r"(?:(?P<path>.+?\.py):)?(?P<function>[\w-]+)(?::(?P<settings>[^@]*))?(?:@(?P<sha256>[0-9a-f]{64}))?")
 HERE = (Path(),)
 PREFIX = "lolo_user_"  # of the names under which files are imported
 INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, which are no user's neighbours
 
 
-class UserCodeError(ValueError):
-    """A user's function that can't be found, has changed, or can't be imported."""
+_LOADED: dict[tuple[str, str | None], Callable[..., Any]] = {}  # (function, its file's sha256) -> it
 
 
 class Name(NamedTuple):
@@ -34,6 +30,41 @@ class Name(NamedTuple):
     function: str
     settings: str  # "batch=8,width=64", or ""
     sha256: str | None
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is of a user's function: it has a file."""
+    match = NAME.fullmatch(name)
+    return match is not None and match["path"] is not None
+
+
+def load(name: str, kind: str, returns: str, folders: Sequence[Path] = HERE) -> str:
+    """Run the file of `path.py:function`, once; `loaded` finds the function from then on.
+
+    Returns the name with the file's sha256. Raises UserCodeError: no such file or function, a file that has changed,
+    settings that the function does not have.
+    """
+    match = NAME.fullmatch(name)
+    if match and (match["function"], match["sha256"]) in _LOADED:
+        return name
+    own = parse(name, kind, folders)
+    if own is None:
+        raise UserCodeError(f"{name!r} is no {kind} of a file; give path.py:function.")
+    sha256 = checked_sha256(own)
+    if (own.function, sha256) not in _LOADED:
+        with neighbours(own.path.absolute().parent):
+            _LOADED[own.function, sha256] = function_of(own, kind, returns)
+    parse_settings(own.settings, defaults_of(_LOADED[own.function, sha256]), own.function)
+    return name if own.sha256 else f"{name}@{sha256}"
+
+
+def loaded(name: str) -> Callable[..., Any]:
+    """The function that a name from `load` means. Raises UserCodeError: `load` has not run its file."""
+    match = NAME.fullmatch(name)
+    function = match and _LOADED.get((match["function"], match["sha256"]))
+    if function is None:
+        raise UserCodeError(f"{name}: its file has not been run.")
+    return function
 
 
 def parse(name: str, kind: str, folders: Sequence[Path] = HERE) -> Name | None:
@@ -123,34 +154,3 @@ def _lies_in(folder: Path, name: str) -> bool:
     if not file or folder not in Path(file).parents or INSTALLED.intersection(Path(file).parts):
         return False
     return Path(file).relative_to(folder).parts[0].partition(".")[0] == name.partition(".")[0]
-
-
-def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword arguments of a function that a name may set: those with a default of a plain type."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str)}
-
-
-def parse_settings(text: str, known: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """`batch=8,dtype=bfloat16` as keyword arguments, typed like the `known` ones. Raises UserCodeError."""
-    given = {}
-    for setting in text.split(",") if text else ():
-        name, separator, value = setting.partition("=")
-        if name not in known or not separator:
-            hint = did_you_mean(name, known)
-            raise UserCodeError(f"{setting!r} is no setting of {what!r}, which takes NAME=VALUE,NAME=VALUE; {hint}")
-        given[name] = _typed(value, known[name], f"{what}: setting {name}")
-    return given
-
-
-def _typed(value: str, like: Any, what: str) -> Any:
-    if isinstance(like, str):
-        return value
-    if isinstance(like, bool):
-        if value.lower() not in ("true", "false"):
-            raise UserCodeError(f"{what}={value!r} must be true or false.")
-        return value.lower() == "true"
-    try:
-        return type(like)(value)
-    except ValueError:
-        raise UserCodeError(f"{what}={value!r} must be a number, such as {like}.") from None

@@ -14,7 +14,7 @@ import jax
 import optax
 
 from lolo.files import settings
-from lolo.files.settings import Alternative, RecipeError
+from lolo.files.settings import Alternative, RecipeError, UserCodeError
 from lolo.files.tensors import Arrays
 from lolo.optimizers import base, norm_fc, norm_fc_spec, small_fc, small_fc_spec, weights_file
 
@@ -56,6 +56,63 @@ def _of_settings(make: Callable[..., base.LearnedOptimizer]) -> Callable[..., ba
     return build
 
 
+_OWN: dict[tuple[str, str | None], Callable[..., Any]] = {}  # (function, its file's sha256) -> it
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnLearner(Alternative):
+    """A function of a user's file that returns a LearnedOptimizer; its settings stand in the name."""
+
+    name: str = settings.OWN  # path.py:function, path.py:function:width=64, with the file's sha256 behind @
+
+
+def is_own(name: Any) -> bool:
+    """Whether the name of a learner is of a user's function."""
+    return isinstance(name, str) and ".py:" in name
+
+
+def register(name: str, function: Callable[..., Any]) -> None:
+    """Let the name of a user's learner, with a sha256, mean this function. Raises UserCodeError for another name."""
+    match = settings.NAME.fullmatch(name)
+    if not match or not match["sha256"]:
+        raise UserCodeError(f"{name!r} has no sha256; expected path.py:function@sha256.")
+    _OWN[match["function"], match["sha256"]] = function
+
+
+def _made_by_user(learner: OwnLearner) -> base.LearnedOptimizer:
+    """Raises UserCodeError for code that nobody has registered, RecipeError for what it returns."""
+    match = settings.NAME.fullmatch(learner.name)
+    function = match and _OWN.get((match["function"], match["sha256"]))
+    if not match or function is None:
+        name, _, sha256 = learner.name.partition("@")
+        raise UserCodeError(
+            f"{name} is a user's code, of a file with sha256 {sha256 or 'unknown'}, and no code is run because a file "
+            "names it. If you trust it, give the function, lolo.load(weights, code=function), or its file, "
+            "--code path.py."
+        )
+    made = settings.with_settings(function, match["settings"])()
+    if not isinstance(made, base.LearnedOptimizer):
+        raise RecipeError(f"{learner.name} returned {type(made).__name__}; expected lolo.LearnedOptimizer.")
+    return made
+
+
+def _build_own(learner: OwnLearner, axis_name: str | None, sharded_axis: int, **more: Any) -> base.LearnedOptimizer:
+    if axis_name is not None:
+        raise ValueError(f"{learner.name} has no axis_name: a user's optimizer takes whole parameters; leave it out.")
+    return _made_by_user(learner)
+
+
+def _shapes_of_own(learner: OwnLearner) -> dict[str, tuple[int, ...]]:
+    meta_params = jax.eval_shape(_made_by_user(learner).init, jax.random.key(0))
+    if not isinstance(meta_params, dict) or any(not hasattr(x, "shape") for x in meta_params.values()):
+        raise RecipeError(f"{learner.name}: its φ is no dict of arrays, which is all that a weights file can hold.")
+    return {name: x.shape for name, x in meta_params.items()}
+
+
+def _check_own(learner: OwnLearner) -> None:
+    _shapes_of_own(learner)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "small_fc": Architecture(
         settings=small_fc_spec.SmallFcSettings,
@@ -85,12 +142,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         build=lambda learner, axis_name, sharded_axis: base.learned_sgd(),
         shapes=lambda learner: base.SGD_SHAPES,
     ),
+    settings.OWN: Architecture(settings=OwnLearner, build=_build_own, shapes=_shapes_of_own, check=_check_own),
 }
 
 
 def of(learner: LearnerSettings) -> Architecture:
     """The row of the architecture that these settings are of. Raises RecipeError."""
-    row: Architecture = settings.pick(ARCHITECTURES, "learner.name", learner.name)
+    name = settings.OWN if isinstance(learner, OwnLearner) else learner.name
+    row: Architecture = settings.pick(ARCHITECTURES, "learner.name", name)
     if type(learner) is not row.settings:
         raise RecipeError(
             f"learner.name={learner.name!r} is of {row.settings.__name__}, and these settings are "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lolo.files import settings
+from lolo.files import disk, settings
+from lolo.files.disk import FileError
 from lolo.optimizers import architecture, weights_file
 from lolo.optimizers.architecture import LearnerSettings
-from lolo.optimizers.base import Mask
+from lolo.optimizers.base import LearnedOptimizer, Mask
 from lolo.trees import PyTree
 
 Number: TypeAlias = float | int | np.number | np.ndarray | jax.Array
@@ -206,18 +208,40 @@ def _scale(by: Number | Schedule) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(lambda u: (by * u).astype(u.dtype), updates))
 
 
-def load(name_or_path: str | Path = weights_file.DEFAULT_WEIGHTS) -> Weights:
-    """Weights by name, from a file, or from the Hugging Face Hub. Executes no code.
+def load(
+    name_or_path: str | Path = weights_file.DEFAULT_WEIGHTS, *, code: Callable[..., LearnedOptimizer] | None = None
+) -> Weights:
+    """Weights by name, from a file, or from the Hugging Face Hub. Runs no code but the caller's own `code`.
 
     Args:
       name_or_path: the name of shipped ones (`lolo weights` lists them), a path, or, with the extra `hub`,
         "user/repo", "user/repo/file.safetensors" or "user/repo@revision/file.safetensors".
+      code: of weights whose architecture is a function of a user's own file, that function. Its file must be the one
+        that the weights were meta-trained with, by sha256. Such weights are refused without it.
 
     Raises disk.FileError, a ValueError, for anything that is not a complete weights file of a known version.
     """
     file = weights_file.read_weights(name_or_path)
+    if code is not None and architecture.is_own(file.learner.get("name")):
+        check_code(file.learner["name"], code, str(name_or_path))
+        architecture.register(file.learner["name"], code)
     learner = architecture.check_weights(file.meta_params, file.learner, str(name_or_path))
     return Weights({name: jnp.asarray(x) for name, x in file.meta_params.items()}, learner, file.recipe, file.card)
+
+
+def check_code(name: str, code: Callable[..., Any], source: str) -> None:
+    """Raise FileError where a function's file is not the one, by its sha256, that a learner's name says.
+
+    A function without a file, of an interactive session, is taken as it is.
+    """
+    try:
+        file = inspect.getsourcefile(code)
+    except TypeError:
+        file = None
+    wanted = name.partition("@")[2]
+    if file and Path(file).is_file() and disk.sha256_of(Path(file)) != wanted:
+        found = disk.sha256_of(Path(file))
+        raise FileError(f"{source}: {file} has changed since the meta-training: its sha256 is {found}, not {wanted}.")
 
 
 def save(path: Path | str, weights: Weights) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from lolo.files import disk, settings, tensors
 from lolo.files.disk import FileError
-from lolo.files.settings import Alternative, RecipeError
+from lolo.files.settings import Alternative, RecipeError, UserCodeError
 
 WEIGHTS_FORMAT = "lolo-weights"
 WEIGHTS_VERSION = 2  # 1, which is still read, had no sum over learner, recipe and card
@@ -207,10 +207,11 @@ def check_learner(
     types = {name: row.settings for name, row in rows.items()}
     try:
         learner = settings.parse_alternative(types, data, "learner")
-        rows[learner.name].check(learner)
-    except RecipeError as error:
+        (row,) = (row for row in rows.values() if row.settings is type(learner))
+        row.check(learner)
+    except (RecipeError, UserCodeError) as error:
         raise FileError(f"{source}: {error}") from error
-    check_meta_params(meta_params, learner.name, rows[learner.name].shapes(learner), source)
+    check_meta_params(meta_params, learner.name, row.shapes(learner), source)
     return learner
 
 

@@ -110,13 +110,16 @@ class NamedFunction(NamedTuple):
 Named: TypeAlias = NamedWeights | NamedRival | NamedFunction
 
 
-def read(names: Sequence[str | Path], methods: Mapping[str, str] = settings.NONE) -> dict[str, Named]:
+def read(
+    names: Sequence[str | Path], methods: Mapping[str, str] = settings.NONE, code: Sequence[Path] = ()
+) -> dict[str, Named]:
     """What optimizers' names mean, by name, in their order; weights are read here and nowhere else.
 
     A name that says the same as one before it, as adamw:0.001 after adamw:1e-3, is left out.
 
     Args:
       methods: what rows of these weights files are called, where their recipe's imitation and replay do not tell.
+      code: files that may be run, of weights whose architecture is a user's function.
 
     Raises ValueError, FileError.
     """
@@ -127,7 +130,7 @@ def read(names: Sequence[str | Path], methods: Mapping[str, str] = settings.NONE
     kinds: dict[str, Any] = {}
     for name, named in by_hand.items():
         if named is None:
-            found[name] = _named_weights(name, methods, loaded, kinds, found)
+            found[name] = _named_weights(name, methods, loaded, kinds, found, code)
         elif named not in found.values():
             found[name] = named
     return found
@@ -141,7 +144,7 @@ def function_of(name: str) -> NamedFunction | None:
     sha256, folder = user_code.checked_sha256(own), own.path.absolute().parent
     with user_code.neighbours(folder):
         function = user_code.function_of(own, "optimizer", "an optax optimizer")
-    given = user_code.parse_settings(own.settings, user_code.defaults_of(function), own.function)
+    given = settings.parse_settings(own.settings, settings.defaults_of(function), own.function)
     parameters = inspect.signature(function).parameters
 
     def make(steps: int, is_matrix: experts.IsMatrix | None = None) -> optax.GradientTransformation:
@@ -208,13 +211,14 @@ def _named_weights(
     loaded: dict[str, pretrained.Weights],
     kinds: dict[str, Any],
     before: Mapping[str, Named],
+    code: Sequence[Path],
 ) -> NamedWeights:
     """Weights by name, deployed as it says. `kinds`: as `_label` has it."""
     path, separator, words = name.rpartition(":")
     if not separator or Path(name).exists():
         path, words = name, ""
     if path not in loaded:
-        loaded[path] = pretrained.load(path)
+        loaded[path] = pretrained.load(path, code=_code_of(path, code))
     weights = loaded[path]
     deployment = parse_deployment(words, path, weights.learner)
     pretrained.check_scale(deployment.step_scale)  # warns of another optimizer's learning rate
@@ -225,6 +229,20 @@ def _named_weights(
         learned, key = architecture.build_learner(weights.learner), jax.random.key(seed or 0)
         weights = weights._replace(meta_params=meta.first_params(learned, key))
     return NamedWeights(label, seed, weights, deployment)
+
+
+def _code_of(weights: str, files: Sequence[Path]) -> Callable[..., Any] | None:
+    """The function that weights are of, from a file that may be run; None where there is none.
+
+    Raises UserCodeError for a file that is not the one that the weights name, though it is called so.
+    """
+    name = str(weights_file.read_weights(weights).learner.get("name")) if files else ""
+    match = settings.NAME.fullmatch(name)
+    for file in files:
+        if match and match["sha256"] and file.name == Path(match["path"] or "").name:
+            pinned = user_code.load(f"{file}:{match['function']}@{match['sha256']}", "learner_name", "an optimizer")
+            return user_code.loaded(pinned)
+    return None
 
 
 def _label(

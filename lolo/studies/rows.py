@@ -10,7 +10,7 @@ from typing import Any
 
 from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
-from lolo.files import disk, jsonl, user_code
+from lolo.files import disk, jsonl, settings
 from lolo.files.disk import FileError
 
 
@@ -64,7 +64,7 @@ def load_rows(path: Path) -> list[Row]:
 
 def file_name(task: str) -> str:
     """What the files of a task are named after: its name, or the name of the user's file and function; its settings."""
-    match = user_code.NAME.fullmatch(task)
+    match = settings.NAME.fullmatch(task)
     if not match:
         return task
     words = (match["path"] and Path(match["path"]).stem, match["function"], match["settings"])

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from lolo.files import user_code
-from lolo.files.settings import nearest
+from lolo.files.settings import UserCodeError, defaults_of, nearest, parse_settings
 from lolo.files.user_code import HERE
 from lolo.method.task import Splits, Task, TaskError
 from lolo.tasks import augment, compact, prepared
@@ -61,7 +61,7 @@ def _task_errors() -> Iterator[None]:
     """What is wrong with a user's file is a TaskError."""
     try:
         yield
-    except user_code.UserCodeError as error:
+    except UserCodeError as error:
         raise TaskError(str(error)) from error
 
 
@@ -110,7 +110,7 @@ def _build(name: str, outline: bool, folders: Sequence[Path] = HERE) -> Splits:
 
 def _made(name: str, function: str, words: str, make: prepared.MakeSplits, outline: bool) -> Splits:
     """What a task's function returns for these settings, checked. function: its name, for messages."""
-    settings = user_code.parse_settings(words, {**ANY_TASK, **user_code.defaults_of(make)}, function)
+    settings = parse_settings(words, {**ANY_TASK, **defaults_of(make)}, function)
     bound = settings.pop("reparametrize", 1.0)
     if outline and "where" in inspect.signature(make).parameters:
         settings["outline"] = True
@@ -134,5 +134,5 @@ def _named(name: str) -> tuple[str, str]:
     if known not in TASKS:
         near = nearest(known, TASKS)
         raise TaskError(f"unknown task {name!r}; did you mean {near!r}? Your own: path.py:function.")
-    user_code.parse_settings(words, {**ANY_TASK, **user_code.defaults_of(TASKS[known])}, known)
+    parse_settings(words, {**ANY_TASK, **defaults_of(TASKS[known])}, known)
     return known, words

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lolo.data import imagenet, sets, stream, tokens
-from lolo.files import user_code
+from lolo.files.settings import defaults_of
 from lolo.method.task import Splits, TaskError
 from lolo.tasks import models
 from lolo.tasks.classification import classification
@@ -48,7 +48,7 @@ def on_prepared(make: MakeSplits) -> MakeSplits:
 
     @functools.wraps(make)
     def task(outline: bool = False, **settings: Any) -> Splits:
-        return built(None if outline else sets.root(), **user_code.defaults_of(make) | settings)
+        return built(None if outline else sets.root(), **defaults_of(make) | settings)
 
     return task
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lolo.files.settings import RecipeError, check_numbers, fields, pick
+from lolo.files.settings import RecipeError, check_numbers, fields
 from lolo.method import estimators, experts, imitation, meta, replay
 from lolo.optimizers import architecture
-from lolo.training import recipes
+from lolo.training import own_parts, recipes
+from lolo.training.own_parts import pick
 
 AT_LEAST_ONE = (
     "replay.capacity",
@@ -132,7 +133,7 @@ def expert_of(given: recipes.ImitationSettings, decay: float) -> experts.Expert:
     """The expert of a recipe, whether or not anything imitates it. `decay`: weight decay per step, as the learner's."""
     make_rate = pick(experts.RATES, "imitation.schedule", given.schedule)
     rate = make_rate(given.lr, given.final_lr, given.decay_steps)
-    expert = pick(experts.EXPERTS, "imitation.expert", given.expert)(rate)
+    expert = optax.with_extra_args_support(pick(experts.EXPERTS, "imitation.expert", given.expert)(rate))
     return experts.with_decay(expert, decay) if decay else expert
 
 
@@ -174,7 +175,8 @@ def unroll_schedules(unroll: recipes.UnrollSettings, total: int) -> dict[str, Dr
 
 
 def build(recipe: recipes.Recipe) -> meta.Setup:
-    """The functions and sizes of a recipe. Raises RecipeError."""
+    """The functions and sizes of a recipe. Runs the files of its own parts. Raises RecipeError, UserCodeError."""
+    recipe = own_parts.load(recipe)
     check(recipe)
     unroll, given, total, pairs = recipe.unroll, recipe.imitation, recipe.outer.steps, recipe.estimator.pairs
     longest = unroll.length // unroll.truncation

@@ -26,7 +26,7 @@ from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.runtime import environment, parallel
 from lolo.tasks.by_name import resolve
 from lolo.tasks.feed import Feed
-from lolo.training import build, checkpoints, offload, recipes, run_log, slots
+from lolo.training import build, checkpoints, offload, own_parts, recipes, run_log, slots
 from lolo.training.how import How
 from lolo.training.loggers import Logger, LoggerError, Open, scalars
 from lolo.training.recipes import Recipe
@@ -252,9 +252,9 @@ def prepare(
 ) -> Run:
     """Build, place and compile what a recipe names. Raises RecipeError, TaskError, FileError, RunError.
 
-    folders: where `path.py` of a task, of a validation task too, is looked for.
+    folders: where `path.py` of a task, of a validation task too, and of the recipe's own parts is looked for.
     """
-    how = how or How()
+    how, recipe = how or How(), own_parts.load(recipe, folders)
     setup = build.build(recipe)
     if how.offload:
         if how.group.processes > 1:

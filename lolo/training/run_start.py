@@ -17,7 +17,7 @@ from lolo.files.settings import diff, differences, fields
 from lolo.runtime import environment
 from lolo.runtime.process_group import ProcessGroup
 from lolo.tasks.by_name import pin
-from lolo.training import recipes, run_folder
+from lolo.training import own_parts, recipes, run_folder
 from lolo.training.recipes import Recipe
 from lolo.training.run_folder import RunError
 
@@ -79,11 +79,12 @@ def can_resume(run: Path, recipe: Recipe, group: ProcessGroup) -> bool:
 
 
 def pinned(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
-    """The recipe with its tasks named as they are stored; those that are `given` as splits keep their names."""
+    """The recipe with tasks and own parts named as they are stored; tasks `given` as splits keep their names."""
 
     def stored(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name if name in given else pin(name) for name in names)
 
+    recipe = own_parts.load(recipe)
     validation = dataclasses.replace(recipe.validation, tasks=stored(recipe.validation.tasks))
     return dataclasses.replace(recipe, tasks=stored(recipe.tasks), validation=validation)
 

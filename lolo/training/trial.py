@@ -24,7 +24,7 @@ from lolo.method import meta
 from lolo.method.task import Splits, TaskError
 from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.tasks.by_name import resolve
-from lolo.training import build, recipes, run_folder
+from lolo.training import build, own_parts, recipes, run_folder
 from lolo.training.findings import Finding, Verdict, above
 from lolo.training.recipes import Recipe
 from lolo.trees import PyTree
@@ -61,7 +61,7 @@ def examine(run: Path, seconds: float = SECONDS, on_steps: OnSteps = lambda task
 
     Raises RunError, FileError, RecipeError.
     """
-    recipe = run_folder.read_recipe(run)
+    recipe = own_parts.load(run_folder.read_recipe(run), run_folder.task_folders(run))
     build.check(recipe)
     path = run / "last.safetensors"
     if not path.is_file():

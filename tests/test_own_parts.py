@@ -1,0 +1,204 @@
+"""A researcher's own optimizer, expert, loss, estimator, schedule and task, in files outside the package."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lolo
+from lolo.cli.main import main
+from lolo.files import settings, tensors, user_code
+from lolo.training import build, own_parts, recipes, run_folder
+
+PARTS = '''
+import jax
+import jax.numpy as jnp
+import optax
+
+import lolo
+from helper_of_mine import START
+from lolo.method.imitation import ImitationLoss
+
+
+def rate(start=START):
+    """SGD with a learned rate."""
+    def init(key):
+        return {"log_rate": jnp.full((1,), jnp.log(start))}
+
+    def optimizer(meta_params):
+        return optax.sgd(jnp.exp(meta_params["log_rate"][0]))
+
+    return lolo.LearnedOptimizer(init, optimizer)
+
+
+def expert(rate, momentum=0.5):
+    return optax.sgd(rate, momentum=momentum)
+
+
+def loss(magnitude):
+    def distance(learned, by_hand):
+        differences = jax.tree.map(lambda a, b: jnp.sum(jnp.abs(a - b)), learned, by_hand)
+        return sum(jax.tree.leaves(differences))
+
+    return ImitationLoss(distance, weights=1.0)
+
+
+def estimator(sigma, pairs):
+    from lolo.method import estimators
+
+    return estimators.ESTIMATORS["es"](sigma, pairs)
+
+
+def late(step, total, start, end, share=0.5):
+    return jnp.where(step < share * total, 0.0, 1.0)
+
+
+def falling(lr, final, steps):
+    return optax.linear_schedule(lr, final, steps)
+
+
+def short(key, step):
+    return jnp.int32(1)
+
+
+def nothing():
+    return 3
+'''
+TASK = "from lolo.tasks.small import quadratic\n\n\ndef mine(dimensions=3):\n    return quadratic(dimensions)\n"
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with the user's files, which is the current one."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "parts.py").write_text(PARTS)
+    (folder / "helper_of_mine.py").write_text("START = 0.05\n")
+    (folder / "task.py").write_text(TASK)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+SMALL = ["--unroll.length", "20", "--unroll.truncation", "10", "--estimator.pairs", "2", "--validation.every", "0"]
+OWN = {
+    "learner.name": "parts.py:rate:start=0.02",
+    "imitation.expert": "parts.py:expert:momentum=0.9",
+    "imitation.loss": "parts.py:loss",
+    "imitation.alpha_loss": "parts.py:late:share=0.25",
+    "imitation.schedule": "parts.py:falling",
+    "estimator.kind": "parts.py:estimator",
+    "unroll.schedule": "parts.py:short",
+}
+
+
+def words(**changes):
+    return [word for name, value in (OWN | changes).items() for word in (f"--{name}", value)]
+
+
+def test_a_researcher_s_walk(files, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    train = ["train", "lolo", "--task", "task.py:mine", *words(), *SMALL, "--out", str(run)]
+    assert main([*train, "--outer.steps", "6"]) == 0
+    recipe = run_folder.read_recipe(run)
+    values = settings.fields(recipe)
+    assert all(len(values[name].partition("@")[2]) == 64 for name in OWN)
+
+    # Stopped after 3 of 6, as a full disk would, and resumed from another folder: the same bytes.
+    half = tmp_path / "half"
+    shutil.copytree(run, half)
+    kept = run_folder.checkpoints(half)
+    assert kept[0] == 0
+    for step in kept[1:]:
+        shutil.rmtree(run_folder.checkpoint_folder(half, step))
+    for name in ("last.safetensors", "log.jsonl"):
+        (half / name).unlink()
+    (half / "log.jsonl").write_text("")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert main(["resume", str(half)]) == 0
+    first, second = (tensors.unpack((one / "last.safetensors").read_bytes(), "weights") for one in (run, half))
+    assert tensors.digest(first[0]) == tensors.digest(second[0])
+
+    assert main(["doctor", str(run)]) in (0, 7, 8)
+    last = str(run / "last.safetensors")
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+
+    # Weights name their code, and nobody runs it unless asked to.
+    capsys.readouterr()
+    compare = ["eval", last, "adamw:1e-2", "--task", "quadratic", "--steps", "100", "--seeds", "2"]
+    (
+        user_code._LOADED.clear(),
+        lolo.optimizers.architecture._OWN.clear(),
+        lolo.optimizers.architecture._built.cache_clear(),
+    )
+    assert main(compare) == 2
+    assert "parts.py:rate" in (error := capsys.readouterr().err) and "--code" in error and "sha256" in error
+    with pytest.raises(ValueError, match="code=function"):
+        lolo.load(last)
+    assert main([*compare, "--code", str(files / "parts.py")]) == 0
+    assert "adamw 0.01" in capsys.readouterr().out
+
+    # In optax, as the caller's own function.
+    monkeypatch.syspath_prepend(str(files))
+    import parts
+
+    optimizer = lolo.load(last, code=parts.rate).optimizer()
+    params = {"w": jnp.ones(3)}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    phi = lolo.load(last).meta_params["log_rate"]
+    np.testing.assert_allclose(updates["w"], -np.exp(phi[0]) * np.ones(3), rtol=1e-6)
+    assert phi[0] != np.log(np.float32(0.02))  # meta-training has moved it
+
+    # A changed file is refused by name.
+    (files / "parts.py").write_text(PARTS + "\n# changed\n")
+    (
+        user_code._LOADED.clear(),
+        lolo.optimizers.architecture._OWN.clear(),
+        lolo.optimizers.architecture._built.cache_clear(),
+    )
+    assert main([*compare, "--code", str(files / "parts.py")]) == 2
+    assert "parts.py has changed" in capsys.readouterr().err
+    assert main(["resume", str(half)]) == 2
+    assert "parts.py has changed" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has changed since the meta-training"):
+        lolo.load(last, code=parts.rate)
+
+
+def test_own_parts_are_what_is_built(files):
+    recipe = recipes.LOLO
+    for name, value in OWN.items():
+        recipe = settings.with_field(recipe, name, value)
+    setup = build.build(own_parts.load(recipe))
+    np.testing.assert_allclose(setup.learned.init(jax.random.key(0))["log_rate"], np.log([0.02]), rtol=1e-6)
+    assert [float(setup.alpha_loss(step)) for step in (0, 1249, 1250)] == [0, 0, 1]
+    params, grads = {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, -2.0])}
+    ours, theirs = setup.expert, optax.sgd(1e-3, momentum=0.9)
+    step, _ = ours.update(grads, ours.init(params), params, learner_state=None)
+    np.testing.assert_allclose(step["w"], theirs.update(grads, theirs.init(params))[0]["w"], rtol=1e-6)
+    assert int(setup.draw_length(jax.random.key(0), 3)) == 1
+    assert float(setup.imitation_loss.parts(params, grads)) == 3
+    assert recipes.from_dict(json.loads(json.dumps(recipes.to_dict(recipe)))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("learner.name", "parts.py:nothing", "returned int; expected lolo.LearnedOptimizer"),
+        ("learner.name", "parts.py:none", "no function 'none'"),
+        ("learner.name", "parts.py:rate:width=3", "'width=3' is no setting of 'rate'"),
+        ("learner.name", "parts.py:rate:start=x", "must be a number"),
+        ("imitation.expert", "other.py:expert", "other.py does not exist"),
+        ("imitation.expert", "parts.py:expert@" + 64 * "0", "has changed"),
+        ("learner.name", "rate", "path.py:function"),
+    ],
+)
+def test_what_can_t_be_a_part_is_refused_in_one_line(files, field, value, message, capsys, tmp_path):
+    words = ["train", "lolo", "--task", "quadratic", f"--{field}", value, "--out", str(tmp_path / "run")]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
