@@ -7,6 +7,7 @@ Names are looked up on first use: `import lolo` imports neither JAX nor PyTorch.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 _NAMES = {
@@ -28,6 +29,7 @@ _NAMES = {
     "antithetic_gradient": "method.estimators",
     "build": "training.build",
     "classification": "tasks.classification",
+    "compare": "notebook",
     "es": "method.estimators",
     "evaluate": "evaluation.long_runs:compare",
     "learned_sgd": "optimizers.base",
@@ -40,7 +42,7 @@ _NAMES = {
     "resume": "training.loop",
     "save": "optimizers.pretrained",
     "small_fc": "optimizers.small_fc",
-    "train": "training.loop",
+    "train": "notebook",
     "with_field": "files.settings",
 }
 
@@ -48,6 +50,8 @@ __all__ = sorted(_NAMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("lolo")
     if name not in _NAMES:
         raise AttributeError(f"module 'lolo' has no attribute {name!r}")
     module, _, attribute = _NAMES[name].partition(":")

@@ -12,7 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "lolo"
 ORDER = re.findall(r"^\| `lolo/(\w+)[/.]", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-FACES = {"__init__": set(), "models": {"tasks"}, "interop": {"optimizers"}}
+NOTEBOOK = {"cli", "evaluation", "files", "method", "optimizers", "studies", "tasks", "training"}
+FACES = {"__init__": set(), "models": {"tasks"}, "interop": {"optimizers"}, "notebook": NOTEBOOK}
 """Files that hand names on, under the paths that users import, and the folders that each imports from."""
 ONLY = {"optimizers": {"trees", "files"}, "torch": {"files", "optimizers"}, "method": {"trees", "optimizers"}}
 """Folders that import from these alone, not from all that come before them."""

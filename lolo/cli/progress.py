@@ -13,6 +13,7 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lolo.runtime import streams
+from lolo.training import how
 
 
 class ProgressDisplay:
@@ -49,7 +50,7 @@ def time_left(began: tuple[float, int], done: int, total: int) -> str:
 def progress_display() -> Iterator[ProgressDisplay]:
     """A ProgressDisplay for this terminal."""
     console = rich.console.Console(stderr=True)
-    if not console.is_terminal:
+    if not (console.is_terminal or console.is_jupyter):
         yield ProgressDisplay(None)
         return
     columns = (
@@ -62,6 +63,12 @@ def progress_display() -> Iterator[ProgressDisplay]:
     )
     with Progress(*columns, console=console) as progress:
         yield ProgressDisplay(progress)
+
+
+def in_words(outer_step: how.Progress) -> str:
+    """An outer step of meta-training beside the bar."""
+    rate = 1 / max(outer_step.seconds, 1e-9)
+    return f"loss {outer_step.task_loss:.4f}  α {outer_step.alpha:.2f}  K {outer_step.start_step:.0f}  {rate:.1f}/s"
 
 
 def log(text: str) -> None:

@@ -12,7 +12,7 @@ import tyro
 
 from lolo.bench import speed
 from lolo.cli.arguments import as_flags, call, one_line
-from lolo.cli.progress import log, progress_display
+from lolo.cli.progress import in_words, log, progress_display
 from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.runtime import environment, launch, parallel
@@ -20,7 +20,7 @@ from lolo.runtime.interrupt import Stop, stop_on_signals
 from lolo.runtime.launch import Processes
 from lolo.runtime.process_group import ALONE
 from lolo.training import build, loop, own_parts, plan, recipes, run_folder, run_start, sweep
-from lolo.training.how import How, Progress
+from lolo.training.how import How
 from lolo.training.recipes import Recipe
 from lolo.training.run import Run
 
@@ -150,12 +150,6 @@ def run_here_or_in_processes(
 def outlook(run: Run) -> str:
     """What a run that is about to start needs, in one line."""
     return plan.outlook(run.recipe, run.setup, list(run.tasks.values()), list(run.validation_tasks.values()))
-
-
-def in_words(progress: Progress) -> str:
-    """An outer step beside the bar."""
-    rate = 1 / max(progress.seconds, 1e-9)
-    return f"loss {progress.task_loss:.4f}  α {progress.alpha:.2f}  K {progress.start_step:.0f}  {rate:.1f}/s"
 
 
 def with_alternatives(recipe: Recipe, options: list[str]) -> Recipe:

@@ -68,6 +68,10 @@ class Task:
     score_examples: int = _static(10_000)  # of the held-out split, scored on the way through a long run
     stream: BatchStream | None = _static(None)  # where segments come from; None: `data` is the whole split
 
+    def __repr__(self) -> str:
+        kind = "stream" if self.stream is not None else "resident data"
+        return f"Task({self.size:,} examples, batch {self.batch:,}, {kind})"
+
     def sample(self, key: Key[Array, ""], step: Int[Array, ""]) -> PyTree:
         """The batch of inner step `step`.
 

@@ -56,6 +56,15 @@ class Weights(NamedTuple):
     recipe: dict[str, Any]  # of its meta-training; {} if unknown
     card: dict[str, Any]  # the model card: data, results, realised steps, limits
 
+    def __repr__(self) -> str:
+        numbers = sum(x.size for x in self.meta_params.values())
+        words = [self.learner.name, f"{numbers:,} numbers"]
+        if self.recipe:
+            tasks = "+".join(self.recipe.get("tasks", ())) or "unknown tasks"
+            words.append(f"meta-trained on {tasks}")
+            words += [f"T = {self.recipe['outer']['steps']:,}"] if "outer" in self.recipe else []
+        return f"Weights({', '.join(words)})"
+
     @_by_name
     def optimizer(
         self,

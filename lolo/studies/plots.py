@@ -160,6 +160,25 @@ def meta_losses(runs: dict[str, list[tuple[np.ndarray, np.ndarray]]], title: str
     return figure
 
 
+def meta_training(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
+    """Task loss and imitation loss of every outer step of one meta-training, and α: rows of its log."""
+    plt = pyplot()
+    steps = [row for row in rows if "task_loss" in row]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    for axis, field, name in ((axes[0], "task_loss", "task loss"), (axes[1], "bc_loss", "imitation loss")):
+        values = np.array([row[field] for row in steps], float)
+        for i, of_task in enumerate(values.T):
+            axis.plot([row["step"] for row in steps], of_task, color=COLOURS[i % len(COLOURS)], linewidth=1)
+        axis.set(xlabel="outer step", ylabel=f"{name}, mean over pairs")
+        axis.set_ylim(*_range(values[len(values) // 20 :]))
+        axis.grid(True, alpha=0.2)
+    weight = axes[1].twinx()
+    weight.plot([row["step"] for row in steps], [row["alpha_loss"] for row in steps], color="black", linestyle=":")
+    weight.set(ylabel="α (dotted)", ylim=(-0.02, 1.02))
+    figure.suptitle(title)
+    return figure
+
+
 def growth(curves: dict[str, list[tuple[float, float]]]) -> Any:
     """Time of an outer step (ms) against each thing that it grows with; the dotted line is proportional growth."""
     plt = pyplot()

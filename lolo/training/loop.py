@@ -39,6 +39,7 @@ class Result:
     step: int  # outer steps done
     finished: bool  # False: stopped on request, can be resumed
     out: Path | None
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list, repr=False)  # of the log, see `run_log`
 
 
 def train(
@@ -157,7 +158,7 @@ def finish(run: Run) -> Result:
         by = run.how.stop.requested or "another process"
         run.how.log(f"stopped by {by} after outer step {run.done} of {run.recipe.outer.steps}.{where}")
     run.how.group.leave()
-    return Result(run.weights(), run.done, run.done >= run.recipe.outer.steps, run.out)
+    return Result(run.weights(), run.done, run.done >= run.recipe.outer.steps, run.out, run.rows)
 
 
 def outer_steps(run: Run) -> bool:

@@ -133,7 +133,7 @@ class Run:
         about = {"outer_step": self.done, **run_log.realised(self.rows)}
         if self.rows and "validation" in self.rows[-1]:
             about["validation"] = self.rows[-1]["validation"]
-        phi = jax.device_get(self.state.meta_params)
+        phi = jax.tree.map(jnp.asarray, jax.device_get(self.state.meta_params))  # whole, on one device
         return pretrained.Weights(phi, self.recipe.learner, recipes.to_dict(self.recipe), about)
 
     def save_weights(self, name: str) -> None:
