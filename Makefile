@@ -61,7 +61,7 @@ wheel-test: ## build the wheel, install it in an empty environment elsewhere and
 	bytes=$$(wc -c < "$$wheel"); \
 	echo "wheel: $$bytes bytes, limit $(MAX_WHEEL_BYTES)"; \
 	test "$$bytes" -le $(MAX_WHEEL_BYTES) || { echo "the wheel is too large: look at lolo/data and lolo/weights" >&2; exit 1; }; \
-	"$$tmp/venv/bin/python" -m pip install -q -c constraints.txt "$$wheel"; \
+	"$$tmp/venv/bin/python" -m pip install -q -c constraints.txt "$$wheel[train]"; \
 	cd "$$tmp"; unset PYTHONPATH; \
 	"$$tmp/venv/bin/lolo" reproduce quick --smoke --out "$$tmp/quick"
 

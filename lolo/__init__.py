@@ -55,7 +55,14 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'lolo' has no attribute {name!r}")
     module, _, attribute = _NAMES[name].partition(":")
-    value = getattr(import_module(f"lolo.{module}"), attribute or name)
+    try:
+        value = getattr(import_module(f"lolo.{module}"), attribute or name)
+    except ModuleNotFoundError as error:
+        if (error.name or "lolo").partition(".")[0] == "lolo":
+            raise
+        extra = "jax" if module.partition(".")[0] in ("files", "method", "optimizers") else "train"
+        missing = f"lolo.{name} needs {error.name}, which is not installed: pip install 'lolo[{extra}]'"
+        raise ModuleNotFoundError(missing, name=error.name) from error
     globals()[name] = value
     return value
 

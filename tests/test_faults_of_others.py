@@ -3,6 +3,8 @@
 PyTorch's cases are in tests/torch/test_faults_of_others_torch.py.
 """
 
+import subprocess
+import sys
 import warnings
 from functools import partial
 
@@ -412,6 +414,100 @@ def test_injected_settings_leave_the_updates_dtype(weights):
     optimizer = optax.inject_hyperparams(weights.optimizer, hyperparam_dtype=jnp.float32)(step_scale=0.5)
     updates = first_update(optimizer, half(PARAMS), half(GRADS))
     assert {x.dtype.name for x in jax.tree.leaves(updates)} == {"bfloat16"}
+
+
+@all_weights
+def test_a_training_step_may_donate_parameters_and_state(weights):
+    optimizer = weights.optimizer()
+
+    def step(params, state):
+        updates, state = optimizer.update(GRADS, state, params)
+        return optax.apply_updates(params, updates), state
+
+    expected = step(PARAMS, optimizer.init(PARAMS))[0]
+    params = jax.tree.map(jnp.copy, PARAMS)
+    found, _ = jax.jit(step, donate_argnums=(0, 1))(params, optimizer.init(params))
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-6)
+
+
+@learned_weights
+def test_weight_decay_may_follow_a_schedule(weights):
+    decays, params = [0.5, 0.0], PARAMS
+    optimizer = weights.optimizer(weight_decay=lambda step: jnp.where(step == 0, decays[0], decays[1]))
+    state = optimizer.init(params)
+    for decay in decays:
+        fixed = weights.optimizer(weight_decay=decay)
+        expected, _ = fixed.update(GRADS, state, params)
+        updates, state = optimizer.update(GRADS, state, params)
+        for name, x in expected.items():
+            np.testing.assert_allclose(updates[name], x, rtol=1e-5, atol=1e-7)
+
+
+@learned_weights
+@pytest.mark.parametrize("wrong", [True, jnp.ones(6), np.ones((1,))], ids=str)
+@pytest.mark.parametrize("name", ["weight_decay", "step_scale"])
+def test_several_numbers_are_no_number(weights, name, wrong):
+    if not (name == "weight_decay" and isinstance(wrong, np.ndarray)):
+        with pytest.raises(ValueError, match=name):
+            weights.optimizer(**{name: wrong})
+
+
+WRONG_KINDS = """
+import jax, jax.numpy as jnp, lolo, optax
+from lolo.optimizers import architecture
+from lolo.optimizers.pretrained import Weights
+
+params = {"w": jnp.ones((3, 2))}
+small = lolo.load()
+learner = architecture.ARCHITECTURES["norm_fc"].settings()
+norm = Weights(architecture.build_learner(learner).init(jax.random.key(0)), learner, {}, {})
+adamw = optax.adamw(1e-3).init(params)
+for call in (
+    lambda: small.optimizer(freeze_unseen="false"),
+    lambda: small.optimizer(freeze_unseen=0),
+    lambda: small.optimizer(weight_decay="0.1"),
+    lambda: norm.optimizer(learning_rate="1e-3"),
+    lambda: small.optimizer(step_scale="0.5"),
+    lambda: small.optimizer().update(params, adamw, params),
+    lambda: norm.optimizer().update(params, adamw, params),
+    lambda: norm.optimizer().update(params, small.optimizer().init(params), params),
+    lambda: small.optimizer().update(params, norm.optimizer().init(params), params),
+):
+    try:
+        call()
+        print("taken")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_words_flags_and_states_of_another_kind_are_refused_by_name():
+    """In a process of its own: here the types are checked before the package does."""
+    done = subprocess.run([sys.executable, "-c", WRONG_KINDS], capture_output=True, text=True, check=True)
+    expected = [
+        "freeze_unseen='false'; expected True or False",
+        "freeze_unseen=0; expected True or False",
+        "weight_decay='0.1' must be a number",
+        "learning_rate='1e-3' must be a number",
+        "step_scale='0.5' must be",
+        "small_fc: the state is a tuple; expected what init(params) gives",
+        "norm_fc: the state is a tuple; expected what init(params) gives",
+        "norm_fc: the state is a SmallFcState; expected",
+        "small_fc: the state is a NormFcState; expected",
+    ]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(expected)
+    for line, words in zip(lines, expected, strict=True):
+        assert words in line
+
+
+def test_a_multiple_of_the_step_as_norm_fc_s_learning_rate_warns():
+    with pytest.warns(UserWarning, match="learning_rate=1 is the root mean square of each step"):
+        WEIGHTS["norm_fc"].optimizer(learning_rate=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        WEIGHTS["norm_fc"].optimizer(learning_rate=0.1)
 
 
 # Rates of other optimizers: prodigy #27; kohya_ss #950

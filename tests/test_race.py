@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import lolo
 from lolo.cli.main import main
 from lolo.files.disk import FileError
 from lolo.race import (
@@ -271,6 +272,20 @@ def test_one_optimizer_under_two_names_scores_equal(small, tmp_path):
         assert first.profile == second.profile and first.speed_up == second.speed_up
 
 
+def test_settings_in_another_order_and_fewer_seeds_run_nothing_twice(small, tmp_path):
+    first, second = "adamw:1e-2", "adamw:1e-3"
+    ran = []
+    both = entrants.run_on(entrants.Entrant("mine", (first, second)), "near", 2, tmp_path)
+    turned = entrants.run_on(entrants.Entrant("mine", (second, first)), "near", 2, tmp_path, ran.append)
+    assert sum(ran) == 2 * 2 * 200  # the second setting on both forms
+    assert {row.optimizer for row in both if row.held_out} == {first}
+    assert {row.optimizer for row in turned if row.held_out} == {second}
+    again = []
+    assert entrants.run_on(entrants.Entrant("mine", (first, second)), "near", 2, tmp_path, again.append) == both
+    fewer = entrants.run_on(entrants.Entrant("mine", (first, second)), "near", 1, tmp_path, again.append)
+    assert not again and [row for row in both if row.seed == 0] == fewer
+
+
 def test_step_times_are_those_of_the_whole_step(small):
     slow, fast = (entrants.Entrant(name, (name,)) for name in ("lolo-small", "adamw:1e-3"))
     found = step_times.measure("near", [slow, fast], "cpu")
@@ -290,6 +305,16 @@ def test_learning_rates_are_tried_on_transformers_of_several_sizes(monkeypatch, 
     assert names == ["adamw-warmup-cosine:1e-05", "adamw-warmup-cosine:0.01"] and losses.shape == (2, 2)
     assert (losses[:, 1] < losses[:, 0] - 0.1).all()  # at 1e-5 nothing is learned in 50 steps
     before = (tmp_path / stages.TRANSFER_FILE).read_bytes()
+    weights = lolo.load("lolo-small")
+    changed = weights._replace(meta_params={name: 1.01 * x for name, x in weights.meta_params.items()})
+    for one in (weights, changed):  # the same name, another φ
+        lolo.save(tmp_path / "w.safetensors", one)
+        assert main(["race", "--out", str(tmp_path), "--transfer", str(tmp_path / "w.safetensors")]) == 0
+        (contents,) = {
+            r.contents for r in records.read(tmp_path / stages.TRANSFER_FILE, records.TransferRow) if "w.s" in r.entrant
+        }
+        assert contents == transfer.contents_of(str(tmp_path / "w.safetensors"))
+    (tmp_path / stages.TRANSFER_FILE).write_bytes(before)
     assert main(words) == 0 and (tmp_path / stages.TRANSFER_FILE).read_bytes() == before
     assert main(["race", "--out", str(tmp_path), "--transfer", "adamw:1e-3"]) == 2
 

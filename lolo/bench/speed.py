@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from lolo.method import meta
 from lolo.method.task import Splits, Task
 from lolo.optimizers import norm_fc, small_fc
 from lolo.runtime import parallel
-from lolo.runtime.environment import provenance
+from lolo.runtime.environment import peak_memory_mb, provenance
 from lolo.studies import plots
 from lolo.tasks import models
 from lolo.tasks.classification import classification
@@ -389,7 +388,7 @@ def run(parts: Sequence[str], out: Path | None, log: Callable[[str], None] = pri
             log(f"{line.what:60} {line.value:12.3f} {line.unit}  {line.note}".rstrip())
             lines.append(line)
     if out is not None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        peak = peak_memory_mb()
         about = {"lines": [dataclasses.asdict(line) for line in lines], "peak_memory_mb": peak}
         disk.write_json(out, json.loads(jsonl.json_line({**about, **provenance()})))
         grown = growth_curves(lines)

@@ -9,11 +9,12 @@ import tyro
 
 from lolo.bench import speed
 from lolo.cli.arguments import call
-from lolo.cli.progress import log, logged_warnings, print_or_show, progress_display
+from lolo.cli.progress import logged_warnings, print_or_show, progress_display
 from lolo.files import settings as files_settings
 from lolo.race import entrants, stages, workloads
 from lolo.race import report as race_report
 from lolo.runtime import environment, interrupt
+from lolo.runtime.streams import log
 from lolo.studies import candidates, comparison_report, comparisons, definitions, evaluation_folder, studies
 from lolo.studies.tables import table
 from lolo.tasks import by_name
@@ -130,6 +131,8 @@ def race_command(argv: list[str]) -> int:
         environment.set_up()
         with logged_warnings():
             mine = [entrants.entrant(optimizer, settings)] if optimizer else []
+        if dry_run and transfer:
+            raise ValueError("--dry-run is for a race; leave out --transfer.")
         if dry_run:
             print(stages.outlook(mine, seeds, only, out, from_scratch))
             return 0

@@ -1,57 +1,56 @@
-"""The command line: `lolo COMMAND ...`. Errors that a user can fix are one line on stderr and exit status 2."""
+"""The command line: `lolo COMMAND ...`. Errors that a user can fix are one line on stderr and exit status 2.
+
+Each command's module is imported when it is called: help and errors in names come at once.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lolo.cli.compare import bench_command, eval_command, race_command, reproduce_command
-from lolo.cli.data import data_command
-from lolo.cli.progress import log
-from lolo.cli.show import doctor_command, recipes_command, report_command, tasks_command, weights_command
-from lolo.cli.train import resume_command, sweep_command, train_command
 from lolo.files import settings
-from lolo.runtime import environment, launch, streams
-from lolo.runtime.interrupt import Interrupted
-from lolo.runtime.process_group import ProcessGroupError
-from lolo.training.loop import DivergedError
+from lolo.runtime import streams
 
 
 class Command(NamedTuple):
-    """A command: what `lolo --help` says of it, and what runs it with the words after its name."""
+    """A command: what `lolo --help` says of it, and the module whose function NAME_command runs it."""
 
     usage: str
     about: str
-    run: Callable[[list[str]], int]
+    module: str
 
 
 COMMANDS: dict[str, Command] = {
     "reproduce": Command(
-        "quick", "meta-train three methods on real data and compare them, within ten minutes", reproduce_command
+        "quick", "meta-train three methods on real data and compare them, within ten minutes", "lolo.cli.compare"
     ),
     "train": Command(
         "RECIPE [--field VALUE]",
         "meta-train by a recipe; `lolo train lolo --help` lists every field;\nwith --dry-run: what it would need",
-        train_command,
+        "lolo.cli.train",
     ),
-    "resume": Command("RUN", "resume a stopped run", resume_command),
-    "sweep": Command("FILE", "a grid of recipes as independent runs, and one table", sweep_command),
+    "resume": Command("RUN", "resume a stopped run", "lolo.cli.train"),
+    "sweep": Command("FILE", "a grid of recipes as independent runs, and one table", "lolo.cli.train"),
     "eval": Command(
-        "OPTIMIZER... --task T", "long runs from the same inits and batches: table, rows, curves", eval_command
+        "OPTIMIZER... --task T", "long runs from the same inits and batches: table, rows, curves", "lolo.cli.compare"
     ),
-    "race": Command("[--optimizer MINE]", "an optimizer against those that people use, on ten workloads", race_command),
-    "report": Command("FOLDER...", "runs, evaluations and studies as one HTML page", report_command),
+    "race": Command(
+        "[--optimizer MINE]", "an optimizer against those that people use, on ten workloads", "lolo.cli.compare"
+    ),
+    "report": Command("FOLDER...", "runs, evaluations and studies as one HTML page", "lolo.cli.show"),
     "doctor": Command(
-        "RUN", "whether a run is healthy, and its φ better than its start; status 0, 7 or 8", doctor_command
+        "RUN", "whether a run is healthy, and its φ better than its start; status 0, 7 or 8", "lolo.cli.show"
     ),
-    "bench": Command("", "speed on this machine, as ratios within one run", bench_command),
+    "bench": Command("", "speed on this machine, as ratios within one run", "lolo.cli.compare"),
     "data": Command(
-        "prepare NAME --to DIR", "read a data set once: ImageNet-32, FineWeb, IDX, text, ...", data_command
+        "prepare NAME --to DIR", "read a data set once: ImageNet-32, FineWeb, IDX, text, ...", "lolo.cli.data"
     ),
-    "recipes": Command("", "the recipes, and the fields in which they differ", recipes_command),
-    "tasks": Command("", "the tasks", tasks_command),
-    "weights": Command("", "the weights inside the package", weights_command),
+    "recipes": Command("", "the recipes, and the fields in which they differ", "lolo.cli.show"),
+    "tasks": Command("", "the tasks", "lolo.cli.show"),
+    "weights": Command("", "the weights inside the package", "lolo.cli.show"),
 }
 WIDTH = 35  # of a command and its arguments in the help
 
@@ -82,26 +81,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return printed(lambda: run(argv))
     except ValueError as error:  # ours: RecipeError, TaskError, FileError, RunError
-        log(" ".join(str(error).split()))
+        streams.log(" ".join(str(error).split()))
         return 2
-    except DivergedError as error:
-        log(str(error))
-        return 4
     except OSError as error:  # a full disk, a folder without permission: whatever was written before is complete
         if isinstance(error, BrokenPipeError) and streams.is_unread(sys.stdout):  # `lolo recipes | head -1`
             streams.abandon(sys.stdout)
             return streams.BROKEN_PIPE
-        log(f"{error.filename or 'the output'} can't be written or read: {error.strerror}. Fix that and try again.")
+        name = error.filename or "the output"
+        streams.log(f"{name} can't be written or read: {error.strerror}. Fix that and try again.")
         return 5
-    except ProcessGroupError as error:
-        log(str(error))
-        return launch.LOST
-    except Interrupted as error:
-        log(str(error))
-        return 3
     except KeyboardInterrupt:
-        log("interrupted.")
+        streams.log("interrupted.")
         return 130
+    except RuntimeError as error:  # DivergedError, ProcessGroupError, Interrupted say what their status is
+        status = getattr(error, "exit_status", None)
+        if status is None:
+            raise
+        streams.log(str(error))
+        return int(status)
 
 
 def run(argv: list[str]) -> int:
@@ -110,9 +107,22 @@ def run(argv: list[str]) -> int:
         print(help_text())
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
-        print(f"lolo {environment.versions()['lolo']}")
+        print(f"lolo {importlib.metadata.version('lolo')}")
         return 0
-    return settings.pick(COMMANDS, "command", argv[0]).run(argv[1:])
+    command: Command = settings.pick(COMMANDS, "command", argv[0])
+    return command_of(argv[0], command.module)(argv[1:])
+
+
+def command_of(name: str, module: str) -> Callable[[list[str]], int]:
+    """The function that runs a command. Raises ValueError where a library is missing that it needs."""
+    try:
+        return getattr(importlib.import_module(module), f"{name}_command")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "lolo":
+            raise
+        raise ValueError(
+            f"`lolo {name}` needs {error.name}, which is not installed: pip install 'lolo[train]'."
+        ) from error
 
 
 def printed(work: Callable[[], int]) -> int:

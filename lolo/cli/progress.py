@@ -71,11 +71,6 @@ def in_words(outer_step: how.Progress) -> str:
     return f"loss {outer_step.task_loss:.4f}  α {outer_step.alpha:.2f}  K {outer_step.start_step:.0f}  {rate:.1f}/s"
 
 
-def log(text: str) -> None:
-    """A message for people."""
-    streams.log_line(f"lolo: {text}")
-
-
 @contextmanager
 def logged_warnings() -> Iterator[None]:
     """Warnings become messages, each of them once."""
@@ -83,7 +78,7 @@ def logged_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, *where: Any, **more: Any) -> None:
         if str(message) not in seen:
-            log(str(message))
+            streams.log(str(message))
         seen.add(str(message))
 
     with warnings.catch_warnings():

@@ -8,11 +8,12 @@ from pathlib import Path
 import tyro
 
 from lolo.cli.arguments import call
-from lolo.cli.progress import log, progress_display
+from lolo.cli.progress import progress_display
 from lolo.files import settings
 from lolo.optimizers import weights_file
 from lolo.report import page
 from lolo.runtime import environment
+from lolo.runtime.streams import log
 from lolo.tasks import by_name
 from lolo.training import doctor, findings, recipes, trial
 from lolo.training.findings import Finding, Verdict

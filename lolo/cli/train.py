@@ -12,13 +12,14 @@ import tyro
 
 from lolo.bench import speed
 from lolo.cli.arguments import as_flags, call, one_line
-from lolo.cli.progress import in_words, log, progress_display
+from lolo.cli.progress import in_words, progress_display
 from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.runtime import environment, launch, parallel
 from lolo.runtime.interrupt import Stop, stop_on_signals
 from lolo.runtime.launch import Processes
 from lolo.runtime.process_group import ALONE
+from lolo.runtime.streams import log
 from lolo.training import build, loop, own_parts, plan, recipes, run_folder, run_start, sweep
 from lolo.training.how import How
 from lolo.training.recipes import Recipe

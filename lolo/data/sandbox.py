@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -18,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from lolo.data.errors import DataError
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limits
+    resource = None  # type: ignore[assignment]
 
 MEMORY_BYTES = 4 << 30  # of address space
 SECONDS = 900  # of processor time; three times that on the clock
@@ -57,6 +61,8 @@ def run(
     Raises:
         DataError: the function raised one; or the child failed, died or reached a limit.
     """
+    if resource is None:
+        raise DataError.at(file, "this system can't limit what its reader does", "prepare the data on Linux or macOS")
     memory_bytes = MEMORY_BYTES if memory_bytes is None else memory_bytes
     seconds = SECONDS if seconds is None else seconds
     result_file, log_file = scratch / RESULT_FILE, scratch / LOG_FILE

@@ -142,14 +142,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         build=lambda learner, axis_name, sharded_axis: base.learned_sgd(),
         shapes=lambda learner: base.SGD_SHAPES,
     ),
-    settings.OWN: Architecture(settings=OwnLearner, build=_build_own, shapes=_shapes_of_own, check=_check_own),
 }
+OF_USER = Architecture(settings=OwnLearner, build=_build_own, shapes=_shapes_of_own, check=_check_own)
+"""The row of all functions of users."""
 
 
 def of(learner: LearnerSettings) -> Architecture:
     """The row of the architecture that these settings are of. Raises RecipeError."""
-    name = settings.OWN if isinstance(learner, OwnLearner) else learner.name
-    row: Architecture = settings.pick(ARCHITECTURES, "learner.name", name)
+    if isinstance(learner, OwnLearner):
+        return OF_USER
+    row: Architecture = settings.pick(ARCHITECTURES, "learner.name", learner.name)
     if type(learner) is not row.settings:
         raise RecipeError(
             f"learner.name={learner.name!r} is of {row.settings.__name__}, and these settings are "
@@ -160,7 +162,7 @@ def of(learner: LearnerSettings) -> Architecture:
 
 def settings_types() -> dict[str, type[LearnerSettings]]:
     """What a recipe's section `learner` may hold, by its field `name`."""
-    return {name: row.settings for name, row in ARCHITECTURES.items()}
+    return {name: row.settings for name, row in {**ARCHITECTURES, settings.OWN: OF_USER}.items()}
 
 
 def learner_from_dict(data: Any, source: str) -> LearnerSettings:
@@ -173,7 +175,7 @@ def learner_from_dict(data: Any, source: str) -> LearnerSettings:
 
 def check_weights(meta_params: Arrays, data: dict[str, Any], source: str) -> LearnerSettings:
     """The architecture stored with weights. Raises FileError unless it can be, and φ fits it."""
-    return weights_file.check_learner(meta_params, data, ARCHITECTURES, source)
+    return weights_file.check_learner(meta_params, data, {**ARCHITECTURES, settings.OWN: OF_USER}, source)
 
 
 def deployed(learner: LearnerSettings, requested: Mapping[str, Any]) -> LearnerSettings:

@@ -51,7 +51,7 @@ class NormFcArguments(NamedTuple):
     """The arguments of `norm_fc` that its optimizer reads."""
 
     learning_rate: Number | Schedule
-    weight_decay: Number
+    weight_decay: Number | Schedule
     orthogonal: bool
     baseline: str
     adam_scale: Number
@@ -73,7 +73,7 @@ class Part(NamedTuple):
 def norm_fc(
     hidden: int = 8,
     learning_rate: Number | Schedule = 1e-3,
-    weight_decay: Number = 0.0,
+    weight_decay: Number | Schedule = 0.0,
     orthogonal: bool = True,
     baseline: str = "momentum",
     adam_scale: Number = 1.0,
@@ -93,7 +93,7 @@ def norm_fc(
       hidden: width of the two hidden layers; 8 gives 329 meta-parameters.
       learning_rate: root mean square of a matrix's step; a number, or a schedule: step count -> number. It may be
         traced, and so may weight_decay and adam_scale: `optax.inject_hyperparams` works.
-      weight_decay: decoupled, times the learning rate (`small_fc` has λ1 in its place).
+      weight_decay: a number or a schedule; decoupled, times the learning rate (`small_fc` has λ1 in its place).
       orthogonal: orthogonalise the direction by five Newton-Schulz iterations, as Muon does.
       baseline: "momentum": the network's output is added to Nesterov momentum (decay .9) of root mean square 1, and its
         last layer starts at zero, so that an untrained φ is Muon, or momentum of fixed step size if not orthogonal;
@@ -190,16 +190,18 @@ def update_all(
 ) -> tuple[PyTree, NormFcState]:
     """One step of all tensors."""
     parts, (leaves, structure) = parts_of(settings, params), jax.tree.flatten(params)
+    old_moments = moments_of(state, params, parts)
     check_reduced(grads, params)
-    rate = settings.learning_rate
+
+    def at(value: Number | Schedule) -> Number:
+        return value(state.step) if callable(value) else value
+
     rate, decay, adam_scale = (
         jnp.asarray(x, jnp.float32)
-        for x in (rate(state.step) if callable(rate) else rate, settings.weight_decay, settings.adam_scale)
+        for x in (at(settings.learning_rate), at(settings.weight_decay), settings.adam_scale)
     )
     updates, moments, decays = [], [], decays_of(decay, settings.mask, params)
-    for grad, param, old, of, decay in zip(
-        jax.tree.leaves(grads), leaves, moments_of(state, params, parts), parts, decays, strict=True
-    ):
+    for grad, param, old, of, decay in zip(jax.tree.leaves(grads), leaves, old_moments, parts, decays, strict=True):
         g, p = limited(grad), param.astype(jnp.float32)
         new = nf.accumulate(old, g, of.layout)
         if of.learned:
@@ -354,6 +356,8 @@ def as_state(step: jax.Array, moments: list[NormFcMoments], structure: Any) -> N
 
 def moments_of(state: NormFcState, params: PyTree, parts: list[Part]) -> list[NormFcMoments]:
     """The moments of each parameter. Raises ValueError for a state of other parameters or of another is_matrix."""
+    if not isinstance(state, NormFcState):
+        raise ValueError(f"norm_fc: the state is a {type(state).__name__}; expected what init(params) gives.")
     if str(jax.tree.structure(state.momentum)) != str(jax.tree.structure(params)):
         raise ValueError("norm_fc: the state belongs to parameters of another tree; make it with init(params).")
     moments = [NormFcMoments(*each) for each in zip(*map(jax.tree.leaves, state[1:]), strict=True)]

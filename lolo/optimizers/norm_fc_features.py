@@ -87,13 +87,15 @@ def zero_moments(param: jax.Array, of: Layout, learned: bool, momentum_dtype: ja
         differs = of.sharded is not None and of.sharded != without
         return jax.lax.pcast(x, of.axis_name, to="varying") if differs else x
 
-    # [1], not [0], where a moment does not exist: Orbax can't save an empty array.
-    none = jnp.zeros(1, jnp.float32)
+    def none() -> jax.Array:
+        """[1], not [0], where a moment does not exist: Orbax can't save an empty array. Each its own, to be donated."""
+        return jnp.zeros(1, jnp.float32)
+
     momentum, rms = zeros(3 if learned else 1, dtype=momentum_dtype), zeros()
     if not learned:
-        return NormFcMoments(momentum, rms, none, none)
+        return NormFcMoments(momentum, rms, none(), none())
     if of.axes is None:
-        return NormFcMoments(momentum, rms, zeros(3), none)
+        return NormFcMoments(momentum, rms, zeros(3), none())
     return NormFcMoments(momentum, rms, zeros(3, without=of.axes.largest), zeros(3, without=of.axes.second))
 
 

@@ -27,6 +27,7 @@ Number: TypeAlias = float | int | np.number | np.ndarray | jax.Array
 Schedule: TypeAlias = Callable[[jax.Array], jax.Array]
 Make: TypeAlias = Callable[[PyTree], optax.GradientTransformation]  # φ -> its optimizer
 SMALLEST_SCALE = 0.02  # of a step_scale that is no mistake
+LARGEST_RATE = 0.1  # of a learning rate of norm_fc that is none
 
 
 P = ParamSpec("P")
@@ -70,7 +71,7 @@ class Weights(NamedTuple):
         self,
         *,
         step_scale: Number | Schedule = 1.0,
-        weight_decay: Number | None = None,
+        weight_decay: Number | Schedule | None = None,
         mask: Mask = None,
         clock_limit: Number | None = None,
         axis_name: str | None = None,
@@ -87,8 +88,8 @@ class Weights(NamedTuple):
         Args:
           step_scale: multiplies every update; a float, or a schedule step -> float. 1 is the step as meta-trained, and
             no learning rate: AdamW's 1e-3 would be a thousand times too small.
-          weight_decay: decoupled, times λ1 (small_fc) or the learning rate (norm_fc); None: as shipped; 0 switches it
-            off.
+          weight_decay: decoupled, times λ1 (small_fc) or the learning rate (norm_fc); a float or a schedule; None: as
+            shipped; 0 switches it off.
           mask: which parameters decay, as in optax.adamw: a tree of bools, the parameters' or a prefix of it, or a
             function of the parameters that returns one. None: all of them.
           clock_limit: the time features see min(t, clock_limit); None: as shipped; inf switches it off.
@@ -118,12 +119,20 @@ class Weights(NamedTuple):
         check_scale(step_scale)
         requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
         requested |= {"learning_rate": learning_rate, "adam_scale": adam_scale}
-        _refuse_bools(requested)
+        _check_kinds(requested | {"step_scale": step_scale})
+        if not isinstance(freeze_unseen, bool | np.bool_):
+            raise ValueError(f"freeze_unseen={freeze_unseen!r}; expected True or False.")
+        if callable(weight_decay):
+            architecture.deployed(self.learner, {"weight_decay": 0.0})  # whether it has one
+            requested["weight_decay"] = None
+        if architecture.of(self.learner).fixed_size:
+            warn_of_rate(learning_rate)
         learner = architecture.deployed(self.learner, requested)
         arrays = {name: jnp.asarray(x, jnp.float32) for name, x in requested.items() if architecture.is_array(x)}
         optional = {"mask": mask, "is_matrix": is_matrix, "state_dtype": state_dtype}
         given = {name: value for name, value in optional.items() if value is not None}
         architecture.check_arguments(learner, given)
+        given |= {"weight_decay": weight_decay} if callable(weight_decay) else {}
         where = axis_name, sharded_axis or 0
         make = maker(learner, step_scale, *where, presented=True, freeze_unseen=freeze_unseen, more=arrays | given)
         return _in_default_numpy(optax.with_extra_args_support(make(self.meta_params)))
@@ -154,11 +163,23 @@ def check_scale(step_scale: Any) -> None:
         )
 
 
-def _refuse_bools(requested: Mapping[str, Any]) -> None:
-    """Raise ValueError for True or False where a number belongs."""
+def _check_kinds(requested: Mapping[str, Any]) -> None:
+    """Raise ValueError for True, False, a word, or several numbers where a number belongs."""
     for name, value in requested.items():
-        if isinstance(value, bool | np.bool_):
+        if isinstance(value, bool | np.bool_ | str):
             raise ValueError(f"{name}={value!r} must be a number.")
+        if getattr(value, "shape", ()) != ():
+            raise ValueError(f"{name} has shape {value.shape}; it must be one number.")
+
+
+def warn_of_rate(learning_rate: Any) -> None:
+    """Warn of a learning rate of norm_fc that looks like a multiple of the shipped step, as small_fc has it."""
+    if isinstance(learning_rate, int | float | np.number) and learning_rate > LARGEST_RATE:
+        warnings.warn(
+            f"learning_rate={learning_rate:g} is the root mean square of each step, as with Muon, and no multiple of "
+            "the shipped one: rates of 1e-4 to 1e-2 are usual. Leave it out for the weights' own.",
+            stacklevel=4,
+        )
 
 
 def maker(

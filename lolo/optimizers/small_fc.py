@@ -37,7 +37,7 @@ def small_fc(
     step_mult: float = 1e-3,
     exp_mult: float = 1e-3,
     learn_decays: bool = False,
-    weight_decay: float | jax.Array = 0.0,
+    weight_decay: float | jax.Array | Callable[[jax.Array], jax.Array] = 0.0,
     clock_limit: float | jax.Array | None = None,
     step_decay: float | jax.Array | None = None,
     axis_name: str | None = None,
@@ -53,7 +53,7 @@ def small_fc(
       step_mult: λ1, the scale of the step.
       exp_mult: λ2, the scale of the exponent.
       learn_decays: add seven meta-parameters that shift the accumulators' decays (2,409 with hidden=32).
-      weight_decay: decoupled; adds −λ1·weight_decay·θ to the update.
+      weight_decay: a number, or a schedule: step count -> number; decoupled; adds −λ1·weight_decay·θ to the update.
       clock_limit: the time features see min(t, clock_limit); None: no limit.
       step_decay: updates are divided by √(1 + t/step_decay), weight decay included; None: they are not.
         These three may be traced: `optax.inject_hyperparams` works.
@@ -131,7 +131,8 @@ def small_fc(
                     step = step + decay * param
                 return (-scale * step).astype(dtype)
 
-            dtypes, decays = [leaf.dtype for leaf in leaves], base.decays_of(weight_decay, mask, params)
+            decay_now = weight_decay(state.step) if callable(weight_decay) else weight_decay
+            dtypes, decays = [leaf.dtype for leaf in leaves], base.decays_of(decay_now, mask, params)
             updates = [change(*each) for each in zip(outputs, params32, layouts, dtypes, decays, strict=True)]
             updates, moments = (jax.tree.unflatten(structure, part) for part in (updates, moments))
             return updates, SmallFcState(moments, state.step + 1)
@@ -145,8 +146,15 @@ def is_moments(node: Any) -> bool:
     return isinstance(node, features.Moments)
 
 
-def check_state(state: SmallFcState, params: PyTree) -> None:
-    """Raise ValueError for the state of other parameters."""
+def check_kind(state: Any) -> None:
+    """Raise ValueError for the state of another optimizer."""
+    if not isinstance(state, SmallFcState):
+        raise ValueError(f"small_fc: the state is a {type(state).__name__}; expected what init(params) gives.")
+
+
+def check_state(state: Any, params: PyTree) -> None:
+    """Raise ValueError for the state of another optimizer, or of other parameters."""
+    check_kind(state)
     old = {
         jax.tree_util.keystr(path): moments
         for path, moments in jax.tree_util.tree_leaves_with_path(state.moments, is_leaf=is_moments)
@@ -209,6 +217,7 @@ def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.Gradie
         return state._replace(moments=features.Moments(*(jax.tree.unflatten(structure, field) for field in fields)))
 
     def inside(state: SmallFcState) -> SmallFcState:
+        check_kind(state)
         each = jax.tree.map(lambda *fields: with_column(features.Moments(*fields), 3, 0), *state.moments)
         return state._replace(moments=each)
 

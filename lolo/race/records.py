@@ -68,6 +68,7 @@ class TransferRow:
     """One run of a transformer at one learning rate."""
 
     entrant: str
+    contents: str  # sha256 of its φ; "" for a rival
     optimizer: str  # with its learning rate, as `lolo eval` names it
     width: int
     depth: int

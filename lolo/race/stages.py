@@ -131,6 +131,8 @@ def transfer_rates(out: Path, optimizers: Sequence[str], on_progress: interrupt.
     Rows that are there are not made again. Returns the picture's path. Raises ValueError, FileError.
     """
     file, rows = out / TRANSFER_FILE, records.read(out / TRANSFER_FILE, TransferRow)
+    contents = {name: transfer.contents_of(name) for name in optimizers}
+    rows = [row for row in rows if contents.get(row.entrant, row.contents) == row.contents]  # not of other weights
     missing = [name for name in optimizers if not any(row.entrant == name for row in rows)]
     models = len(transfer.WIDTHS) * len(transfer.DEPTHS) * transfer.SEEDS
     runs = sum(len(transfer.names_of(name)) for name in missing) * models

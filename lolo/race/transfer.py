@@ -13,7 +13,7 @@ from lolo.evaluation import rivals
 from lolo.optimizers import architecture
 from lolo.race import entrants, tuning
 from lolo.race.records import TransferRow
-from lolo.studies import candidates
+from lolo.studies import candidates, evaluation_folder
 from lolo.studies.plots import pyplot
 
 WIDTHS, DEPTHS, STEPS, SEEDS = (32, 64, 128), (1, 2, 4), 800, 2
@@ -45,9 +45,17 @@ def names_of(optimizer: str) -> list[str]:
     return [f"{optimizer}{separator}schedule=warmup-cosine,{field}={value:g}" for value in values]
 
 
+def contents_of(optimizer: str) -> str:
+    """sha256 of an optimizer's φ; "" for a rival. Raises ValueError, FileError."""
+    if optimizer in rivals.RIVALS:
+        return ""
+    (named,) = candidates.read([optimizer]).values()
+    return evaluation_folder.phi_digest(named.weights) if isinstance(named, candidates.NamedWeights) else ""
+
+
 def run(optimizer: str, on_steps: tuning.OnSteps) -> list[TransferRow]:
     """Every rate on every model, on two seeds."""
-    names, rows = names_of(optimizer), []
+    names, rows, contents = names_of(optimizer), [], contents_of(optimizer)
     for width, depth in itertools.product(WIDTHS, DEPTHS):
         task = task_of(width, depth)
         for group in entrants.together(candidates.read(names), names, task, STEPS):
@@ -55,7 +63,7 @@ def run(optimizer: str, on_steps: tuning.OnSteps) -> list[TransferRow]:
             losses = curves.held_loss[:, -1].reshape(len(group), SEEDS)
             for name, mine in zip(group, losses, strict=True):
                 rows += [
-                    TransferRow(optimizer, name, width, depth, seed, STEPS, round(float(loss), 6))
+                    TransferRow(optimizer, contents, name, width, depth, seed, STEPS, round(float(loss), 6))
                     for seed, loss in enumerate(mine)
                 ]
     return rows

@@ -13,6 +13,11 @@ import jax
 
 from lolo.runtime import parallel
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 
 def versions() -> dict[str, str]:
     """Versions that decide the bytes of a result."""
@@ -39,6 +44,11 @@ def provenance() -> dict[str, Any]:
             "cores": parallel.cores(),
         },
     }
+
+
+def peak_memory_mb() -> int:
+    """The most memory that this process has had so far, in MiB; 0 where the system does not say (Windows)."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def user_cache() -> Path:

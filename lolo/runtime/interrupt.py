@@ -19,6 +19,8 @@ def no_progress(what: str, done: int, total: int, status: str) -> None:
 class Interrupted(RuntimeError):
     """A study or an evaluation was stopped on request."""
 
+    exit_status = 3  # of `lolo`
+
 
 def stopped_message(out: Path) -> str:
     """Message for the user who stopped it."""

@@ -26,12 +26,12 @@ from typing import Any
 import jax
 
 from lolo.runtime import process_group, streams
-from lolo.runtime.process_group import ProcessGroup
+from lolo.runtime.process_group import ProcessGroup, ProcessGroupError
 
 WATCHED = "LOLO_WATCHED"  # in the environment of a child that must end with its parent, which holds its stdin
 MEMBER = "LOLO_MEMBER"  # in the environment of a child: its place in the process group, as JSON
 JOINED = "lolo-joined"  # starts the line in which a child reports to its parent that it has joined
-LOST = 6  # exit status: processes could not join, or lost one
+LOST = ProcessGroupError.exit_status  # processes could not join, or lost one
 FINAL = (0, 2, 3, 4, 5, 130, streams.BROKEN_PIPE)  # exit statuses that a restart would not change
 
 

@@ -28,6 +28,8 @@ LOST = re.compile(r"gloo|nccl|connection (closed|reset)|unavailable|deadline_exc
 class ProcessGroupError(RuntimeError):
     """The processes could not join, or one of them was lost."""
 
+    exit_status = 6  # of `lolo`
+
 
 class DifferError(ValueError):
     """The processes were started differently, or one of them refused for all; the message says what differs, or why."""

@@ -52,6 +52,11 @@ def abandon(stream: Any) -> None:
         os.close(nowhere)
 
 
+def log(text: str) -> None:
+    """A message for people."""
+    log_line(f"lolo: {text}")
+
+
 def log_line(text: str) -> None:
     """Print a line on standard error. Where it can't be printed, the work continues without it."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ OTHERS = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX = " Keep a real parameter of shape [..., 2], and use torch.view_as_complex of it in the model."
+SMALLEST_RATE = 0.02  # of an lr of small_fc that is no mistake
+LARGEST_RATE = 0.1  # of an lr of norm_fc that is none
 SHARDED = {"DTensor", "FlatParameter", "ShardedTensor"}
 
 
@@ -69,12 +71,25 @@ def check_number(name: str, value: Any, endless: bool = False) -> None:
         raise ValueError(f"{name}={value!r}; expected a number that is not negative.")
 
 
-def warn_of_rates(rates: Iterable[float], smallest: float, stacklevel: int) -> None:
-    """Warn of each lr of small_fc, of several param groups, that is some other optimizer's learning rate."""
-    for rate in rates:
-        if 0 < rate < smallest:
-            warnings.warn(
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError for what is neither True nor False, such as the word "false"."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}; expected True or False.")
+
+
+def warn_of_rates(groups: Iterable[Mapping[str, Any]], stacklevel: int) -> None:
+    """Warn of the lr of each param group that is meant for another optimizer, or for weights of the other kind."""
+    for group in groups:
+        rate, words = float(group["lr"]), None
+        if "step_mult" in group and 0 < rate < SMALLEST_RATE:  # small_fc
+            words = (
                 f"lr={rate:g} is a multiple of the step that the weights were meta-trained with, and 1 is as shipped. "
-                f"Training will be {1 / rate:,.0f} times slower; leave lr out.",
-                stacklevel=stacklevel + 1,
+                f"Training will be {1 / rate:,.0f} times slower; leave lr out."
             )
+        elif "step_mult" not in group and rate > LARGEST_RATE:
+            words = (
+                f"lr={rate:g} is the root mean square of each step, as with Muon, and no multiple of the shipped one: "
+                "rates of 1e-4 to 1e-2 are usual. Leave lr out for the weights' own."
+            )
+        if words:
+            warnings.warn(words, stacklevel=stacklevel + 1)

@@ -141,7 +141,13 @@ def step(
     alike = defaultdict[tuple[int, ...], list[torch.Tensor]](list)
     others: list[torch.Tensor] = []
     for param in params:
-        members = alike[tuple(param.shape)] if is_learned(param, group["is_matrix"]) else others
+        learned = is_learned(param, group["is_matrix"])
+        if learned != ("row" in state[param]):
+            raise ValueError(
+                f"is_matrix={group['is_matrix']!r} is another one than when the state of a parameter of shape "
+                f"{tuple(param.shape)} was made: set it when the group is made, and leave it."
+            )
+        members = alike[tuple(param.shape)] if learned else others
         members.append(param)
     read = reader_of(group)
     for shape, members in alike.items():

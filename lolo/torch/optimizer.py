@@ -21,17 +21,18 @@ import torch
 from lolo.optimizers import weights_file
 from lolo.torch.architecture import ABSENT, ARCHITECTURES, TorchArchitecture, as_weights, settings_of
 from lolo.torch.blocks import MOMENTS, Workspace, moved
-from lolo.torch.checks import check_gradient, check_number, check_parameter, refuse_others, warn_of_rates
+from lolo.torch.checks import (
+    check_flag,
+    check_gradient,
+    check_number,
+    check_parameter,
+    refuse_others,
+    warn_of_rates,
+)
 from lolo.torch.precision import full_precision
 
-SMALLEST_RATE = 0.02  # of an lr of small_fc that is no mistake
 COMMON = ("lr", "weights", "weight_decay", "maximize")
 SETTINGS = (*COMMON, *ABSENT)
-
-
-def multiple_of(group: Mapping[str, Any]) -> float:
-    """What a param group multiplies the step by that came with the weights; 1 where its lr is a learning rate."""
-    return float(group["lr"]) if "step_mult" in group else 1.0
 
 
 class LoLO(torch.optim.Optimizer):
@@ -88,7 +89,7 @@ class LoLO(torch.optim.Optimizer):
 
     Raises ValueError for weights or numbers that make no sense and for settings that the weights' architecture does not
     have, TypeError for parameters it can't move and for arguments of other optimizers, RuntimeError for gradients it
-    can't use. Warns of each group's lr of `small_fc` below 0.02.
+    can't use. Warns of each group's lr of `small_fc` below 0.02 and of `norm_fc` above 0.1.
     """
 
     _complete = True  # not while torch's own __init__ adds the groups
@@ -122,7 +123,7 @@ class LoLO(torch.optim.Optimizer):
         self._complete = False
         super().__init__(params, {**common, **small_fc, **norm_fc})
         self._complete = True
-        warn_of_rates(map(multiple_of, self.param_groups), SMALLEST_RATE, stacklevel=2)
+        warn_of_rates(self.param_groups, stacklevel=2)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own where given. See `torch.optim.Optimizer.add_param_group`."""
@@ -133,6 +134,8 @@ class LoLO(torch.optim.Optimizer):
         for param in [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]:
             check_parameter(param[1] if isinstance(param, tuple) else param)
         given = {**self.defaults, **group}
+        for name in ("maximize", "freeze_unseen"):
+            check_flag(name, given[name])
         learned = as_weights(given["weights"])
         row, sha256 = ARCHITECTURES[learned.architecture], learned.file.sha256
         common = {
@@ -150,7 +153,7 @@ class LoLO(torch.optim.Optimizer):
         if sha256 not in self._networks:
             self._networks[sha256] = learned.architecture, row.network(learned.file.meta_params)
         if self._complete:
-            warn_of_rates([multiple_of(self.param_groups[-1])], SMALLEST_RATE, stacklevel=2)
+            warn_of_rates(self.param_groups[-1:], stacklevel=2)
 
     @torch._disable_dynamo
     @torch.no_grad()

@@ -30,6 +30,8 @@ from lolo.training.run_folder import RunError
 class DivergedError(RuntimeError):
     """Every pair had non-finite numbers for too many outer steps in a row."""
 
+    exit_status = 4  # of `lolo`
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from lolo.files import jsonl
 from lolo.method import meta
+from lolo.runtime import environment
 
 OF_TASKS = ("task_loss", "bc_loss", "delta_task_rms", "delta_bc_rms")
 """Fields of `meta.TaskMetrics` that a row holds, one number per task; NaN where every pair of the task was dropped."""
@@ -48,7 +48,7 @@ def step_row(metrics: meta.Metrics, tasks: Sequence[str], step: int, speed: floa
         "starts": of_tasks.starts[of_tasks.starts >= 0].tolist(),
         "reached": of_tasks.reached.ravel().tolist(),
         "inner_steps_per_second": round(speed, 1),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_mb": environment.peak_memory_mb(),
     }
     if row["dropped"]:
         row["first_bad"] = [

@@ -186,6 +186,33 @@ def test_an_lr_that_is_no_number_is_refused_by_name(lr):
         LoLO([{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr}])
 
 
+@pytest.mark.parametrize("name", ["maximize", "freeze_unseen"])
+@pytest.mark.parametrize("wrong", ["false", "no", 0, None])
+@small_fc_only
+def test_a_word_is_no_flag(name, wrong):
+    with pytest.raises(ValueError, match=f"{name}=.*; expected True or False"):
+        LoLO([{"params": [torch.nn.Parameter(torch.ones(2))], name: wrong}])
+
+
+@pytest.mark.parametrize("architecture", ["norm_fc"], indirect=True)
+def test_a_multiple_of_the_shipped_step_is_no_lr_of_norm_fc():
+    with pytest.warns(UserWarning, match="lr=1 is the root mean square of each step") as seen:
+        make(lr=1.0)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("architecture", ["norm_fc"], indirect=True)
+@pytest.mark.parametrize("change", [(None, False), (False, True)])
+def test_is_matrix_can_not_change_under_way(change):
+    before, after = change
+    params, optimizer = trained(1, is_matrix=before)
+    kept = [param.clone() for param in params]
+    optimizer.param_groups[0]["is_matrix"] = after
+    with pytest.raises(ValueError, match="is_matrix=.* is another one"):
+        optimizer.step()
+    assert torch.equal(params[0], kept[0])
+
+
 @pytest.mark.parametrize("architecture", ["norm_fc"], indirect=True)
 def test_an_lr_of_adamw_is_one_of_norm_fc_too():
     with warnings.catch_warnings():
@@ -196,7 +223,7 @@ def test_an_lr_of_adamw_is_one_of_norm_fc_too():
 def test_other_rates_and_the_values_of_schedules_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for lr in (0.02, 0.5, 1.0, 0.0):
+        for lr in (0.02, 0.1, 0.0) if WEIGHTS is not DEFAULT_WEIGHTS else (0.02, 0.5, 1.0, 0.0):
             make(lr=lr)
         optimizer = make()
         torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1e-4)
