@@ -32,6 +32,7 @@ _NAMES = {
     "compare": "notebook",
     "es": "method.estimators",
     "evaluate": "evaluation.long_runs:compare",
+    "from_batches": "tasks.batches",
     "learned_sgd": "optimizers.base",
     "load": "optimizers.pretrained",
     "meta_init": "method.meta",
