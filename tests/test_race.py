@@ -173,6 +173,12 @@ def test_seconds_are_steps_times_the_time_of_a_step():
     assert found["fast"].seconds == {("near", False): 300.0}
 
 
+def test_without_adamw_there_is_nothing_to_compare_with():
+    for rows in ([], rows_of("mine", [0.9, 0.4])):
+        with pytest.raises(FileError, match="no rows of adamw.*--from-scratch"):
+            results.standings(rows, TARGETS, "tuned", {})
+
+
 def test_where_adamw_misses_its_time_is_that_of_all_steps():
     rows = rows_of("adamw", [0.9, 0.8]) + rows_of("first", [0.4, 0.3])
     found = {s.entrant: s for s in results.standings(rows, TARGETS, "tuned", {})}
@@ -323,7 +329,7 @@ def test_learning_rates_are_tried_on_transformers_of_several_sizes(monkeypatch, 
     ("words", "message"),
     [
         (["--only", "mpl"], "did you mean 'mlp'"),
-        (["--settings", "lr=1"], "--settings are of --optimizer"),
+        (["--settings", "lr=1"], "are of --optimizer"),
         (["--seeds", "0"], "at least 1"),
         (["--optimizer", "none.py:mine"], "does not exist"),
         (["--optimizer", "adamw"], "adamw"),

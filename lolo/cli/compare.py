@@ -94,6 +94,7 @@ def race_command(argv: list[str]) -> int:
     def race_(
         optimizer: str = "",
         settings: tuple[str, ...] = (),
+        name: str = "",
         only: tuple[str, ...] = (),
         seeds: int = entrants.SEEDS,
         out: Path = Path("runs/race"),
@@ -112,6 +113,7 @@ def race_command(argv: list[str]) -> int:
             parameter) that is false for embeddings and output layers.
           settings: of the optimizer, up to five, as they stand after its name: lr=0.01 lr=0.03. All workloads get the
             same; the first is the one of the self-tuning rules.
+          name: what the optimizer is called in tables and pictures; default: as --optimizer has it.
           only: these workloads: mlp, convolution, resnet, vit, transformer, gru, autoencoder, words, finetuning,
             small-batch.
           seeds: runs of each setting on each workload.
@@ -122,15 +124,15 @@ def race_command(argv: list[str]) -> int:
             transformer, as a picture. Each is a rival's kind or weights: adamw muon mine.safetensors.
           dry_run: only say what would run.
         """
-        for name in only:
-            files_settings.pick(workloads.WORKLOADS, "workload", name)
+        for workload in only:
+            files_settings.pick(workloads.WORKLOADS, "workload", workload)
         if seeds < 1:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
-        if settings and not optimizer:
-            raise ValueError("--settings are of --optimizer: name one.")
+        if (settings or name) and not optimizer:
+            raise ValueError("--settings and --name are of --optimizer: give one.")
         environment.set_up()
         with logged_warnings():
-            mine = [entrants.entrant(optimizer, settings)] if optimizer else []
+            mine = [entrants.entrant(optimizer, settings, name)] if optimizer else []
         if dry_run and transfer:
             raise ValueError("--dry-run is for a race; leave out --transfer.")
         if dry_run:

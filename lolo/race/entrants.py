@@ -36,8 +36,10 @@ def rival(kind: str, found: Sequence[records.Trial]) -> Entrant:
     return Entrant(kind, tuple(tuning.names_of(found, kind)))
 
 
-def entrant(optimizer: str, settings: Sequence[str] = ()) -> Entrant:
+def entrant(optimizer: str, settings: Sequence[str] = (), name: str = "") -> Entrant:
     """An optimizer as `lolo eval` names it, with several settings if it has some. Raises ValueError.
+
+    name: what it is called in tables and pictures; its optimizer's, if empty.
 
     >>> entrant("adamw:1e-3").optimizers
     ('adamw:1e-3',)
@@ -48,7 +50,7 @@ def entrant(optimizer: str, settings: Sequence[str] = ()) -> Entrant:
     names = tuple(f"{optimizer}{separator}{words}" for words in settings) or (optimizer,)
     found = candidates.read(names)
     recipe = {task for named in found.values() for task in meta_tasks(named)}
-    return Entrant(optimizer, names, tuple(sorted(recipe)))
+    return Entrant(name or optimizer, names, tuple(sorted(recipe)))
 
 
 def meta_tasks(named: Named) -> tuple[str, ...]:

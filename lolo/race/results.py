@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lolo.evaluation import statistics
+from lolo.files.disk import FileError
 from lolo.files.settings import RecipeError
 from lolo.race import scores
 from lolo.race.records import RaceRow, Target
@@ -72,7 +73,16 @@ def standings(
     rows: Sequence[RaceRow], targets: Mapping[Form, Target], rules: str, step_times: StepTimes
 ) -> list[Standing]:
     """Every entrant under the rules, the highest profile score first. Raises FileError: AdamW is not among them."""
-    chosen, reference = rows_that_count(rows, rules, targets), rows_that_count(rows, "tuned", targets)[REFERENCE]
+    chosen = rows_that_count(rows, rules, targets)
+    reference = rows_that_count(rows, "tuned", targets).get(REFERENCE, {})
+    missing = {
+        form for form, _ in (form for mine in chosen.values() for form in mine) if (form, False) not in reference
+    }
+    if missing or not reference:
+        where = ", ".join(sorted(missing)) or "any workload"
+        raise FileError(
+            f"no rows of {REFERENCE}, which all are compared with, on {where}: run lolo race --from-scratch."
+        )
     forms = sorted({form for mine in chosen.values() for form in mine})
     entrants = [name for name, mine in chosen.items() if set(mine) == set(forms)]
     seeds = min(len(mine[form]) for name, mine in chosen.items() if name in entrants for form in forms)
