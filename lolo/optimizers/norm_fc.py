@@ -13,7 +13,9 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers
 
+from lolo.kernels.library import CHOICES
 from lolo.optimizers import norm_fc_features as nf
+from lolo.optimizers import norm_fc_kernel
 from lolo.optimizers import norm_fc_spec as spec
 from lolo.optimizers import sharding
 from lolo.optimizers.base import (
@@ -60,6 +62,7 @@ class NormFcArguments(NamedTuple):
     axis_name: str | None
     sharded_axis: int
     mask: Mask
+    kernel: str
 
 
 class Part(NamedTuple):
@@ -82,6 +85,7 @@ def norm_fc(
     axis_name: str | None = None,
     sharded_axis: int = 0,
     mask: Mask = None,
+    kernel: str = "auto",
 ) -> LearnedOptimizer:
     """A learned direction with a step of fixed size, 30 → hidden → hidden → 1 (Celo2; ELO-Celo2, LoLO's successor).
 
@@ -110,6 +114,9 @@ def norm_fc(
         be equal on all of its devices are taken as whole. Newton-Schulz gathers whole matrices, one after the other.
       sharded_axis: the axis along which parameters are cut, in equal parts.
       mask: which parameters decay, as in optax.adamw (see `base.Mask`).
+      kernel: "auto": the CPU kernel where the installation has one and it serves: on one CPU device, or inside
+        shard_map over whole parameters, for types of at most 32 bits and float32 momenta; $LOLO_KERNEL=0 says no.
+        "plain": JAX's operations. Both agree to about 1e-6 of an update, not to the bit.
 
     Returns: a LearnedOptimizer whose φ is the dict `w0 [30, hidden], b0, w1 [hidden, hidden], b1, w2 [hidden, 1], b2`.
       Its optimizer takes any tree of real arrays of any rank; its state is a NormFcState; updates have the parameters'
@@ -136,6 +143,7 @@ def norm_fc(
         axis_name,
         sharded_axis,
         mask,
+        kernel,
     )
     check_settings(hidden, settings)
 
@@ -159,6 +167,9 @@ def norm_fc(
             check_gradients(grads, params, "norm_fc")
 
             def step(grads: PyTree, state: NormFcState, params: PyTree) -> tuple[PyTree, NormFcState]:
+                form = norm_fc_kernel.form(kernel, settings.state_dtype, axis_name, (grads, params, meta_params))
+                if form is not None:
+                    return kernel_update(form, meta_params, settings, grads, state, params)
                 return update_all(weights, settings, grads, state, params)
 
             return sharding.in_auto_mode(step)(grads, state, params)
@@ -176,6 +187,8 @@ def check_settings(hidden: int, settings: NormFcArguments) -> None:
         raise ValueError(f"baseline={settings.baseline!r} must be one of {', '.join(map(repr, spec.BASELINES))}.")
     if settings.state_dtype not in STATE_DTYPES:
         raise ValueError(f"state_dtype={settings.state_dtype} must be float32 or bfloat16.")
+    if settings.kernel not in CHOICES:
+        raise ValueError(f"kernel={settings.kernel!r} must be one of {', '.join(map(repr, CHOICES))}.")
 
 
 def zero_state(settings: NormFcArguments, params: PyTree) -> NormFcState:
@@ -188,14 +201,10 @@ def zero_state(settings: NormFcArguments, params: PyTree) -> NormFcState:
 def update_all(
     weights: nf.NormFcMatrices, settings: NormFcArguments, grads: PyTree, state: NormFcState, params: PyTree
 ) -> tuple[PyTree, NormFcState]:
-    """One step of all tensors."""
+    """One step of all tensors, in JAX's operations."""
     parts, (leaves, structure) = parts_of(settings, params), jax.tree.flatten(params)
     check_reduced(grads, params)
-    rate = settings.learning_rate
-    rate, decay, adam_scale = (
-        jnp.asarray(x, jnp.float32)
-        for x in (rate(state.step) if callable(rate) else rate, settings.weight_decay, settings.adam_scale)
-    )
+    rate, decay, adam_scale = numbers_of(settings, state.step)
     updates, moments, decays = [], [], decays_of(decay, settings.mask, params)
     for grad, param, old, of, decay in zip(
         jax.tree.leaves(grads), leaves, moments_of(state, params, parts), parts, decays, strict=True
@@ -209,6 +218,46 @@ def update_all(
         updates.append((-rate * (step + decay * p)).astype(param.dtype))
         moments.append(new._replace(momentum=new.momentum.astype(settings.state_dtype)))
     return jax.tree.unflatten(structure, updates), as_state(state.step + 1, moments, structure)
+
+
+def numbers_of(settings: NormFcArguments, step: Int[Array, ""]) -> list[Float[Array, ""]]:
+    """Learning rate, weight decay and adam_scale of this step."""
+    rate = settings.learning_rate
+    rate = rate(step) if callable(rate) else rate
+    return [jnp.asarray(x, jnp.float32) for x in (rate, settings.weight_decay, settings.adam_scale)]
+
+
+def kernel_update(
+    form: str, meta_params: MetaParams, settings: NormFcArguments, grads: PyTree, state: NormFcState, params: PyTree
+) -> tuple[PyTree, NormFcState]:
+    """One step of all tensors, by the CPU kernel."""
+    parts, (leaves, structure) = parts_of(settings, params), jax.tree.flatten(params)
+    check_reduced(grads, params)
+    rate, decay, adam_scale = numbers_of(settings, state.step)
+    tensors = [
+        norm_fc_kernel.KernelTensor(
+            grad,
+            param,
+            old,
+            of.layout.axes,
+            of.learned,
+            None if of.axes is None else partial(orthogonalize, axes=of.axes),
+        )
+        for grad, param, old, of in zip(
+            jax.tree.leaves(grads), leaves, moments_of(state, params, parts), parts, strict=True
+        )
+    ]
+    done = norm_fc_kernel.step(
+        form,
+        meta_params,
+        settings.baseline == "momentum",
+        state.step,
+        jnp.stack([rate, adam_scale]),
+        decays_of(decay, settings.mask, params),
+        tensors,
+    )
+    updates = [update.astype(param.dtype) for (update, _), param in zip(done, leaves, strict=True)]
+    return jax.tree.unflatten(structure, updates), as_state(state.step + 1, [new for _, new in done], structure)
 
 
 def learned_step(
