@@ -19,6 +19,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {

@@ -131,10 +131,21 @@ INLINE float normalizer(double squares, long count, float epsilon) {
   return 1.0f / __builtin_sqrtf(epsilon + (float)(squares / count));
 }
 
+// A weight as the products of pass 3 take it. AVX-512 reads one float into all lanes on the way; others would need an
+// instruction for that.
+#if LANES == 16
+typedef float Weight;
+INLINE Weight weight_of(float x) { return x; }
+#else
+typedef Vec Weight;
+INLINE Weight weight_of(float x) { return splat(x); }
+INLINE Vec splat(Weight x) { return x; }
+#endif
+
 // φ, padded with zeros to HIDDEN units: [inputs][units].
 struct Network {
-  float entry[ENTRY_INPUTS][HIDDEN], along_row[6][HIDDEN], along_column[6][HIDDEN];
-  float first_bias[HIDDEN], second[HIDDEN][HIDDEN], second_bias[HIDDEN], last[HIDDEN], last_bias;
+  Weight second[HIDDEN][HIDDEN], second_bias[HIDDEN], last[HIDDEN], last_bias;
+  float entry[ENTRY_INPUTS][HIDDEN], along_row[6][HIDDEN], along_column[6][HIDDEN], first_bias[HIDDEN];
 };
 
 static void read_network(const Phi& phi, Network& net) {
@@ -148,10 +159,11 @@ static void read_network(const Phi& phi, Network& net) {
       net.along_column[3 + i][h] = phi.w0[(24 + i) * phi.hidden + h];
       net.entry[15 + i][h] = phi.w0[(27 + i) * phi.hidden + h];
     }
-    for (int i = 0; i < phi.hidden; i++) net.second[i][h] = phi.w1[i * phi.hidden + h];
-    net.first_bias[h] = phi.b0[h], net.second_bias[h] = phi.b1[h], net.last[h] = phi.w2[h];
+    for (int i = 0; i < phi.hidden; i++) net.second[i][h] = weight_of(phi.w1[i * phi.hidden + h]);
+    net.first_bias[h] = phi.b0[h];
+    net.second_bias[h] = weight_of(phi.b1[h]), net.last[h] = weight_of(phi.w2[h]);
   }
-  net.last_bias = phi.b2[0];
+  net.last_bias = weight_of(phi.b2[0]);
 }
 
 // What the entries' pass reads along one axis: the share of the first layer's sums [HIDDEN, n], and factors [3, n].
@@ -160,7 +172,7 @@ struct Along {
 };
 
 INLINE void squares_of_moments(Sums& sums, const float* moment, long n, long i, int k) {
-  for (int d = 0; d < 3; d++) {
+  UNROLL for (int d = 0; d < 3; d++) {
     Vec x = load(moment + d * n + i, k), y = rsqrt(x + splat(MOMENT_EPSILON));
     sums.lanes[d] += x * x, sums.lanes[3 + d] += only(y * y, k);
   }
@@ -170,10 +182,10 @@ INLINE void squares_of_moments(Sums& sums, const float* moment, long n, long i, 
 INLINE void project(const float (*weight)[HIDDEN], const float* bias, const float* moment, float* base, long n, long i,
                     int k) {
   Vec x[6];
-  for (int d = 0; d < 3; d++) x[d] = load(moment + d * n + i, k), x[3 + d] = rsqrt(x[d] + splat(MOMENT_EPSILON));
-  for (int h = 0; h < HIDDEN; h++) {
+  UNROLL for (int d = 0; d < 3; d++) x[d] = load(moment + d * n + i, k), x[3 + d] = rsqrt(x[d] + splat(MOMENT_EPSILON));
+  UNROLL for (int h = 0; h < HIDDEN; h++) {
     Vec y = splat(bias[h]);
-    for (int d = 0; d < 6; d++) y += splat(weight[d][h]) * x[d];
+    UNROLL for (int d = 0; d < 6; d++) y += splat(weight[d][h]) * x[d];
     store(base + h * n + i, y, k);
   }
 }
@@ -259,19 +271,17 @@ static void sum_squares(const Tensor& of, float* rows, float* columns, float* pa
   }
 }
 
-// What is the same for all entries of a row.
+// What the entries of a row read beside their own numbers: factors [3] and sums [HIDDEN], `rows` and `columns` apart.
 struct Row {
-  float factor[3], base[HIDDEN];
-  const float *column_factor, *column_base;  // at the row's first column; [3] and [HIDDEN], `columns` apart
-  long columns;
+  const float *factor, *base, *column_factor, *column_base;
+  long rows, columns;
 };
 
-INLINE Row row_at(long row, long column, long rows, long columns, const Along& along_row, const Along& along_column) {
-  Row at;
-  for (int d = 0; d < 3; d++) at.factor[d] = along_row.factor[d * rows + row];
-  for (int h = 0; h < HIDDEN; h++) at.base[h] = along_row.base[h * rows + row];
-  at.column_factor = along_column.factor + column, at.column_base = along_column.base + column, at.columns = columns;
-  return at;
+// The pointer, of which the compiler knows nothing any more: it would copy all weights to the stack for every row.
+template <class T>
+INLINE T* unknown(T* pointer) {
+  __asm__("" : "+r"(pointer));
+  return pointer;
 }
 
 // The inputs of n entries that differ from entry to entry, not normalised, and Nesterov momentum behind them.
@@ -279,8 +289,8 @@ INLINE void entry_inputs(Vec g, Vec p, const Vec* m, Vec v, const Row& at, long 
   Vec inverse = rsqrt(v + splat(MOMENT_EPSILON));
   x[0] = g, x[1] = at_most(GRADIENT_CLIP, at_least(-GRADIENT_CLIP, g)), x[2] = p;
   x[6] = v, x[10] = inverse, x[14] = g * inverse;
-  for (int d = 0; d < 3; d++) {
-    Vec factor = splat(at.factor[d]) * load(at.column_factor + d * at.columns + j, n);
+  UNROLL for (int d = 0; d < 3; d++) {
+    Vec factor = splat(at.factor[d * at.rows]) * load(at.column_factor + d * at.columns + j, n);
     x[3 + d] = m[d], x[7 + d] = m[d] * inverse, x[11 + d] = g * factor, x[15 + d] = m[d] * factor;
   }
   x[ENTRY_INPUTS] = splat(GAINS[0]) * g + splat(DECAYS[0]) * m[0];
@@ -289,7 +299,7 @@ INLINE void entry_inputs(Vec g, Vec p, const Vec* m, Vec v, const Row& at, long 
 INLINE void accumulate(const Tensor& of, const Row& at, long start, long j, int n, Vec* squares) {
   const long i = start + j;
   Vec m[3], x[ENTRY_INPUTS + 1], g = gradient(of.grad + i, n), p = load(of.param + i, n);
-  for (int d = 0; d < 3; d++) {
+  UNROLL for (int d = 0; d < 3; d++) {
     m[d] = splat(DECAYS[d]) * load(of.momentum + d * of.size + i, n) + splat(GAINS[d]) * g;
     store(of.new_momentum + d * of.size + i, m[d], n);
   }
@@ -297,24 +307,26 @@ INLINE void accumulate(const Tensor& of, const Row& at, long start, long j, int 
   store(of.new_rms + i, v, n);
   entry_inputs(g, p, m, v, at, j, n, x);
   x[10] = only(x[10], n);
-  for (int k = 0; k <= ENTRY_INPUTS; k++) squares[k] += x[k] * x[k];
+  UNROLL for (int k = 0; k <= ENTRY_INPUTS; k++) squares[k] += x[k] * x[k];
 }
 
 // The step of n entries, stored, and its squares. Entries that never had a gradient get none.
-INLINE void move(const Tensor& of, const Row& at, const float (*weight)[HIDDEN], const Network& net, float baseline,
+INLINE void move(const Tensor& of, const Row& at, const Weight* weights, const Network& network, float baseline,
                  long start, long j, int n, Vec* squares) {
   const long i = start + j;
+  const Weight* weight = unknown(weights);  // [ENTRY_INPUTS, HIDDEN]
+  const Network& net = *unknown(&network);
   Vec m[3], x[ENTRY_INPUTS + 1], v = load(of.new_rms + i, n), first[HIDDEN], second[HIDDEN];
-  for (int d = 0; d < 3; d++) m[d] = load(of.new_momentum + d * of.size + i, n);
+  UNROLL for (int d = 0; d < 3; d++) m[d] = load(of.new_momentum + d * of.size + i, n);
   entry_inputs(gradient(of.grad + i, n), load(of.param + i, n), m, v, at, j, n, x);
-  for (int h = 0; h < HIDDEN; h++) first[h] = splat(at.base[h]) + load(at.column_base + h * at.columns + j, n);
-  for (int k = 0; k < ENTRY_INPUTS; k++)
-    for (int h = 0; h < HIDDEN; h++) first[h] += splat(weight[k][h]) * x[k];
-  for (int h = 0; h < HIDDEN; h++) first[h] = relu(first[h]), second[h] = splat(net.second_bias[h]);
-  for (int k = 0; k < HIDDEN; k++)
-    for (int h = 0; h < HIDDEN; h++) second[h] += splat(net.second[k][h]) * first[k];
+  UNROLL for (int h = 0; h < HIDDEN; h++) first[h] = splat(at.base[h * at.rows]) + load(at.column_base + h * at.columns + j, n);
+  UNROLL for (int k = 0; k < ENTRY_INPUTS; k++)
+    UNROLL for (int h = 0; h < HIDDEN; h++) first[h] += splat(weight[k * HIDDEN + h]) * x[k];
+  UNROLL for (int h = 0; h < HIDDEN; h++) first[h] = relu(first[h]), second[h] = splat(net.second_bias[h]);
+  UNROLL for (int k = 0; k < HIDDEN; k++)
+    UNROLL for (int h = 0; h < HIDDEN; h++) second[h] += splat(net.second[k][h]) * first[k];
   Vec out[2] = {splat(net.last_bias), Vec{}};
-  for (int h = 0; h < HIDDEN; h++) out[h % 2] += splat(net.last[h]) * relu(second[h]);
+  UNROLL for (int h = 0; h < HIDDEN; h++) out[h % 2] += splat(net.last[h]) * relu(second[h]);
   Vec step = out[0] + out[1];
   if (of.baseline) step += splat(baseline) * x[ENTRY_INPUTS];
   // Not "where v > 0": v of NaN is no entry that never had a gradient, and must show. Newton-Schulz sees all entries.
@@ -328,7 +340,9 @@ INLINE void move(const Tensor& of, const Row& at, const float (*weight)[HIDDEN],
   for (long o = 0, row = 0; o < of.outer; o++)                                                           \
     for (long a = 0; a < of.a; a++)                                                                      \
       for (long inner = 0; inner < of.inner; inner++, row++) {                                           \
-        const Row at = row_at(row, (o * of.inner + inner) * of.b, rows, columns, along_row, along_column); \
+        const long column = (o * of.inner + inner) * of.b;                                               \
+        const Row at = {along_row.factor + row,       along_row.base + row,       along_column.factor + column, \
+                        along_column.base + column, rows, columns};                                     \
         const long start = row * of.b;                                                                   \
         for (long from = 0; from < of.b; from += PIECE) {                                                \
           const long end = from + PIECE < of.b ? from + PIECE : of.b;                                    \
@@ -381,16 +395,16 @@ static double learn(const Tensor& of, const Network& net, float* scratch) {
   Sums inputs;
   clear(inputs, ENTRY_INPUTS + 1);
   WALK(inputs, ENTRY_INPUTS + 1, accumulate(of, at, start, j, n, inputs.lanes))
-  float weight[ENTRY_INPUTS][HIDDEN];
+  Weight weight[ENTRY_INPUTS][HIDDEN];
   for (int k = 0; k < ENTRY_INPUTS; k++) {
     // Below two axes there are no factored momenta.
     const float by = factored || k < 15 ? normalizer(total(inputs, k), of.size, NORMALIZE_EPSILON) : 0.0f;
-    for (int h = 0; h < HIDDEN; h++) weight[k][h] = by * net.entry[k][h];
+    for (int h = 0; h < HIDDEN; h++) weight[k][h] = weight_of(by * net.entry[k][h]);
   }
   const float baseline = normalizer(total(inputs, ENTRY_INPUTS), of.size, BASELINE_EPSILON);
   Sums steps;
   clear(steps, 1);
-  WALK(steps, 1, move(of, at, weight, net, baseline, start, j, n, steps.lanes))
+  WALK(steps, 1, move(of, at, weight[0], net, baseline, start, j, n, steps.lanes))
   return total(steps, 0);
 }
 #undef WALK
