@@ -479,7 +479,7 @@ static void step_all(Tensor* tensors, long count, const Phi& phi, const Settings
   }
 }
 
-static void finish_all(Tensor* tensors, long count, const Settings& settings) {
+[[maybe_unused]] static void finish_all(Tensor* tensors, long count, const Settings& settings) {
   for (long t = 0; t < count; t++)
     if (tensors[t].size) finish_orthogonal(tensors[t], settings);
 }

@@ -15,9 +15,8 @@ from optax.contrib import MuonDimensionNumbers
 
 from lolo.kernels.library import CHOICES
 from lolo.optimizers import norm_fc_features as nf
-from lolo.optimizers import norm_fc_kernel
+from lolo.optimizers import norm_fc_kernel, sharding
 from lolo.optimizers import norm_fc_spec as spec
-from lolo.optimizers import sharding
 from lolo.optimizers.base import (
     LearnedOptimizer,
     Mask,
@@ -31,7 +30,8 @@ from lolo.optimizers.base import (
     truncated_normal,
 )
 from lolo.optimizers.features import Entries, Layout, over_parts
-from lolo.optimizers.norm_fc_features import NormFcMoments, product
+from lolo.optimizers.newton_schulz import orthogonalize
+from lolo.optimizers.norm_fc_features import NormFcMoments
 from lolo.trees import PyTree
 
 Number: TypeAlias = float | jax.Array
@@ -168,9 +168,19 @@ def norm_fc(
 
             def step(grads: PyTree, state: NormFcState, params: PyTree) -> tuple[PyTree, NormFcState]:
                 form = norm_fc_kernel.form(kernel, settings.state_dtype, axis_name, (grads, params, meta_params))
-                if form is not None:
-                    return kernel_update(form, meta_params, settings, grads, state, params)
-                return update_all(weights, settings, grads, state, params)
+                if form is None:
+                    return update_all(weights, settings, grads, state, params)
+                known = numbers_of(settings, state.step)
+
+                def given(numbers: list[jax.Array]) -> NormFcArguments:
+                    rate, decay, adam_scale = numbers
+                    return settings._replace(learning_rate=rate, weight_decay=decay, adam_scale=adam_scale)
+
+                run = norm_fc_kernel.with_derivatives_of(
+                    lambda phi, numbers, *trees: update_all(nf.arrange(phi), given(numbers), *trees),
+                    lambda phi, numbers, *trees: kernel_step(form, phi, given(numbers), *trees),
+                )
+                return run(meta_params, known, grads, state, params)
 
             return sharding.in_auto_mode(step)(grads, state, params)
 
@@ -198,6 +208,13 @@ def zero_state(settings: NormFcArguments, params: PyTree) -> NormFcState:
     return as_state(jnp.zeros((), jnp.int32), moments, structure)
 
 
+def numbers_of(settings: NormFcArguments, step: Int[Array, ""]) -> list[jax.Array]:
+    """Learning rate, weight decay and adam_scale of a step."""
+    rate = settings.learning_rate
+    numbers = rate(step) if callable(rate) else rate, settings.weight_decay, settings.adam_scale
+    return [jnp.asarray(x, jnp.float32) for x in numbers]
+
+
 def update_all(
     weights: nf.NormFcMatrices, settings: NormFcArguments, grads: PyTree, state: NormFcState, params: PyTree
 ) -> tuple[PyTree, NormFcState]:
@@ -220,42 +237,24 @@ def update_all(
     return jax.tree.unflatten(structure, updates), as_state(state.step + 1, moments, structure)
 
 
-def numbers_of(settings: NormFcArguments, step: Int[Array, ""]) -> list[Float[Array, ""]]:
-    """Learning rate, weight decay and adam_scale of this step."""
-    rate = settings.learning_rate
-    rate = rate(step) if callable(rate) else rate
-    return [jnp.asarray(x, jnp.float32) for x in (rate, settings.weight_decay, settings.adam_scale)]
-
-
-def kernel_update(
+def kernel_step(
     form: str, meta_params: MetaParams, settings: NormFcArguments, grads: PyTree, state: NormFcState, params: PyTree
 ) -> tuple[PyTree, NormFcState]:
     """One step of all tensors, by the CPU kernel."""
     parts, (leaves, structure) = parts_of(settings, params), jax.tree.flatten(params)
     check_reduced(grads, params)
-    rate, decay, adam_scale = numbers_of(settings, state.step)
+    old = moments_of(state, params, parts)
     tensors = [
         norm_fc_kernel.KernelTensor(
-            grad,
-            param,
-            old,
-            of.layout.axes,
-            of.learned,
-            None if of.axes is None else partial(orthogonalize, axes=of.axes),
+            *(grad, param, moments, of.layout.axes, of.learned),
+            orthogonalize=None if of.axes is None else partial(orthogonalize, axes=of.axes),
         )
-        for grad, param, old, of in zip(
-            jax.tree.leaves(grads), leaves, moments_of(state, params, parts), parts, strict=True
-        )
+        for grad, param, moments, of in zip(jax.tree.leaves(grads), leaves, old, parts, strict=True)
     ]
-    done = norm_fc_kernel.step(
-        form,
-        meta_params,
-        settings.baseline == "momentum",
-        state.step,
-        jnp.stack([rate, adam_scale]),
-        decays_of(decay, settings.mask, params),
-        tensors,
-    )
+    rate, decay, adam_scale = numbers_of(settings, state.step)
+    numbers, decays = jnp.stack([rate, adam_scale]), decays_of(decay, settings.mask, params)
+    baseline = settings.baseline == "momentum"
+    done = norm_fc_kernel.step(form, meta_params, baseline, state.step, numbers, decays, tensors)
     updates = [update.astype(param.dtype) for (update, _), param in zip(done, leaves, strict=True)]
     return jax.tree.unflatten(structure, updates), as_state(state.step + 1, [new for _, new in done], structure)
 
@@ -314,37 +313,6 @@ def on_full_tensor(
     full = function(jax.lax.all_gather(x, of.axis_name, axis=of.sharded, tiled=True))
     start = jax.lax.axis_index(of.axis_name) * size
     return jax.lax.dynamic_slice_in_dim(full, start, size, axis=of.sharded)
-
-
-def orthogonalize(x: Entries, axes: tuple[tuple[int, ...], ...]) -> Entries:
-    """Newton-Schulz on the matrices [input axes, output axes] of a tensor. axes: batch, input, output."""
-    order = [axis for kind in axes for axis in kind]
-    extents = [[x.shape[axis] for axis in kind] for kind in axes]
-    matrices = jnp.transpose(x, order).reshape([int(np.prod(kind)) for kind in extents])
-    alone = len(matrices) == 1
-    done = newton_schulz(matrices[0] if alone else matrices)
-    done = done.reshape([extent for kind in extents for extent in kind])
-    return jnp.transpose(done, [order.index(axis) for axis in range(x.ndim)])
-
-
-def newton_schulz(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
-    """Five iterations that bring all singular values near 1."""
-    a, b, c = spec.NEWTON_SCHULZ
-    tall = x.shape[-2] > x.shape[-1]
-    x = jnp.swapaxes(x, -1, -2) if tall else x
-    one = jnp.eye(x.shape[-2], dtype=jnp.float32)
-
-    def polynomial(gram: jax.Array) -> jax.Array:
-        return a * one + b * gram + c * product(gram, gram)
-
-    # The trace of x·xᵀ is the squared Frobenius norm. x enters products only, so XLA computes it once.
-    gram = product(x, jnp.swapaxes(x, -1, -2))
-    norm = jnp.sqrt(jnp.trace(gram, axis1=-2, axis2=-1))[..., None, None] + spec.NEWTON_SCHULZ_EPSILON
-    scale = nf.reciprocal(norm, least=spec.NEWTON_SCHULZ_EPSILON)
-    x = product(polynomial(gram * scale * scale) * scale, x)
-    for _ in range(spec.NEWTON_SCHULZ_STEPS - 1):
-        x = product(polynomial(product(x, jnp.swapaxes(x, -1, -2))), x)
-    return jnp.swapaxes(x, -1, -2) if tall else x
 
 
 def parts_of(settings: NormFcArguments, params: PyTree) -> list[Part]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +16,26 @@ from lolo.kernels import library
 from lolo.optimizers import sharding
 from lolo.optimizers.base import MetaParams
 from lolo.optimizers.factored import FactoredAxes
-from lolo.optimizers.features import Entries
 from lolo.optimizers.norm_fc_features import NormFcMoments
 
 STEP, FINISH = "lolo_norm_fc_step", "lolo_norm_fc_finish"
 ADAM, VECTOR, FACTORED = range(3)  # kinds of tensors, as the kernel numbers them
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)  # of parameters and gradients
-PHI = ("w0", "b0", "w1", "b1", "w2", "b2")
+
+
+R = TypeVar("R")
+Moved: TypeAlias = tuple[jax.Array, NormFcMoments]  # the update of a tensor, and its moments after the gradient
 
 
 class KernelTensor(NamedTuple):
     """One tensor of a step."""
 
-    grad: Entries
-    param: Entries
+    grad: jax.Array  # [*shape]
+    param: jax.Array
     moments: NormFcMoments
     axes: FactoredAxes | None
     learned: bool
-    orthogonalize: Callable[[Entries], Entries] | None  # what comes before the step's normalisation; None: nothing
+    orthogonalize: Callable[[jax.Array], jax.Array] | None  # what comes before the step's normalisation; None: nothing
 
 
 @functools.cache
@@ -72,15 +74,22 @@ def form(kernel: str, state_dtype: Any, axis_name: str | None, trees: Any) -> st
     return chosen if serves else None
 
 
+def with_derivatives_of(plain: Callable[..., R], kernel: Callable[..., R]) -> Callable[..., R]:
+    """The kernel's function, for JAX to take derivatives of: those of the plain path's."""
+    run = jax.custom_jvp(kernel)
+    run.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return run
+
+
 def step(
     form: str,
     meta_params: MetaParams,
     baseline: bool,
     count: Int[Array, ""],
     numbers: Float[Array, "2"],
-    decays: Sequence[Float[Array, ""]],
+    decays: Sequence[float | jax.Array],
     tensors: Sequence[KernelTensor],
-) -> list[tuple[Entries, NormFcMoments]]:
+) -> list[Moved]:
     """Updates in float32 and moments after the gradient.
 
     Args:
@@ -92,10 +101,13 @@ def step(
     present = [i for i, x in enumerate(tensors) if x.param.size]
     if not present:
         return done
-    decay = jnp.stack([decays[i] for i in present])
     places = [place_of(tensors[i]) for i in present]
-    words = [place.words(baseline, tensors[i].orthogonalize is not None) for i, place in zip(present, places, strict=True)]
-    arguments: list[jax.Array] = [count, numbers, decay, *(meta_params[name].astype(jnp.float32) for name in PHI)]
+    words = [
+        place.words(baseline, tensors[i].orthogonalize is not None) for i, place in zip(present, places, strict=True)
+    ]
+    phi = {name: x.astype(jnp.float32) for name, x in meta_params.items()}
+    network = [phi["w0"], phi["b0"], phi["w1"], phi["b1"], phi["w2"][:, 0], phi["b2"][0]]
+    arguments: list[jax.Array] = [count, numbers, stacked(decays, present), *network]
     results: list[jax.ShapeDtypeStruct] = []
     aliases: dict[int, int] = {}
     for i, place in zip(present, places, strict=True):
@@ -112,18 +124,22 @@ def step(
     return finished(form, numbers, decays, tensors, done)
 
 
+def stacked(decays: Sequence[float | jax.Array], chosen: Sequence[int]) -> Float[Array, "T"]:
+    return jnp.stack([jnp.asarray(decays[i], jnp.float32) for i in chosen])
+
+
 def finished(
     form: str,
     numbers: Float[Array, "2"],
-    decays: Sequence[Float[Array, ""]],
+    decays: Sequence[float | jax.Array],
     tensors: Sequence[KernelTensor],
-    done: list[tuple[Entries, NormFcMoments]],
-) -> list[tuple[Entries, NormFcMoments]]:
+    done: list[Moved],
+) -> list[Moved]:
     """The same with updates instead of steps where they are to be orthogonalised."""
     steps = {i: x.orthogonalize(done[i][0]) for i, x in enumerate(tensors) if x.orthogonalize and x.param.size}
     if not steps:
         return done
-    arguments: list[jax.Array] = [numbers, jnp.stack([decays[i] for i in steps])]
+    arguments: list[jax.Array] = [numbers, stacked(decays, list(steps))]
     for i, direction in steps.items():
         arguments += [direction, done[i][1].rms, tensors[i].param.astype(jnp.float32)]
     results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in steps.values()]
@@ -188,7 +204,7 @@ def arranged(tensor: KernelTensor, place: Place) -> list[jax.Array]:
     return [*arrays, row] if place.kind == VECTOR else arrays
 
 
-def restored(arrays: Iterator[jax.Array], tensor: KernelTensor, place: Place) -> tuple[Entries, NormFcMoments]:
+def restored(arrays: Iterator[jax.Array], tensor: KernelTensor, place: Place) -> Moved:
     """What the kernel gives for one tensor: its update or step, and its moments."""
     out, momentum, rms = (place.restore(next(arrays)) for _ in range(3))
     moments, axes = tensor.moments._replace(momentum=momentum, rms=rms), tensor.axes

@@ -110,7 +110,9 @@ class Weights(NamedTuple):
         requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
         requested |= {"learning_rate": learning_rate, "adam_scale": adam_scale}
         _refuse_bools(requested)
-        requested["kernel"] = "auto" if kernel is None and "kernel" in architecture.of(self.learner).deployment else kernel
+        requested["kernel"] = (
+            "auto" if kernel is None and "kernel" in architecture.of(self.learner).deployment else kernel
+        )
         learner = architecture.deployed(self.learner, requested)
         arrays = {name: jnp.asarray(x, jnp.float32) for name, x in requested.items() if architecture.is_array(x)}
         optional = {"mask": mask, "is_matrix": is_matrix, "state_dtype": state_dtype}
