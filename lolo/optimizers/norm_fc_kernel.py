@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lolo.kernels import library
+from lolo.kernels.library import ADAM, FACTORED, VECTOR
 from lolo.optimizers import sharding
 from lolo.optimizers.base import MetaParams
 from lolo.optimizers.factored import FactoredAxes
 from lolo.optimizers.norm_fc_features import NormFcMoments
 
 STEP, FINISH = "lolo_norm_fc_step", "lolo_norm_fc_finish"
-ADAM, VECTOR, FACTORED = range(3)  # kinds of tensors, as the kernel numbers them
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)  # of parameters and gradients
 
 
