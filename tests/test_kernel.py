@@ -1,7 +1,9 @@
 """The CPU kernel of `norm_fc` against JAX's operations: one step from the same state, in every form that runs here."""
 
 import ctypes
+import json
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,10 @@ from optax.contrib import MuonDimensionNumbers
 from lolo.kernels import library
 from lolo.optimizers import norm_fc_kernel
 from lolo.optimizers.norm_fc import norm_fc
+from lolo.training import loop as training
+from lolo.training import recipes
+from lolo.training.how import How
+from lolo.training.run_folder import RunError
 
 pytestmark = pytest.mark.skipif(not norm_fc_kernel.register(), reason="this installation has no kernel for XLA")
 SHAPES = {
@@ -74,13 +80,14 @@ def warmed(params, steps=3, **settings):
 
 
 def distance(ours, reference):
-    """Largest distance of two tensors, in norms of the reference; NaN must meet NaN."""
+    """Largest distance of two tensors, in norms of the reference; NaN must meet NaN, and inf the same inf."""
     worst = 0.0
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         a, b = (np.asarray(x, np.float64) for x in (a, b))
-        np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
-        a, b = np.nan_to_num(a), np.nan_to_num(b)
+        odd = ~np.isfinite(b)
+        np.testing.assert_array_equal(a[odd], b[odd])
+        a, b = np.where(odd, 0, a), np.where(odd, 0, b)
         worst = max(worst, float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)) if b.size else 0.0)
     return worst
 
@@ -302,3 +309,48 @@ def test_the_library_numbers_its_forms_as_python_does():
     built = library.load()
     built.lolo_norm_fc_widest.restype = ctypes.c_int64
     assert library.FORMS[built.lolo_norm_fc_widest()] == library.forms()[-1]
+
+
+# In a meta-training
+
+
+def recipe(kernel="auto", **changes):
+    return helpers.small(recipes.LOLO, helpers.SUCCESSOR | {"learner.kernel": kernel, "outer.steps": 2} | changes)
+
+
+def test_recipes_keep_the_plain_path_unless_they_say_otherwise():
+    assert recipes.RECIPES["lolo"].learner.name == "small_fc"
+    kernels = [each.learner.kernel for each in recipes.RECIPES.values() if each.learner.name == "norm_fc"]
+    assert kernels and set(kernels) == {"plain"}
+
+
+@pytest.mark.slow
+def test_a_run_records_its_path_and_resumes_on_no_other_one(tmp_path, monkeypatch):
+    messages = []
+    widest = f"kernel {library.forms()[-1]}"
+    training.train(recipe(), tmp_path / "run", How(log=messages.append))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["path"] == widest
+    training.resume(tmp_path / "run", How(log=messages.append))
+    monkeypatch.setenv(library.VARIABLE, "0")
+    with pytest.raises(RunError, match=f"on the path '{widest}'..*'plain'.*--other-path"):
+        training.resume(tmp_path / "run", How(log=messages.append))
+    training.resume(tmp_path / "run", How(log=messages.append, other_path=True))
+    assert any(f"the path differs from the checkpoint's ({widest}; now plain)" in text for text in messages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_meta_training_is_that_of_the_plain_path_but_for_last_bits(orthogonal):
+    phis = [
+        training.train(recipe(kernel, **{"learner.orthogonal": orthogonal})).weights.meta_params
+        for kernel in ("auto", "plain", "auto")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, phis[0], phis[2])
+    assert 0 < distance(phis[0], phis[1]) < 1e-3
+
+
+@pytest.mark.slow
+def test_slots_in_blocks_are_batches_of_one_call():
+    blocks = {"estimator.slots_per_block": 2}
+    one, two = (training.train(recipe(**more)).weights.meta_params for more in ({}, blocks))
+    assert distance(one, two) < 1e-3

@@ -26,12 +26,12 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from lolo.bench import textbook
+from lolo.bench import kernel_speed, textbook
 from lolo.bench.timing import Line, interleaved
 from lolo.files import disk, jsonl, settings
 from lolo.method import meta
 from lolo.method.task import Splits, Task
-from lolo.optimizers import norm_fc, small_fc
+from lolo.optimizers import norm_fc, norm_fc_kernel, small_fc
 from lolo.runtime import parallel
 from lolo.runtime.environment import provenance
 from lolo.studies import plots
@@ -256,6 +256,7 @@ def bench_blocks(rounds: int = 20) -> list[Line]:
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "small_fc": {"learner.name": "small_fc"},
     "norm_fc, plain": {"learner.name": "norm_fc", "learner.orthogonal": False},
+    "norm_fc, kernel": {"learner.name": "norm_fc", "learner.orthogonal": False, "learner.kernel": "auto"},
     "norm_fc, Newton-Schulz": {"learner.name": "norm_fc", "learner.orthogonal": True},
 }
 """What `lolo bench architectures` compares: recipe fields."""
@@ -359,13 +360,47 @@ def bench_start_and_cores() -> list[Line]:
 
 def bench_torch(seconds: float = 12.0) -> Iterator[Line]:
     """The optimizer's step in PyTorch, if it is installed: see `lolo.bench.torch_speed`."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    if not has_torch():
         yield Line("torch is not installed: pip install 'lolo[torch]'", float("nan"), "", "skipped")
         return
     from lolo.bench import torch_speed
 
     yield from torch_speed.measure(seconds)
+
+
+def bench_kernel(rounds: int = 15) -> Iterator[Line]:
+    """The CPU kernel of norm_fc: at inference beside AdamW and Muon, in meta-training beside small_fc."""
+    yield from kernel_speed.measure(TORCH_CALLS if has_torch() else "", rounds=rounds)
+    variants = {
+        "small_fc": {},
+        "norm_fc, plain": {"learner.kernel": "plain"},
+        "norm_fc, kernel": {"learner.kernel": "auto"},
+    }
+    for task, splits in {
+        "fashion-mlp": None,
+        "28x28-32-32-10": {"synthetic": synthetic(SIZES["28x28-32-32-10"][0])},
+    }.items():
+        calls = {}
+        for name, fields in variants.items():
+            recipe = settings.with_field(on("synthetic" if splits else task, "naive"), "unroll.truncation", 20)
+            recipe = settings.with_field(recipe, "unroll.length", 1000)
+            if fields:
+                recipe = settings.with_field(recipe, "learner.name", "norm_fc")
+                recipe = settings.with_field(recipe, "learner.orthogonal", False)
+            for field, value in fields.items():
+                recipe = settings.with_field(recipe, field, value)
+            calls[name] = outer_step(recipe, splits).call
+        for name, seconds in (medians := in_turns(calls, rounds)).items():
+            yield Line(f"{task}: inner steps with {name}", 2 * PAIRS * 20 / seconds, "inner steps/s", f"n={rounds}")
+            yield Line(f"{task}: speed of {name} / small_fc", medians["small_fc"] / seconds, "x")
+
+
+TORCH_CALLS = "from lolo.bench.torch_speed import kernel_rivals as calls"
+
+
+def has_torch() -> bool:
+    spec = importlib.util.find_spec("torch")
+    return spec is not None and spec.origin is not None
 
 
 PARTS: dict[str, Callable[[], Iterable[Line]]] = {
@@ -374,6 +409,7 @@ PARTS: dict[str, Callable[[], Iterable[Line]]] = {
     "architectures": bench_architectures,
     "use": bench_inference,
     "torch": bench_torch,
+    "kernel": bench_kernel,
     "start": bench_start_and_cores,
     "blocks": bench_blocks,
     "growth": bench_growth,
@@ -383,6 +419,7 @@ PARTS: dict[str, Callable[[], Iterable[Line]]] = {
 def run(parts: Sequence[str], out: Path | None, log: Callable[[str], None] = print) -> list[Line]:
     """Measure and log each line; with `out` (a JSON file) write them, and a picture of the growth beside it."""
     lines: list[Line] = []
+    log(f"norm_fc runs on: {norm_fc_kernel.path('auto')}")
     chosen = [settings.pick(PARTS, "part of the benchmark", part) for part in parts]
     for part in chosen:
         for line in part():

@@ -44,8 +44,11 @@ def register() -> bool:
     built = library.load()
     if built is None or not hasattr(built, f"{STEP}_xla"):
         return False
-    for name in (STEP, FINISH):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(built, f"{name}_xla")), platform="cpu")
+    try:
+        for name in (STEP, FINISH):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(built, f"{name}_xla")), platform="cpu")
+    except Exception:  # of whatever kind: XLA's way to say that the library was built for another version of its FFI
+        return False
     return True
 
 
@@ -54,6 +57,11 @@ def one_device() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     alone = jax.device_count() == 1 if mesh.empty else set(mesh.manual_axes) == set(mesh.axis_names)
     return alone and jax.default_backend() == "cpu"
+
+
+def path(kernel: str) -> str:
+    """What the update of whole float32 parameters runs on: "plain", or "kernel " and its form."""
+    return library.path(kernel) if jax.default_backend() == "cpu" and register() else "plain"
 
 
 def form(kernel: str, state_dtype: Any, axis_name: str | None, trees: Any) -> str | None:
