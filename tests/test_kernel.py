@@ -4,6 +4,8 @@ import ctypes
 import json
 
 import helpers
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -309,6 +311,27 @@ def test_the_library_numbers_its_forms_as_python_does():
     built = library.load()
     built.lolo_norm_fc_widest.restype = ctypes.c_int64
     assert library.FORMS[built.lolo_norm_fc_widest()] == library.forms()[-1]
+
+
+shape = st.one_of(
+    st.lists(st.integers(1, 40), max_size=2), st.lists(st.integers(1, 9), max_size=4), st.tuples(st.integers(1, 2000))
+)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(
+    shapes=st.lists(shape.map(tuple), min_size=1, max_size=3),
+    scale=st.sampled_from([1e-12, 1e-4, 1.0, 1e6]),
+    orthogonal=st.booleans(),
+    vectors=st.booleans(),
+)
+def test_shapes_and_scales_of_any_kind(shapes, scale, orthogonal, vectors):
+    named = {str(i): tuple(each) for i, each in enumerate(shapes)}
+    more = {"is_matrix": lambda name, param: True} if vectors else {}
+    grads = draw(named, 9, scale)
+    # Newton-Schulz of a matrix of low rank amplifies last bits.
+    check(draw(named, 3), grads, step=1e-2 if orthogonal else 1e-4, orthogonal=orthogonal, **more)
 
 
 # In a meta-training

@@ -22,22 +22,27 @@ CHILD = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from lolo.bench import kernel_speed
-kernel_speed.child(*map(int, sys.argv[1:]))
+calls = []
+if sys.argv[1] == "torch":
+    from lolo.bench import torch_speed
+    calls = [torch_speed.kernel_rivals]
+kernel_speed.child(calls, *map(int, sys.argv[2:]))
 """
 
 
-def measure(torch_calls: str, matrices: Sequence[int] = (1, 10), rounds: int = 15) -> Iterator[Line]:
+def measure(with_torch: bool, matrices: Sequence[int] = (1, 10), rounds: int = 15) -> Iterator[Line]:
     """Steps on so many matrices without Newton-Schulz, and on one with it, beside their rivals.
 
-    torch_calls: code that makes `calls(matrices, orthogonal)` of PyTorch's rivals, run in the process that measures;
-    nothing without PyTorch.
+    with_torch: PyTorch's too.
     """
     for count, orthogonal in [(count, False) for count in matrices] + [(1, True)]:
         words = [str(count), str(int(orthogonal)), str(rounds if count * (1 + 9 * orthogonal) < 10 else rounds // 2)]
-        code = (
-            CHILD.replace("kernel_speed.child(", f"{torch_calls}\nkernel_speed.child(calls, ") if torch_calls else CHILD
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, "torch" if with_torch else "", *words],
+            capture_output=True,
+            text=True,
+            check=True,
         )
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
         times = json.loads(done.stdout.splitlines()[-1])
         yield from lines(times, f"{count}M{', Newton-Schulz' if orthogonal else ''}", int(words[-1]))
 
@@ -51,9 +56,8 @@ def lines(times: dict[str, float], what: str, rounds: int) -> Iterator[Line]:
             yield Line(f"step on {what}: {ours} / {rival}", times[ours] / times[rival], "x")
 
 
-def child(*words: Any) -> None:
-    """Measure in this process and print medians as JSON. words: perhaps PyTorch's calls, matrices, orthogonal, rounds."""
-    *torch_calls, count, orthogonal, rounds = words
+def child(torch_calls: Sequence[Callable[..., Any]], count: int, orthogonal: int, rounds: int) -> None:
+    """Measure in this process and print medians as JSON. torch_calls: functions that make PyTorch's calls."""
     environment.set_up(1)
     calls = jax_calls(count, bool(orthogonal))
     for make in torch_calls:

@@ -7,7 +7,6 @@ the ratios are meaningful, the absolute numbers less so.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import resource
@@ -27,7 +26,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from lolo.bench import kernel_speed, textbook
-from lolo.bench.timing import Line, interleaved
+from lolo.bench.timing import Line, has_torch, interleaved
 from lolo.files import disk, jsonl, settings
 from lolo.method import meta
 from lolo.method.task import Splits, Task
@@ -263,16 +262,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def bench_architectures(
-    tasks: Sequence[str] = ("fashion-mlp", "fashion-conv", "books-transformer"), rounds: int = 20
+    tasks: Sequence[str] = ("fashion-mlp", "fashion-conv", "books-transformer"),
+    rounds: int = 20,
+    variants: dict[str, dict[str, Any]] = ARCHITECTURES,
 ) -> Iterator[Line]:
     """Inner steps per second of naive-LO by architecture, all devices together, and the state of a trajectory."""
     for task in tasks:
+        splits = {"synthetic": synthetic(SIZES[task][0])} if task in SIZES else None
         calls: dict[str, Callable[[], Any]] = {}
-        for name, fields in ARCHITECTURES.items():
-            recipe = on(task, "naive")
+        for name, fields in variants.items():
+            recipe = on("synthetic" if splits else task, "naive")
             for field, value in fields.items():
                 recipe = settings.with_field(recipe, field, value)
-            step = outer_step(recipe)
+            step = outer_step(recipe, splits)
             calls[name] = step.call
             learner = count_bytes(step.state.slots[0].local.inner.learner) / (2 * PAIRS)
             params = count_bytes(step.state.slots[0].local.inner.params) / (2 * PAIRS)
@@ -281,7 +283,7 @@ def bench_architectures(
         for name, seconds in medians.items():
             rate = 2 * PAIRS * recipe.unroll.truncation / seconds
             yield Line(f"{task}: inner steps with {name}", rate, "inner steps/s", f"n={rounds}")
-        for name in list(ARCHITECTURES)[1:]:
+        for name in list(variants)[1:]:
             yield Line(f"{task}: speed of {name} / small_fc", medians["small_fc"] / medians[name], "x")
 
 
@@ -370,37 +372,9 @@ def bench_torch(seconds: float = 12.0) -> Iterator[Line]:
 
 def bench_kernel(rounds: int = 15) -> Iterator[Line]:
     """The CPU kernel of norm_fc: at inference beside AdamW and Muon, in meta-training beside small_fc."""
-    yield from kernel_speed.measure(TORCH_CALLS if has_torch() else "", rounds=rounds)
-    variants = {
-        "small_fc": {},
-        "norm_fc, plain": {"learner.kernel": "plain"},
-        "norm_fc, kernel": {"learner.kernel": "auto"},
-    }
-    for task, splits in {
-        "fashion-mlp": None,
-        "28x28-32-32-10": {"synthetic": synthetic(SIZES["28x28-32-32-10"][0])},
-    }.items():
-        calls = {}
-        for name, fields in variants.items():
-            recipe = settings.with_field(on("synthetic" if splits else task, "naive"), "unroll.truncation", 20)
-            recipe = settings.with_field(recipe, "unroll.length", 1000)
-            if fields:
-                recipe = settings.with_field(recipe, "learner.name", "norm_fc")
-                recipe = settings.with_field(recipe, "learner.orthogonal", False)
-            for field, value in fields.items():
-                recipe = settings.with_field(recipe, field, value)
-            calls[name] = outer_step(recipe, splits).call
-        for name, seconds in (medians := in_turns(calls, rounds)).items():
-            yield Line(f"{task}: inner steps with {name}", 2 * PAIRS * 20 / seconds, "inner steps/s", f"n={rounds}")
-            yield Line(f"{task}: speed of {name} / small_fc", medians["small_fc"] / seconds, "x")
-
-
-TORCH_CALLS = "from lolo.bench.torch_speed import kernel_rivals as calls"
-
-
-def has_torch() -> bool:
-    spec = importlib.util.find_spec("torch")
-    return spec is not None and spec.origin is not None
+    yield from kernel_speed.measure(has_torch(), rounds=rounds)
+    variants = {name: fields for name, fields in ARCHITECTURES.items() if not fields.get("learner.orthogonal")}
+    yield from bench_architectures(("fashion-mlp", "28x28-32-32-10"), rounds, variants)
 
 
 PARTS: dict[str, Callable[[], Iterable[Line]]] = {
