@@ -8,6 +8,7 @@ INSTALLED := .venv/.installed
 TORCH_INSTALLED := .venv/.installed-torch
 BROWSER_INSTALLED := .venv/.installed-browser
 DOCS_INSTALLED := .venv/.installed-docs
+KERNEL_SOURCES := $(wildcard lolo/kernels/*.cc lolo/kernels/*.h)
 MAX_WHEEL_BYTES := 12000000
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -73,7 +74,7 @@ clean: ## remove caches and built files; .venv and runs stay
 	find lolo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: made last, so that an interrupted installation starts again.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(KERNEL_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lolo needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'

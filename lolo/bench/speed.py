@@ -7,7 +7,6 @@ the ratios are meaningful, the absolute numbers less so.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import statistics
@@ -25,12 +24,12 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from lolo.bench import textbook
-from lolo.bench.timing import Line, interleaved
+from lolo.bench import kernel_speed, textbook
+from lolo.bench.timing import Line, has_torch, interleaved
 from lolo.files import disk, jsonl, settings
 from lolo.method import meta
 from lolo.method.task import Splits, Task
-from lolo.optimizers import norm_fc, small_fc
+from lolo.optimizers import norm_fc, norm_fc_kernel, small_fc
 from lolo.runtime import parallel
 from lolo.runtime.environment import peak_memory_mb, provenance
 from lolo.studies import plots
@@ -255,22 +254,26 @@ def bench_blocks(rounds: int = 20) -> list[Line]:
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "small_fc": {"learner.name": "small_fc"},
     "norm_fc, plain": {"learner.name": "norm_fc", "learner.orthogonal": False},
+    "norm_fc, kernel": {"learner.name": "norm_fc", "learner.orthogonal": False, "learner.kernel": "auto"},
     "norm_fc, Newton-Schulz": {"learner.name": "norm_fc", "learner.orthogonal": True},
 }
 """What `lolo bench architectures` compares: recipe fields."""
 
 
 def bench_architectures(
-    tasks: Sequence[str] = ("fashion-mlp", "fashion-conv", "books-transformer"), rounds: int = 20
+    tasks: Sequence[str] = ("fashion-mlp", "fashion-conv", "books-transformer"),
+    rounds: int = 20,
+    variants: dict[str, dict[str, Any]] = ARCHITECTURES,
 ) -> Iterator[Line]:
     """Inner steps per second of naive-LO by architecture, all devices together, and the state of a trajectory."""
     for task in tasks:
+        splits = {"synthetic": synthetic(SIZES[task][0])} if task in SIZES else None
         calls: dict[str, Callable[[], Any]] = {}
-        for name, fields in ARCHITECTURES.items():
-            recipe = on(task, "naive")
+        for name, fields in variants.items():
+            recipe = on("synthetic" if splits else task, "naive")
             for field, value in fields.items():
                 recipe = settings.with_field(recipe, field, value)
-            step = outer_step(recipe)
+            step = outer_step(recipe, splits)
             calls[name] = step.call
             learner = count_bytes(step.state.slots[0].local.inner.learner) / (2 * PAIRS)
             params = count_bytes(step.state.slots[0].local.inner.params) / (2 * PAIRS)
@@ -279,7 +282,7 @@ def bench_architectures(
         for name, seconds in medians.items():
             rate = 2 * PAIRS * recipe.unroll.truncation / seconds
             yield Line(f"{task}: inner steps with {name}", rate, "inner steps/s", f"n={rounds}")
-        for name in list(ARCHITECTURES)[1:]:
+        for name in list(variants)[1:]:
             yield Line(f"{task}: speed of {name} / small_fc", medians["small_fc"] / medians[name], "x")
 
 
@@ -358,13 +361,19 @@ def bench_start_and_cores() -> list[Line]:
 
 def bench_torch(seconds: float = 12.0) -> Iterator[Line]:
     """The optimizer's step in PyTorch, if it is installed: see `lolo.bench.torch_speed`."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    if not has_torch():
         yield Line("torch is not installed: pip install 'lolo[torch]'", float("nan"), "", "skipped")
         return
     from lolo.bench import torch_speed
 
     yield from torch_speed.measure(seconds)
+
+
+def bench_kernel(rounds: int = 15) -> Iterator[Line]:
+    """The CPU kernel of norm_fc: at inference beside AdamW and Muon, in meta-training beside small_fc."""
+    yield from kernel_speed.measure(has_torch(), rounds=rounds)
+    variants = {name: fields for name, fields in ARCHITECTURES.items() if not fields.get("learner.orthogonal")}
+    yield from bench_architectures(("fashion-mlp", "28x28-32-32-10"), rounds, variants)
 
 
 PARTS: dict[str, Callable[[], Iterable[Line]]] = {
@@ -373,6 +382,7 @@ PARTS: dict[str, Callable[[], Iterable[Line]]] = {
     "architectures": bench_architectures,
     "use": bench_inference,
     "torch": bench_torch,
+    "kernel": bench_kernel,
     "start": bench_start_and_cores,
     "blocks": bench_blocks,
     "growth": bench_growth,
@@ -382,6 +392,7 @@ PARTS: dict[str, Callable[[], Iterable[Line]]] = {
 def run(parts: Sequence[str], out: Path | None, log: Callable[[str], None] = print) -> list[Line]:
     """Measure and log each line; with `out` (a JSON file) write them, and a picture of the growth beside it."""
     lines: list[Line] = []
+    log(f"norm_fc runs on: {norm_fc_kernel.path('auto')}")
     chosen = [settings.pick(PARTS, "part of the benchmark", part) for part in parts]
     for part in chosen:
         for line in part():

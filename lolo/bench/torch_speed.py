@@ -44,6 +44,25 @@ def parameters(size: str, device: str) -> list[Any]:
     return params
 
 
+def kernel_rivals(count: int, orthogonal: bool) -> dict[str, Callable[[], Any]]:
+    """Steps on matrices of 1,000 × 1,000, on one thread, for `kernel_speed`: norm_fc's, AdamW's or Muon's."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+
+    def matrices() -> list[Any]:
+        params = [torch.randn(1000, 1000, generator=generator).mul_(0.03).requires_grad_() for _ in range(count)]
+        for param in params:
+            param.grad = 0.01 * torch.randn(1000, 1000, generator=generator)
+        return params
+
+    calls = {"norm_fc, torch": LoLO(matrices(), weights=norm_fc_weights(orthogonal)).step}
+    if not orthogonal:
+        calls["torch AdamW fused"] = torch.optim.AdamW(matrices(), fused=True).step
+    elif hasattr(torch.optim, "Muon"):  # since torch 2.9
+        calls["torch Muon"] = torch.optim.Muon(matrices()).step
+    return calls
+
+
 def arrays(learned: LearnedOptimizer) -> dict[str, np.ndarray]:
     """Meta-parameters before any meta-training: a step's time does not depend on them."""
     return {name: np.array(x) for name, x in learned.init(jax.random.key(0)).items()}

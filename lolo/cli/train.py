@@ -193,6 +193,7 @@ def resume_command(argv: list[str]) -> int:
         offload: bool = False,
         checkpoint_seconds: float = 20.0,
         log: tuple[str, ...] | None = None,
+        other_path: bool = False,
         several: Several = ONE,
     ) -> int:
         """Resume a stopped run from its newest complete checkpoint.
@@ -203,9 +204,17 @@ def resume_command(argv: list[str]) -> int:
           offload: keep replay buffers in the host's memory; does not change the result.
           checkpoint_seconds: time between two checkpoints, at least.
           log: tensorboard, wandb; default: where the run logged before; `--log` alone: nowhere else.
+          other_path: resume also where the learner's update runs on another path (plain, or a form of the CPU kernel)
+            than in the checkpoint; last bits will differ.
           several: resume in several processes, any number.
         """
-        how = How(devices=devices, offload=offload, checkpoint_seconds=checkpoint_seconds, loggers=log)
+        how = How(
+            devices=devices,
+            offload=offload,
+            checkpoint_seconds=checkpoint_seconds,
+            loggers=log,
+            other_path=other_path,
+        )
         recipe = run_folder.read_recipe(run)
         words = ["resume", *argv]
         return run_here_or_in_processes(words, str(run), recipe, several, how, lambda how: loop.resume(run, how))

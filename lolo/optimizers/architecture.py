@@ -16,7 +16,7 @@ import optax
 from lolo.files import settings
 from lolo.files.settings import Alternative, RecipeError, UserCodeError
 from lolo.files.tensors import Arrays
-from lolo.optimizers import base, norm_fc, norm_fc_spec, small_fc, small_fc_spec, weights_file
+from lolo.optimizers import base, norm_fc, norm_fc_kernel, norm_fc_spec, small_fc, small_fc_spec, weights_file
 
 LearnerSettings: TypeAlias = Alternative  # of any architecture
 
@@ -39,6 +39,8 @@ class Architecture(NamedTuple):
     arguments: tuple[str, ...] = ()  # of `build`, which no recipe holds: they are of the user's model
     expert_decay: Callable[[Any], float] = lambda learner: 0.0  # decay per step that its expert must have too
     keeps_adam_moments: Callable[[Any], bool] = lambda learner: False  # so that adam-of-learner can be its expert
+    # Of a learner: what its update runs on, which decides the last bits. It starts JAX.
+    path: Callable[[Any], str] = lambda learner: "plain"
     fixed_size: bool = False  # whether the size of a step is a setting: there is none to learn from an expert
     # The same optimizer, with its state in the form that users see.
     present: Callable[[optax.GradientTransformation], optax.GradientTransformation] = optax.with_extra_args_support
@@ -135,6 +137,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         deployment=norm_fc_spec.DEPLOYMENT,
         arguments=("mask", "is_matrix", "state_dtype"),
         expert_decay=norm_fc_spec.expert_decay,
+        path=lambda learner: norm_fc_kernel.path(learner.kernel),
         fixed_size=True,
     ),
     "sgd": Architecture(

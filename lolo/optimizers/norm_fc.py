@@ -13,9 +13,10 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers
 
+from lolo.kernels.library import CHOICES
 from lolo.optimizers import norm_fc_features as nf
+from lolo.optimizers import norm_fc_kernel, sharding
 from lolo.optimizers import norm_fc_spec as spec
-from lolo.optimizers import sharding
 from lolo.optimizers.base import (
     LearnedOptimizer,
     Mask,
@@ -29,7 +30,8 @@ from lolo.optimizers.base import (
     truncated_normal,
 )
 from lolo.optimizers.features import Entries, Layout, over_parts
-from lolo.optimizers.norm_fc_features import NormFcMoments, product
+from lolo.optimizers.newton_schulz import orthogonalize
+from lolo.optimizers.norm_fc_features import NormFcMoments
 from lolo.trees import PyTree
 
 Number: TypeAlias = float | jax.Array
@@ -60,6 +62,7 @@ class NormFcArguments(NamedTuple):
     axis_name: str | None
     sharded_axis: int
     mask: Mask
+    kernel: str
 
 
 class Part(NamedTuple):
@@ -82,6 +85,7 @@ def norm_fc(
     axis_name: str | None = None,
     sharded_axis: int = 0,
     mask: Mask = None,
+    kernel: str = "auto",
 ) -> LearnedOptimizer:
     """A learned direction with a step of fixed size, 30 → hidden → hidden → 1 (Celo2; ELO-Celo2, LoLO's successor).
 
@@ -110,6 +114,9 @@ def norm_fc(
         be equal on all of its devices are taken as whole. Newton-Schulz gathers whole matrices, one after the other.
       sharded_axis: the axis along which parameters are cut, in equal parts.
       mask: which parameters decay, as in optax.adamw (see `base.Mask`).
+      kernel: "auto": the CPU kernel where the installation has one and it serves: on one CPU device, or inside
+        shard_map over whole parameters, for types of at most 32 bits and float32 momenta; $LOLO_KERNEL=0 says no.
+        "plain": JAX's operations. Both agree to about 1e-6 of an update, not to the bit.
 
     Returns: a LearnedOptimizer whose φ is the dict `w0 [30, hidden], b0, w1 [hidden, hidden], b1, w2 [hidden, 1], b2`.
       Its optimizer takes any tree of real arrays of any rank; its state is a NormFcState; updates have the parameters'
@@ -136,6 +143,7 @@ def norm_fc(
         axis_name,
         sharded_axis,
         mask,
+        kernel,
     )
     check_settings(hidden, settings)
 
@@ -155,11 +163,26 @@ def norm_fc(
         ) -> tuple[PyTree, NormFcState]:
             if params is None:
                 raise ValueError("norm_fc reads the parameters: call update(grads, state, params).")
+            if not isinstance(state, NormFcState):
+                raise ValueError(f"norm_fc: the state is a {type(state).__name__}; expected what init(params) gives.")
             check_params(params, "norm_fc")
             check_gradients(grads, params, "norm_fc")
 
             def step(grads: PyTree, state: NormFcState, params: PyTree) -> tuple[PyTree, NormFcState]:
-                return update_all(weights, settings, grads, state, params)
+                form = norm_fc_kernel.form(kernel, settings.state_dtype, axis_name, (grads, params, meta_params))
+                if form is None:
+                    return update_all(weights, settings, grads, state, params)
+                known = numbers_of(settings, state.step)
+
+                def given(numbers: list[jax.Array]) -> NormFcArguments:
+                    rate, decay, adam_scale = numbers
+                    return settings._replace(learning_rate=rate, weight_decay=decay, adam_scale=adam_scale)
+
+                run = norm_fc_kernel.with_derivatives_of(
+                    lambda phi, numbers, *trees: update_all(nf.arrange(phi), given(numbers), *trees),
+                    lambda phi, numbers, *trees: kernel_step(form, phi, given(numbers), *trees),
+                )
+                return run(meta_params, known, grads, state, params)
 
             return sharding.in_auto_mode(step)(grads, state, params)
 
@@ -176,6 +199,8 @@ def check_settings(hidden: int, settings: NormFcArguments) -> None:
         raise ValueError(f"baseline={settings.baseline!r} must be one of {', '.join(map(repr, spec.BASELINES))}.")
     if settings.state_dtype not in STATE_DTYPES:
         raise ValueError(f"state_dtype={settings.state_dtype} must be float32 or bfloat16.")
+    if settings.kernel not in CHOICES:
+        raise ValueError(f"kernel={settings.kernel!r} must be one of {', '.join(map(repr, CHOICES))}.")
 
 
 def zero_state(settings: NormFcArguments, params: PyTree) -> NormFcState:
@@ -185,21 +210,20 @@ def zero_state(settings: NormFcArguments, params: PyTree) -> NormFcState:
     return as_state(jnp.zeros((), jnp.int32), moments, structure)
 
 
+def numbers_of(settings: NormFcArguments, step: Int[Array, ""]) -> list[jax.Array]:
+    """Learning rate, weight decay and adam_scale of a step."""
+    numbers = settings.learning_rate, settings.weight_decay, settings.adam_scale
+    return [jnp.asarray(x(step) if callable(x) else x, jnp.float32) for x in numbers]
+
+
 def update_all(
     weights: nf.NormFcMatrices, settings: NormFcArguments, grads: PyTree, state: NormFcState, params: PyTree
 ) -> tuple[PyTree, NormFcState]:
-    """One step of all tensors."""
+    """One step of all tensors, in JAX's operations."""
     parts, (leaves, structure) = parts_of(settings, params), jax.tree.flatten(params)
     old_moments = moments_of(state, params, parts)
     check_reduced(grads, params)
-
-    def at(value: Number | Schedule) -> Number:
-        return value(state.step) if callable(value) else value
-
-    rate, decay, adam_scale = (
-        jnp.asarray(x, jnp.float32)
-        for x in (at(settings.learning_rate), at(settings.weight_decay), settings.adam_scale)
-    )
+    rate, decay, adam_scale = numbers_of(settings, state.step)
     updates, moments, decays = [], [], decays_of(decay, settings.mask, params)
     for grad, param, old, of, decay in zip(jax.tree.leaves(grads), leaves, old_moments, parts, decays, strict=True):
         g, p = limited(grad), param.astype(jnp.float32)
@@ -211,6 +235,28 @@ def update_all(
         updates.append((-rate * (step + decay * p)).astype(param.dtype))
         moments.append(new._replace(momentum=new.momentum.astype(settings.state_dtype)))
     return jax.tree.unflatten(structure, updates), as_state(state.step + 1, moments, structure)
+
+
+def kernel_step(
+    form: str, meta_params: MetaParams, settings: NormFcArguments, grads: PyTree, state: NormFcState, params: PyTree
+) -> tuple[PyTree, NormFcState]:
+    """One step of all tensors, by the CPU kernel."""
+    parts, (leaves, structure) = parts_of(settings, params), jax.tree.flatten(params)
+    check_reduced(grads, params)
+    old = moments_of(state, params, parts)
+    tensors = [
+        norm_fc_kernel.KernelTensor(
+            *(grad, param, moments, of.layout.axes, of.learned),
+            orthogonalize=None if of.axes is None else partial(orthogonalize, axes=of.axes),
+        )
+        for grad, param, moments, of in zip(jax.tree.leaves(grads), leaves, old, parts, strict=True)
+    ]
+    rate, decay, adam_scale = numbers_of(settings, state.step)
+    numbers, decays = jnp.stack([rate, adam_scale]), decays_of(decay, settings.mask, params)
+    baseline = settings.baseline == "momentum"
+    done = norm_fc_kernel.step(form, meta_params, baseline, state.step, numbers, decays, tensors)
+    updates = [update.astype(param.dtype) for (update, _), param in zip(done, leaves, strict=True)]
+    return jax.tree.unflatten(structure, updates), as_state(state.step + 1, [new for _, new in done], structure)
 
 
 def learned_step(
@@ -269,37 +315,6 @@ def on_full_tensor(
     return jax.lax.dynamic_slice_in_dim(full, start, size, axis=of.sharded)
 
 
-def orthogonalize(x: Entries, axes: tuple[tuple[int, ...], ...]) -> Entries:
-    """Newton-Schulz on the matrices [input axes, output axes] of a tensor. axes: batch, input, output."""
-    order = [axis for kind in axes for axis in kind]
-    extents = [[x.shape[axis] for axis in kind] for kind in axes]
-    matrices = jnp.transpose(x, order).reshape([int(np.prod(kind)) for kind in extents])
-    alone = len(matrices) == 1
-    done = newton_schulz(matrices[0] if alone else matrices)
-    done = done.reshape([extent for kind in extents for extent in kind])
-    return jnp.transpose(done, [order.index(axis) for axis in range(x.ndim)])
-
-
-def newton_schulz(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
-    """Five iterations that bring all singular values near 1."""
-    a, b, c = spec.NEWTON_SCHULZ
-    tall = x.shape[-2] > x.shape[-1]
-    x = jnp.swapaxes(x, -1, -2) if tall else x
-    one = jnp.eye(x.shape[-2], dtype=jnp.float32)
-
-    def polynomial(gram: jax.Array) -> jax.Array:
-        return a * one + b * gram + c * product(gram, gram)
-
-    # The trace of x·xᵀ is the squared Frobenius norm. x enters products only, so XLA computes it once.
-    gram = product(x, jnp.swapaxes(x, -1, -2))
-    norm = jnp.sqrt(jnp.trace(gram, axis1=-2, axis2=-1))[..., None, None] + spec.NEWTON_SCHULZ_EPSILON
-    scale = nf.reciprocal(norm, least=spec.NEWTON_SCHULZ_EPSILON)
-    x = product(polynomial(gram * scale * scale) * scale, x)
-    for _ in range(spec.NEWTON_SCHULZ_STEPS - 1):
-        x = product(polynomial(product(x, jnp.swapaxes(x, -1, -2))), x)
-    return jnp.swapaxes(x, -1, -2) if tall else x
-
-
 def parts_of(settings: NormFcArguments, params: PyTree) -> list[Part]:
     """How each parameter is treated. Raises what `norm_fc` says of parameters and of is_matrix."""
     check_params(params, "norm_fc")
@@ -356,8 +371,6 @@ def as_state(step: jax.Array, moments: list[NormFcMoments], structure: Any) -> N
 
 def moments_of(state: NormFcState, params: PyTree, parts: list[Part]) -> list[NormFcMoments]:
     """The moments of each parameter. Raises ValueError for a state of other parameters or of another is_matrix."""
-    if not isinstance(state, NormFcState):
-        raise ValueError(f"norm_fc: the state is a {type(state).__name__}; expected what init(params) gives.")
     if str(jax.tree.structure(state.momentum)) != str(jax.tree.structure(params)):
         raise ValueError("norm_fc: the state belongs to parameters of another tree; make it with init(params).")
     moments = [NormFcMoments(*each) for each in zip(*map(jax.tree.leaves, state[1:]), strict=True)]

@@ -14,6 +14,7 @@ import numpy as np
 
 from lolo.files import settings
 from lolo.files.settings import RecipeError
+from lolo.kernels import library
 from lolo.optimizers.factored import row_slices
 
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
@@ -89,6 +90,8 @@ class NormFcSettings(settings.Alternative):
     orthogonal: bool = True  # orthogonalise directions by Newton-Schulz, as Muon does
     baseline: str = "momentum"  # what the network corrects: momentum or none
     adam_scale: float = 1.0  # learning rate of vectors' AdamW, in learning rates of matrices
+    # auto: the CPU kernel where it serves, with other last bits; plain: JAX's operations
+    kernel: str = settings.added("plain")
 
 
 def learning_rate(value: Any) -> Any:
@@ -96,10 +99,18 @@ def learning_rate(value: Any) -> Any:
     return value if callable(value) else settings.number(value, positive=True)
 
 
+def kernel(value: Any) -> str:
+    """One of `library.CHOICES`. Raises ValueError."""
+    if value not in library.CHOICES:
+        raise ValueError(f"must be one of {', '.join(map(repr, library.CHOICES))}.")
+    return value
+
+
 DEPLOYMENT: Mapping[str, Callable[[Any], Any]] = {
     "learning_rate": learning_rate,
     "weight_decay": settings.number,
     "adam_scale": settings.number,
+    "kernel": kernel,
 }
 """The settings that may differ at inference, and what reads each."""
 
@@ -123,6 +134,7 @@ def check(learner: NormFcSettings) -> None:
     if learner.hidden > MAX_HIDDEN:
         raise RecipeError(f"learner.hidden={learner.hidden} must be at most {MAX_HIDDEN}.")
     settings.pick(dict.fromkeys(BASELINES), "learner.baseline", learner.baseline)
+    settings.pick(dict.fromkeys(library.CHOICES), "learner.kernel", learner.kernel)
 
 
 def expert_decay(learner: NormFcSettings) -> float:

@@ -82,6 +82,7 @@ class Weights(NamedTuple):
         is_matrix: Callable[[str, Any], Any] | PyTree = None,
         state_dtype: jax.typing.DTypeLike | None = None,
         freeze_unseen: bool = False,
+        kernel: str | None = None,
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer for optax.
 
@@ -105,6 +106,7 @@ class Weights(NamedTuple):
           freeze_unseen: of small_fc, entries that never had a gradient do not move, by weight decay neither. Without
             it padding rows, rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
             Gradients below about 1e-22 count as none, since their squares are 0.
+          kernel: of norm_fc, "auto" or "plain", as `lolo.norm_fc` has it; None: auto, whatever meta-training had.
 
         All numbers may be arrays, traced ones too: optax.inject_hyperparams works. The optimizer's state has no empty
         leaf and no dtype but float32 and int32; its update takes and ignores extra arguments.
@@ -127,6 +129,9 @@ class Weights(NamedTuple):
             requested["weight_decay"] = None
         if architecture.of(self.learner).fixed_size:
             warn_of_rate(learning_rate)
+        requested["kernel"] = (
+            "auto" if kernel is None and "kernel" in architecture.of(self.learner).deployment else kernel
+        )
         learner = architecture.deployed(self.learner, requested)
         arrays = {name: jnp.asarray(x, jnp.float32) for name, x in requested.items() if architecture.is_array(x)}
         optional = {"mask": mask, "is_matrix": is_matrix, "state_dtype": state_dtype}

@@ -56,11 +56,12 @@ ARCHITECTURES: dict[str, TorchArchitecture] = {
         inputs=norm_fc_spec.INPUTS,
         default=norm_fc.default,
         lr=lambda learner: float(learner.learning_rate),
-        arguments=("adam_scale", "is_matrix", "state_dtype"),
+        arguments=("adam_scale", "is_matrix", "state_dtype", "kernel"),
         settings_of=norm_fc.settings_of,
         network=norm_fc.network_from,
         zeros=norm_fc.zeros,
         step=norm_fc.step,
+        added=norm_fc.ADDED,
     ),
 }
 ABSENT: dict[str, Any] = {name: None for row in ARCHITECTURES.values() for name in row.arguments}

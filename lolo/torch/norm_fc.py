@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lolo.kernels.library import CHOICES
 from lolo.optimizers import factored
 from lolo.optimizers import norm_fc_spec as spec
-from lolo.torch import blocks
+from lolo.torch import blocks, kernel
 from lolo.torch.blocks import Batch, BlockLayout, Piece, State, Workspace, Zeros
 from lolo.torch.checks import check_number
 
 WIDER = 2  # a block has this many times the entries of one of small_fc: the network is narrower
 STATE_DTYPES = (torch.float32, torch.bfloat16)
+ADDED = {"kernel": "auto"}  # settings of a group that states saved before there was a kernel lack
 # Rows of a block's inputs: what is multiplied by the same thing lies side by side. Below two axes the last is absent.
 ORDER = (
     *("momentum", "gradient", "scaled_momentum", "scaled_gradient", "factored_gradient"),
@@ -46,6 +48,7 @@ class NormFcNetwork(NamedTuple):
     momentum_gain: torch.Tensor  # [3, 1, 1, 1, 1], 1 − decay
     rms_gain: float
     factored_gain: torch.Tensor  # [3, 1, 1, 1, 1]
+    phi: torch.Tensor  # [H² + 33·H + 1], φ's arrays one after the other, for the kernel
 
 
 class NormFcScratch(NamedTuple):
@@ -85,7 +88,9 @@ def settings_of(learner: spec.NormFcSettings, given: Mapping[str, Any]) -> dict[
         raise ValueError(f"is_matrix={is_matrix!r}; expected None, True or False: one answer for a whole param group.")
     if state_dtype not in STATE_DTYPES:
         raise ValueError(f"state_dtype={state_dtype!r}; expected torch.float32 or torch.bfloat16.")
-    kind = {"orthogonal": learner.orthogonal, "baseline": learner.baseline}
+    if given["kernel"] not in (None, *CHOICES):
+        raise ValueError(f"kernel={given['kernel']!r} must be one of {', '.join(map(repr, CHOICES))}.")
+    kind = {"orthogonal": learner.orthogonal, "baseline": learner.baseline, "kernel": given["kernel"] or "auto"}
     return {"adam_scale": adam_scale, "is_matrix": is_matrix, "state_dtype": state_dtype, **kind}
 
 
@@ -119,6 +124,7 @@ def network_from(arrays: Mapping[str, np.ndarray]) -> NormFcNetwork:
         return blocks.as_tensor(1 - np.array(decays).reshape(-1, 1, 1, 1, 1))
 
     w0 = arrays["w0"]
+    flat = (w0, arrays["b0"], arrays["w1"], arrays["b1"], arrays["w2"][:, 0], arrays["b2"][:1])
     return NormFcNetwork(
         entry=blocks.as_tensor(w0[ENTRY_ROWS].T),
         row=blocks.as_tensor(w0[spec.ROW_ROWS].T),
@@ -131,6 +137,7 @@ def network_from(arrays: Mapping[str, np.ndarray]) -> NormFcNetwork:
         momentum_gain=gain(spec.MOMENTUM_DECAYS),
         rms_gain=1 - spec.RMS_DECAY,
         factored_gain=gain(spec.FACTORED_DECAYS),
+        phi=blocks.as_tensor(np.concatenate([np.ravel(x) for x in flat])),
     )
 
 
@@ -138,6 +145,13 @@ def step(
     params: list[torch.Tensor], state: State, group: Mapping[str, Any], network: NormFcNetwork, space: Workspace
 ) -> None:
     """One step of parameters of one group and device, all with a gradient and entries."""
+    form = kernel.form(group, space)
+    served = [param for param in params if form is not None and kernel.serves(param, state)]
+    if form is not None and served:
+        places = [layout(tuple(x.shape)) if is_learned(x, group["is_matrix"]) else None for x in served]
+        arguments = list(zip(served, places, strict=True))
+        kernel.step(form, arguments, state, group, network.phi, space, orthogonalized)
+        params = [param for param in params if not kernel.serves(param, state)]
     alike = defaultdict[tuple[int, ...], list[torch.Tensor]](list)
     others: list[torch.Tensor] = []
     for param in params:

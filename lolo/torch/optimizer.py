@@ -68,6 +68,8 @@ class LoLO(torch.optim.Optimizer):
       is_matrix: of `norm_fc`: whether the network moves the tensors of a group; None: those of two axes or more; False:
         AdamW; True: vectors too. Axis 0 is a matrix's output, all others are its input, as in torch's layers.
       state_dtype: of `norm_fc`: torch.float32, or torch.bfloat16 for the momenta, which takes a third off the state.
+      kernel: of `norm_fc`: "plain": torch's operations; None or "auto": the CPU kernel where the installation has one,
+        for CPU tensors of at most 32 bits and float32 momenta; $LOLO_KERNEL=0 says no.
 
     State per parameter: `step` (int64, on the CPU) and `momentum`, `rms`, `row`, `column`, float32: 4 numbers per entry
     and the factored moments, 7 per entry below two axes; on `norm_fc`'s AdamW `momentum` and `rms` only. A tensor's
@@ -108,6 +110,7 @@ class LoLO(torch.optim.Optimizer):
         adam_scale: float | None = None,
         is_matrix: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        kernel: str | None = None,
         **others: Any,
     ):
         refuse_others(others)
@@ -118,7 +121,7 @@ class LoLO(torch.optim.Optimizer):
         self._networks: dict[str, tuple[str, Any]] = {}  # architecture and network by the weights' sha256
         self._spaces: dict[torch.device, Workspace] = {}
         small_fc = {"clock_limit": clock_limit, "step_decay": step_decay, "freeze_unseen": freeze_unseen}
-        norm_fc = {"adam_scale": adam_scale, "is_matrix": is_matrix, "state_dtype": state_dtype}
+        norm_fc = {"adam_scale": adam_scale, "is_matrix": is_matrix, "state_dtype": state_dtype, "kernel": kernel}
         common = {"lr": lr, "weights": weights, "weight_decay": weight_decay, "maximize": maximize}
         self._complete = False
         super().__init__(params, {**common, **small_fc, **norm_fc})

@@ -16,6 +16,7 @@ from lolo.files import disk, tensors
 from lolo.files.disk import FileError
 from lolo.files.settings import diff, differences
 from lolo.method import meta, replay
+from lolo.optimizers import architecture
 from lolo.runtime import environment, parallel
 from lolo.training import recipes, run_folder, slots
 from lolo.training.recipes import Recipe
@@ -260,11 +261,24 @@ def state_shapes(state: meta.MetaState, rows: tuple[int, int]) -> meta.MetaState
     return jax.tree.map(shape, state, slots.state_specs(state))
 
 
-def check_manifest(manifest: dict[str, Any], run: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
-    """Raise RunError if a checkpoint is of another recipe; log it if it is of other versions."""
+def check_manifest(
+    manifest: dict[str, Any], run: Path, recipe: Recipe, log: Callable[[str], None], other_path: bool = False
+) -> None:
+    """Raise RunError if a checkpoint is of another recipe, or of another path of the learner's update.
+
+    Logs it if it is of other versions, and of another path where that is wanted (`other_path`).
+    """
     changed = diff(recipes.from_dict(manifest.get("recipe")), recipe)
     if changed:
         differs = differences(changed, "in the checkpoint", "now")
         raise RunError(f"{run}/recipe.json is not the recipe of the checkpoint ({differs}). Undo the change.")
     if manifest.get("versions") != environment.versions():
         log(f"versions differ from the checkpoint's ({manifest.get('versions')}): the result may differ in last bits.")
+    before, now = manifest.get("path", "plain"), architecture.of(recipe.learner).path(recipe.learner)
+    if before != now and not other_path:
+        raise RunError(
+            f"{run} was meta-trained on the path {before!r}, and here the learner's update runs on {now!r}, which "
+            f"differs in last bits. Resume it where {before!r} runs ($LOLO_KERNEL chooses), or with --other-path."
+        )
+    if before != now:
+        log(f"the path differs from the checkpoint's ({before}; now {now}): the result may differ in last bits.")

@@ -18,7 +18,7 @@ import numpy as np
 
 from lolo.files import disk, jsonl
 from lolo.method.task import Splits
-from lolo.optimizers import pretrained, weights_file
+from lolo.optimizers import architecture, pretrained, weights_file
 from lolo.runtime import environment, parallel
 from lolo.training import checkpoints, loggers, run_folder, run_log, run_start
 from lolo.training.how import How, Progress
@@ -84,6 +84,7 @@ def train(
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "init": None if source is None else source.sha256,
             "processes": how.group.processes,
+            "path": architecture.of(recipe.learner).path(recipe.learner),
             "log": list(openers),
         }
         run_start.create(run.out, recipe, about, how.group)
@@ -130,7 +131,7 @@ def restore(run: Run) -> None:
             raise RunError(f"{folder} has no complete checkpoint; start again with `lolo train` and another --out.")
         return
     arrays, manifest = newest
-    checkpoints.check_manifest(manifest, folder, run.recipe, run.how.log)
+    checkpoints.check_manifest(manifest, folder, run.recipe, run.how.log, run.how.other_path)
     shapes = checkpoints.state_shapes(jax.eval_shape(run.complete_state), rows)
     run.load(checkpoints.state_from_arrays(arrays, shapes, str(folder)))
     run.check_streams(manifest.get("streams", {}))

@@ -171,7 +171,12 @@ class Run:
             return
         self.finish_checkpoint()
         arrays, local = checkpoints.state_arrays(self.complete_state())
-        about = {"recipe": recipes.to_dict(self.recipe), "versions": environment.versions(), "streams": self.streams()}
+        about = {
+            "recipe": recipes.to_dict(self.recipe),
+            "versions": environment.versions(),
+            "streams": self.streams(),
+            "path": architecture.of(self.recipe.learner).path(self.recipe.learner),
+        }
         rows = parallel.local_rows(self.mesh, self.recipe.estimator.pairs)
         agree = self.how.group.agree
         write = partial(

@@ -14,6 +14,7 @@ import jax
 
 from lolo.files import disk
 from lolo.files.settings import diff, differences, fields
+from lolo.optimizers import architecture
 from lolo.runtime import environment
 from lolo.runtime.process_group import ProcessGroup
 from lolo.tasks.by_name import pin
@@ -102,7 +103,9 @@ def require_alike(group: ProcessGroup, recipe: Recipe, more: dict[str, Any]) -> 
     facts = {f"{name}'s version": version for name, version in environment.versions().items()}
     group.require_equal(facts | {"the machine": platform.machine()} | fields(recipe) | more, cure)
     device = jax.local_devices()[0]  # only now: it connects the processes' XLA, which must be of one version
-    group.require_equal({"the device": f"{device.platform}: {device.device_kind}"}, cure)
+    path = architecture.of(recipe.learner).path(recipe.learner)
+    facts = {"the device": f"{device.platform}: {device.device_kind}", "the path of the learner's update": path}
+    group.require_equal(facts, cure)
 
 
 @contextmanager

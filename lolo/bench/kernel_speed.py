@@ -1,0 +1,87 @@
+"""Speed of `norm_fc`'s CPU kernel at inference, in a process of one device on one core."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+
+from lolo.bench.timing import Line, interleaved
+from lolo.kernels import library
+from lolo.optimizers import norm_fc
+from lolo.runtime import environment
+
+SIDE = 1000  # of the matrices
+CHILD = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from lolo.bench import kernel_speed
+calls = []
+if sys.argv[1] == "torch":
+    from lolo.bench import torch_speed
+    calls = [torch_speed.kernel_rivals]
+kernel_speed.child(calls, *map(int, sys.argv[2:]))
+"""
+
+
+def measure(with_torch: bool, matrices: Sequence[int] = (1, 10), rounds: int = 15) -> Iterator[Line]:
+    """Steps on so many matrices without Newton-Schulz, and on one with it, beside their rivals.
+
+    with_torch: PyTorch's too.
+    """
+    for count, orthogonal in [(count, False) for count in matrices] + [(1, True)]:
+        words = [str(count), str(int(orthogonal)), str(rounds if count * (1 + 9 * orthogonal) < 10 else rounds // 2)]
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, "torch" if with_torch else "", *words],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        times = json.loads(done.stdout.splitlines()[-1])
+        yield from lines(times, f"{count}M{', Newton-Schulz' if orthogonal else ''}", int(words[-1]))
+
+
+def lines(times: dict[str, float], what: str, rounds: int) -> Iterator[Line]:
+    """Times, and ours in units of the others'."""
+    for name, seconds in times.items():
+        yield Line(f"step on {what}: {name}", 1000 * seconds, "ms", f"n={rounds}")
+    for ours in [name for name in times if name.startswith("norm_fc")]:
+        for rival in [name for name in times if not name.startswith("norm_fc")]:
+            yield Line(f"step on {what}: {ours} / {rival}", times[ours] / times[rival], "x")
+
+
+def child(torch_calls: Sequence[Callable[..., Any]], count: int, orthogonal: int, rounds: int) -> None:
+    """Measure in this process and print medians as JSON. torch_calls: functions that make PyTorch's calls."""
+    environment.set_up(1)
+    calls = jax_calls(count, bool(orthogonal))
+    for make in torch_calls:
+        calls |= make(count, bool(orthogonal))
+    print(json.dumps(interleaved(calls, 0.0, rounds)))
+
+
+def jax_calls(count: int, orthogonal: bool) -> dict[str, Callable[[], Any]]:
+    """A step of each of JAX's optimizers on its own state, which it is given to keep, as a training loop does."""
+    learned = norm_fc.norm_fc(orthogonal=orthogonal)
+    phi = learned.init(jax.random.key(0))
+    rival = ("optax.contrib.muon", optax.contrib.muon(1e-3)) if orthogonal else ("optax.adamw", optax.adamw(1e-3))
+    plain = norm_fc.norm_fc(orthogonal=orthogonal, kernel="plain").optimizer(phi)
+    optimizers = [(f"norm_fc, {library.path()}", learned.optimizer(phi)), ("norm_fc, plain", plain), rival]
+    keys = jax.random.split(jax.random.key(1), count)
+    params = {f"w{i}": 0.03 * jax.random.normal(key, (SIDE, SIDE)) for i, key in enumerate(keys)}
+    grads = jax.tree.map(lambda x: 0.01 * x[::-1], params)
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, optimizer in optimizers:
+        step, held = jax.jit(optimizer.update, donate_argnums=1), [optimizer.init(params)]
+
+        def call(step: Callable[..., Any], held: list[Any]) -> Any:
+            updates, held[0] = step(grads, held[0], params)
+            return updates, held[0]
+
+        calls[name] = partial(call, step, held)
+    return calls

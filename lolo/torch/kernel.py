@@ -1,0 +1,121 @@
+"""`norm_fc` in PyTorch by the CPU kernel (lolo/kernels): one call for all tensors of a param group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from lolo.kernels import library
+from lolo.kernels.library import ADAM, FACTORED, VECTOR
+from lolo.torch import blocks
+from lolo.torch.blocks import MOMENTS, BlockLayout, State, Workspace
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = (torch.Tensor, torch.nn.Parameter)  # a subclass may keep its numbers anywhere
+
+
+class PlacedTensor(NamedTuple):
+    """A parameter as the kernel sees it."""
+
+    param: torch.Tensor
+    place: BlockLayout | None  # None: AdamW
+    direct: bool  # whether the kernel writes into the parameter; otherwise into `out`
+    entry: library.Tensor
+    held: list[torch.Tensor]  # what the entry points to
+    step: torch.Tensor | None  # [K, A, B], of the network, where it is to be orthogonalised
+
+
+def form(group: Mapping[str, Any], space: Workspace) -> str | None:
+    """The form of the kernel that serves a param group's float32 tensors; None: the plain path."""
+    chosen = library.form(group["kernel"]) if space.device.type == "cpu" else None
+    return chosen if group["state_dtype"] == torch.float32 else None
+
+
+def serves(param: torch.Tensor, state: State) -> bool:
+    """Whether the kernel can move a parameter."""
+    plain = type(param) in KINDS and type(param.grad) in KINDS and param.dtype in DTYPES
+    return plain and all(state[param][name].is_contiguous() for name in MOMENTS if name in state[param])
+
+
+def prepare(
+    param: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    group: Mapping[str, Any],
+    place: BlockLayout | None,
+    step: torch.Tensor | None,
+) -> PlacedTensor:
+    """Count the step, and say where everything lies. step: [K, A, B], where it is to be orthogonalised."""
+    flat = BlockLayout((), (1, 1, param.numel()), factored=False, last_is_largest=True)
+    view = place or flat
+    assert param.grad is not None
+    grad = blocks.arrange(param.grad, view).float().resolve_neg().contiguous()
+    grad = -grad if group["maximize"] else grad
+    value = blocks.arrange(param, view)
+    direct = value.dtype == torch.float32 and value.is_contiguous() and value.data_ptr() == param.data_ptr()
+    value = value if direct else value.float().contiguous()
+    out = value if direct else torch.empty_like(value)
+    moments = {name: state[name] for name in MOMENTS if name in state}
+    state["step"] += 1
+    kept, other, last = view.shape
+    entry = library.Tensor(grad=grad.data_ptr(), param=value.data_ptr(), out=out.data_ptr(), size=param.numel())
+    entry.kind = ADAM if place is None else FACTORED if place.factored else VECTOR
+    entry.outer, entry.a, entry.inner, entry.b = kept, other, 1, last
+    entry.last_is_largest, entry.baseline = view.last_is_largest, group["baseline"] == "momentum"
+    entry.unfinished, entry.in_place = step is not None, direct
+    entry.count, entry.decay = int(state["step"]), float(group["weight_decay"])
+    for name, moment in moments.items():
+        setattr(entry, name, moment.data_ptr())
+        setattr(entry, f"new_{name}", moment.data_ptr())
+    return PlacedTensor(param, place, direct, entry, [grad, value, out, *moments.values()], step)
+
+
+def step(
+    form: str,
+    params: list[tuple[torch.Tensor, BlockLayout | None]],
+    state: State,
+    group: Mapping[str, Any],
+    phi: torch.Tensor,
+    space: Workspace,
+    orthogonalize: Callable[[torch.Tensor, BlockLayout, tuple[int, ...]], torch.Tensor],
+) -> None:
+    """One step of parameters on a CPU.
+
+    Args:
+      params: each with its layout; without one it gets AdamW.
+      phi: [30·H + 2·H + H² + H + 1], φ's arrays one after the other.
+      orthogonalize: ([1, K, A, B], layout, shape) -> [1, K, A, B].
+    """
+    tensors = []
+    for param, place in params:
+        waits = place is not None and place.factored and group["orthogonal"]
+        unfinished = torch.empty(place.shape) if place is not None and waits else None
+        tensors.append(prepare(param, state[param], group, place, unfinished))
+    # The kernel finishes a tensor before it begins the next one, so that all may leave their step in one place.
+    common = space.take("step", max((t.entry.size for t in tensors if t.place and t.step is None), default=1))
+    for tensor in tensors:
+        tensor.entry.step = (common if tensor.step is None else tensor.step).data_ptr()
+    settings = library.Settings(float(group["lr"]), float(group["adam_scale"]))
+    library.step(form, [tensor.entry for tensor in tensors], pointers(phi), settings)
+    for tensor in tensors:
+        if tensor.step is not None and tensor.place is not None:
+            done = orthogonalize(tensor.step.unsqueeze(0), tensor.place, tuple(tensor.param.shape)).contiguous()
+            tensor.entry.step = done.data_ptr()
+            library.finish(form, [tensor.entry], settings)
+        if tensor.direct:
+            torch.autograd.graph.increment_version(tensor.param)
+        else:
+            out = tensor.held[2]
+            place = tensor.place or BlockLayout((), (1, 1, out.numel()), factored=False, last_is_largest=True)
+            tensor.param.add_(blocks.restore(out, place, tensor.param.shape))
+
+
+def pointers(phi: torch.Tensor) -> library.Phi:
+    """Where φ's arrays lie: of H² + 33·H + 1 numbers."""
+    hidden = next(h for h in range(1, 17) if h * h + 33 * h + 1 == phi.numel())
+    found, at = library.Phi(hidden=hidden), phi.data_ptr()
+    for name, size in zip(("w0", "b0", "w1", "b1", "w2", "b2"), (30, 1, hidden, 1, 1, 0), strict=True):
+        setattr(found, name, at)
+        at += 4 * size * hidden
+    return found

@@ -1,0 +1,66 @@
+// Drives the kernel over many shapes, its arrays in memory of exactly their size, for a build with sanitizers
+// (tests/test_kernel_build.py). Prints the number of steps that it made.
+
+#include "../lolo/kernels/norm_fc.cc"
+
+#include <cstdio>
+#include <vector>
+
+namespace {
+
+uint32_t seed = 1;
+float draw() {
+  seed = seed * 1664525u + 1013904223u;
+  return (float)(seed >> 8) / (1 << 24) - 0.5f;
+}
+
+std::vector<float> array(int64_t size) {
+  std::vector<float> x(size);
+  for (float& each : x) each = draw();
+  return x;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  const bool broken = count > 1;  // one entry too few, to see that it is noticed
+  (void)words;
+  long steps = 0;
+  for (int64_t form = 0; form <= lolo_norm_fc_widest(); form++)
+    for (int64_t hidden : {1, 5, 8, 16})
+      for (int64_t kind : {ADAM, VECTOR, FACTORED})
+        for (int64_t outer : {1, 3})
+          for (int64_t a : {1, 2, 33})
+            for (int64_t inner : {1, 2})
+              for (int64_t b : {1, 3, 8, 16, 17, 33, 4100}) {
+                if ((kind != FACTORED && (outer > 1 || a > 1 || inner > 1)) || (b > 100 && a * outer > 3)) continue;
+                const int64_t size = outer * a * inner * b, lanes = kind == ADAM ? 1 : 3;
+                const int64_t rows = outer * a * inner, columns = outer * inner * b;
+                for (int flags = 0; flags < 8; flags++) {
+                  Tensor of = {};
+                  of.kind = kind, of.outer = outer, of.a = a, of.inner = inner, of.b = b, of.size = size, of.count = 3;
+                  of.last_is_largest = flags & 1, of.baseline = flags >> 1 & 1, of.unfinished = flags >> 2 & 1;
+                  of.in_place = of.baseline, of.decay = of.unfinished ? 0.1f : 0.0f;
+                  auto grad = array(size - (broken && size > 1)), param = array(size), momentum = array(lanes * size), rms = array(size);
+                  const bool over_last = of.last_is_largest;
+                  auto row = array(3 * (kind == VECTOR ? size : over_last ? rows : columns));
+                  auto column = array(3 * (over_last ? columns : rows));
+                  for (auto* moment : {&rms, &row, &column})
+                    for (float& x : *moment) x *= x;
+                  auto step = array(size), out = array(size);
+                  of.grad = grad.data(), of.param = param.data(), of.step = step.data();
+                  of.momentum = of.new_momentum = momentum.data(), of.rms = of.new_rms = rms.data();
+                  of.row = of.new_row = row.data(), of.column = of.new_column = column.data();
+                  of.out = of.in_place ? param.data() : out.data();
+                  auto w0 = array(30 * hidden), b0 = array(hidden), w1 = array(hidden * hidden), b1 = array(hidden);
+                  auto w2 = array(hidden), b2 = array(1);
+                  const Phi phi = {w0.data(), b0.data(), w1.data(), b1.data(), w2.data(), b2.data(), hidden};
+                  const Settings settings = {0.01f, 1.0f};
+                  if (lolo_norm_fc_step(form, &of, 1, &phi, &settings)) return 1;
+                  lolo_norm_fc_finish(form, &of, 1, &settings);
+                  steps++;
+                }
+              }
+  std::printf("%ld\n", steps);
+  return 0;
+}
