@@ -92,7 +92,7 @@ class NormFcSettings(settings.Alternative):
     adam_scale: float = 1.0  # learning rate of vectors' AdamW, in learning rates of matrices
     kernel: str = settings.added(
         "plain"
-    )  # auto: the CPU kernel where it serves, with other last bits; plain: JAX's operations
+    )  # auto: the CPU kernel where it serves; plain: JAX's operations
 
 
 def learning_rate(value: Any) -> Any:
