@@ -61,22 +61,25 @@ def test_architectures_are_compared_on_one_task_in_one_run(monkeypatch):
         slots = meta.Slots(local, (), position=0, length=0, fresh=0)
         return speed.OuterStep(lambda: 0, meta.MetaState({}, (), (slots,), 0, 0, 0), 0)
 
-    seconds = {"small_fc": 0.8, "norm_fc, plain": 0.4, "norm_fc, Newton-Schulz": 1.6}
+    seconds = {"small_fc": 0.8, "norm_fc, plain": 0.4, "norm_fc, kernel": 0.2, "norm_fc, Newton-Schulz": 1.6}
     monkeypatch.setattr(speed, "outer_step", outer_step)
     monkeypatch.setattr(speed, "in_turns", lambda calls, rounds: {name: seconds[name] for name in calls})
     lines = {line.what: line.value for line in speed.bench_architectures(["quadratic"])}
     assert lines == {
         "quadratic: state of small_fc": 4.0,
         "quadratic: state of norm_fc, plain": 3.0,
+        "quadratic: state of norm_fc, kernel": 3.0,
         "quadratic: state of norm_fc, Newton-Schulz": 3.0,
         "quadratic: inner steps with small_fc": 1000.0,
         "quadratic: inner steps with norm_fc, plain": 2000.0,
+        "quadratic: inner steps with norm_fc, kernel": 4000.0,
         "quadratic: inner steps with norm_fc, Newton-Schulz": 500.0,
         "quadratic: speed of norm_fc, plain / small_fc": 2.0,
+        "quadratic: speed of norm_fc, kernel / small_fc": 4.0,
         "quadratic: speed of norm_fc, Newton-Schulz / small_fc": 0.5,
     }
-    assert [recipe.tasks for recipe in built] == [("quadratic",)] * 3
-    assert [getattr(recipe.learner, "orthogonal", None) for recipe in built] == [None, False, True]
+    assert [recipe.tasks for recipe in built] == [("quadratic",)] * 4
+    assert [getattr(recipe.learner, "orthogonal", None) for recipe in built] == [None, False, False, True]
 
 
 def test_numbers_are_written_with_their_machine_and_unknown_parts_refused(tmp_path, monkeypatch):

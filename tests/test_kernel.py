@@ -319,9 +319,9 @@ shape = st.one_of(
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(
-    shapes=st.lists(shape.map(tuple), min_size=1, max_size=3),
+    shapes=st.lists(shape.map(tuple), min_size=2, max_size=2),
     scale=st.sampled_from([1e-12, 1e-4, 1.0, 1e6]),
     orthogonal=st.booleans(),
     vectors=st.booleans(),

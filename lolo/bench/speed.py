@@ -273,7 +273,7 @@ def bench_architectures(
             recipe = on("synthetic" if splits else task, "naive")
             for field, value in fields.items():
                 recipe = settings.with_field(recipe, field, value)
-            step = outer_step(recipe, splits)
+            step = outer_step(recipe, splits) if splits else outer_step(recipe)
             calls[name] = step.call
             learner = count_bytes(step.state.slots[0].local.inner.learner) / (2 * PAIRS)
             params = count_bytes(step.state.slots[0].local.inner.params) / (2 * PAIRS)

@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = (torch.Tensor, torch.nn.Parameter)  # a subclass may keep its numbers anywhere
 
 
-class PlacedTensor(NamedTuple):
+class Placed(NamedTuple):
     """A parameter as the kernel sees it."""
 
     param: torch.Tensor
@@ -45,7 +45,7 @@ def prepare(
     group: Mapping[str, Any],
     place: BlockLayout | None,
     step: torch.Tensor | None,
-) -> PlacedTensor:
+) -> Placed:
     """Count the step, and say where everything lies. step: [K, A, B], where it is to be orthogonalised."""
     flat = BlockLayout((), (1, 1, param.numel()), factored=False, last_is_largest=True)
     view = place or flat
@@ -68,7 +68,7 @@ def prepare(
     for name, moment in moments.items():
         setattr(entry, name, moment.data_ptr())
         setattr(entry, f"new_{name}", moment.data_ptr())
-    return PlacedTensor(param, place, direct, entry, [grad, value, out, *moments.values()], step)
+    return Placed(param, place, direct, entry, [grad, value, out, *moments.values()], step)
 
 
 def step(
