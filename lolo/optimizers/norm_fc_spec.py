@@ -90,9 +90,7 @@ class NormFcSettings(settings.Alternative):
     orthogonal: bool = True  # orthogonalise directions by Newton-Schulz, as Muon does
     baseline: str = "momentum"  # what the network corrects: momentum or none
     adam_scale: float = 1.0  # learning rate of vectors' AdamW, in learning rates of matrices
-    kernel: str = settings.added(
-        "plain"
-    )  # auto: the CPU kernel where it serves; plain: JAX's operations
+    kernel: str = settings.added("plain")  # auto: the CPU kernel where it serves; plain: JAX's operations
 
 
 def learning_rate(value: Any) -> Any:
