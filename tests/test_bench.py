@@ -29,6 +29,7 @@ def test_calls_take_turns_and_medians_are_theirs():
     assert order == ["a", "b"] * 4 and times["a"] < times["b"]
 
 
+@pytest.mark.slow
 def test_the_lanes_of_both_forms_compute_the_same():
     """What the benchmark compares is one function: the losses of 16 trajectories agree."""
     task, steps = speed.synthetic((12, 8, 4)).train, 3

@@ -35,6 +35,7 @@ POOR = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", POOR.values(), ids=POOR)
 def test_an_evaluation_is_printed_in_any_encoding_and_its_files_are_utf_8(tmp_path, environment):
     out = tmp_path / "out"
@@ -58,6 +59,7 @@ def test_errors_are_printed_in_any_encoding():
     assert done.returncode == 2 and done.stderr.startswith(b"lolo: ") and done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("buffered", ["", "1"])
 @pytest.mark.parametrize("argv", [["recipes"], ["train", "--help"], ["--help"]])
 def test_a_reader_that_leaves_is_no_error(argv, buffered):

@@ -11,6 +11,7 @@ KEY = jax.random.key(0)
 IMAGES = jax.random.normal(jax.random.key(1), (4, 64))
 
 
+@pytest.mark.slow
 def test_the_residual_net_takes_the_batch_s_statistics_in_training_and_the_running_ones_in_scoring():
     model = compact_models.small_resnet(5, width=4, blocks=2)
     params, stats = model.init(KEY)

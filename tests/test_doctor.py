@@ -276,6 +276,7 @@ def test_the_first_meta_params_are_those_that_the_run_began_with():
     assert not same(trial.first_meta_params(other), trial.first_meta_params(recipe))
 
 
+@pytest.mark.slow
 def test_a_run_that_changed_nothing_fails_and_progress_is_told(folder):
     told = []
     found = trial.examine(folder, on_steps=lambda *words: told.append(words))

@@ -65,6 +65,7 @@ def test_a_meta_trained_optimizer_beats_its_untrained_self_and_tuned_sgd(best_sg
     assert (trained < best_sgd).all()
 
 
+@pytest.mark.slow
 def test_with_the_meta_gradient_s_sign_flipped_it_does_not(monkeypatch, best_sgd):
     ascend = build.build_outer
     monkeypatch.setattr(build, "build_outer", lambda outer: optax.chain(optax.scale(-1.0), ascend(outer)))

@@ -140,6 +140,7 @@ def test_the_plain_path_ran_and_the_kernel_did():
     assert calls == [2, 0], "one call, and one after Newton-Schulz"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swapped", [(0, 1), (6, 10), (15, 18), (21, 24), (27, 28)])
 def test_the_comparison_tells_inputs_apart(swapped):
     order = np.arange(30)
@@ -169,6 +170,7 @@ def test_parameters_of_16_bits(dtype):
 TREE = {"embedding": (20, 4), "layer": (4, 6), "stack": (3, 6, 4), "bias": (6,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "is_matrix",
     [
@@ -181,6 +183,7 @@ def test_the_user_says_which_tensors_and_axes(is_matrix):
     check(draw(TREE, 3), is_matrix=is_matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 6), (5, 5, 2)])
 def test_ties_are_broken_by_named_axes(shape):
     settings = dict(orthogonal=False, is_matrix={"w": MuonDimensionNumbers(1, 0)})
@@ -199,6 +202,7 @@ def test_weight_decay_with_a_mask():
     check(draw(TREE, 3), weight_decay=0.3, mask=lambda params: {n: n != "layer" for n in params})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, 1e-38, 0.0])
 @pytest.mark.parametrize("settings", [SETTINGS["momentum"], SETTINGS["vectors too"], SETTINGS["Newton-Schulz"]])
 def test_odd_gradients_pass_as_in_the_plain_path(value, settings):
@@ -209,6 +213,7 @@ def test_odd_gradients_pass_as_in_the_plain_path(value, settings):
     assert update <= 10 * STEP and moments <= MOMENTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 def test_odd_parameters_pass_as_in_the_plain_path(value):
     params = {n: p.at[(0,) * p.ndim].set(value) for n, p in draw(LAYER, 3).items()}
@@ -266,6 +271,7 @@ def test_arguments_are_left_as_they_were():
     jax.tree.map(np.testing.assert_array_equal, jax.jit(make().update)(grads, state, params)[0], first)
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_the_plain_path():
     params = draw(LAYER, 3)
 

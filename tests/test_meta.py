@@ -38,6 +38,7 @@ def of_slot(tree, p):
 # --- one code path --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,per_update", [("lolo", 1), ("bc-only", 1), ("naive", 1), ("lolo", 4)])
 def test_a_recipe_compiles_once(name, per_update):
     history = run(setup_of(RECIPES[name], {"unroll.truncations_per_update": per_update}), QUADRATIC, 8)
@@ -435,6 +436,7 @@ def test_the_push_is_drawn_among_the_truncations_of_the_unroll():
     assert len(counts) == 4 and stats.chisquare(counts).pvalue > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", replay.READ_RULES)
 def test_every_read_rule_starts_unrolls_from_its_state(read):
     setup = setup_of(LOLO, {"replay.read": read, "replay.threshold": 0.3})

@@ -219,6 +219,7 @@ def test_vectors_get_adamw():
 TREE = {"embedding": (20, 4), "layer": (4, 6), "bias": (6,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "is_matrix",
     [
@@ -564,6 +565,7 @@ def test_a_gradient_without_one_finite_entry_shows_and_so_do_the_steps_after_it(
         assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["none", "momentum"])
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_entries_that_never_had_a_gradient_do_not_move(orthogonal, baseline):

@@ -67,6 +67,7 @@ def test_composes_keeps_structure_and_compiles_once(optimizer):
     assert update._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_apply_if_finite_skips_a_bad_step():
     optimizer = COMPOSED["apply_if_finite"]
     bad = {**GRADS, "w": jnp.full((3, 4), jnp.nan)}

@@ -99,6 +99,7 @@ def words(**changes):
     return [word for name, value in (OWN | changes).items() for word in (f"--{name}", value)]
 
 
+@pytest.mark.slow
 def test_a_researcher_s_walk(files, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     train = ["train", "lolo", "--task", "task.py:mine", *words(), *SMALL, "--out", str(run)]

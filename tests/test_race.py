@@ -232,6 +232,7 @@ def quiet(what, done, total, status):
     assert 0 <= done <= total
 
 
+@pytest.mark.slow
 def test_a_whole_race_finds_the_best_rate_and_resumes(small, tmp_path):
     found = stages.search_all(tmp_path, (), quiet)
     assert len(found) == 2 * 3 * search.TRIALS

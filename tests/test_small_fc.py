@@ -132,11 +132,13 @@ def test_one_tensor_equals_the_textbook(shape):
     compare_with_textbook({"x": shape})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", LARGE_SHAPES.values(), ids=LARGE_SHAPES)
 def test_one_large_tensor_equals_the_textbook(shape):
     compare_with_textbook({"x": shape})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

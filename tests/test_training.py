@@ -188,6 +188,7 @@ def test_init_continues_from_other_weights(tmp_path):
     check_init(weights_file.read_weights(tmp_path / "shipped.safetensors"), weights.learner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", ["before recipe.json", "in recipe.json", "before the first checkpoint"])
 def test_a_run_killed_before_its_first_checkpoint_is_not_in_the_way(tmp_path, killed):
     recipe = small(**{"outer.steps": 2})
