@@ -292,6 +292,17 @@ def test_where_the_kernel_does_not_serve_the_plain_path_runs():
         assert not traced(jnp.float64)
 
 
+def test_moments_of_another_shape_or_dtype_never_reach_the_kernel():
+    params = {"w": jnp.ones((6, 4))}
+    optimizer = norm_fc(kernel="auto").optimizer(norm_fc().init(jax.random.key(0)))
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match="has shapes .*; expected"):
+        optimizer.update(params, state._replace(row={"w": jnp.zeros((3, 2))}), params)
+    half = state._replace(momentum={"w": state.momentum["w"].astype(jnp.bfloat16)})
+    for ours, theirs in zip(*(optimizer.update(params, x, params)[0].values() for x in (half, state)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)  # zeros in either
+
+
 def test_the_environment_chooses(monkeypatch):
     monkeypatch.delenv(library.VARIABLE, raising=False)
     assert library.path() == f"kernel {library.forms()[-1]}" and library.path("plain") == "plain"

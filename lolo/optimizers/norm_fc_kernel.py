@@ -204,12 +204,30 @@ def place_of(tensor: KernelTensor) -> Place:
 
 def arranged(tensor: KernelTensor, place: Place) -> list[jax.Array]:
     """Gradient, parameter, momenta, rms, and the factored moments that there are, as the kernel takes them."""
-    (momentum, rms, row, column), axes = tensor.moments, tensor.axes
+    check_moments(tensor, place)
+    (momentum, rms, row, column), axes = NormFcMoments(*(x.astype(jnp.float32) for x in tensor.moments)), tensor.axes
     arrays = [place.arrange(x) for x in (tensor.grad.astype(jnp.float32), tensor.param.astype(jnp.float32))]
     arrays += [place.arrange(momentum), place.arrange(rms)]
     if place.kind == FACTORED and axes is not None:
         arrays += [place.arrange(row, axes.largest), place.arrange(column, axes.second)]
     return [*arrays, row] if place.kind == VECTOR else arrays
+
+
+def check_moments(tensor: KernelTensor, place: Place) -> None:
+    """Raise ValueError for moments of another shape than the parameter's: the kernel does not look at shapes."""
+    shape, axes = tensor.param.shape, tensor.axes
+
+    def less(axis: int) -> tuple[int, ...]:
+        return (3, *shape[:axis], *shape[axis + 1 :])
+
+    expected = [(1 if place.kind == ADAM else 3, *shape), shape]
+    if place.kind == FACTORED and axes is not None:
+        expected += [less(axes.largest), less(axes.second)]
+    if place.kind == VECTOR:
+        expected.append((3, *shape))
+    found = [x.shape for x in tensor.moments[: len(expected)]]
+    if found != expected:
+        raise ValueError(f"norm_fc: the state of a parameter of shape {shape} has shapes {found}; expected {expected}.")
 
 
 def restored(arrays: Iterator[jax.Array], tensor: KernelTensor, place: Place) -> Moved:

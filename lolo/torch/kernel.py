@@ -33,10 +33,18 @@ def form(group: Mapping[str, Any], space: Workspace) -> str | None:
     return chosen if group["state_dtype"] == torch.float32 else None
 
 
-def serves(param: torch.Tensor, state: State) -> bool:
-    """Whether the kernel can move a parameter."""
-    plain = type(param) in KINDS and type(param.grad) in KINDS and param.dtype in DTYPES
-    return plain and all(state[param][name].is_contiguous() for name in MOMENTS if name in state[param])
+def serves(param: torch.Tensor, state: State, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bool:
+    """Whether the kernel can move a parameter. expected: shape and dtype of its moments.
+
+    The kernel works on addresses: a moment that is not what it should be, as others may have left it, is not for it.
+    """
+    if type(param) not in KINDS or type(param.grad) not in KINDS or param.dtype not in DTYPES:
+        return False
+    return all(_is_float32(state[param].get(name), shape) for name, (shape, _) in expected.items())
+
+
+def _is_float32(x: Any, shape: tuple[int, ...]) -> bool:
+    return type(x) in KINDS and x.shape == shape and x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
 
 
 def prepare(
@@ -90,7 +98,7 @@ def step(
     tensors = []
     for param, place in params:
         waits = place is not None and place.factored and group["orthogonal"]
-        unfinished = torch.empty(place.shape) if place is not None and waits else None
+        unfinished = torch.empty(place.shape, dtype=torch.float32, device=space.device) if place and waits else None
         tensors.append(prepare(param, state[param], group, place, unfinished))
     # The kernel finishes a tensor before it begins the next one, so that all may leave their step in one place.
     common = space.take("step", max((t.entry.size for t in tensors if t.place and t.step is None), default=1))

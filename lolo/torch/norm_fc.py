@@ -145,23 +145,24 @@ def step(
     params: list[torch.Tensor], state: State, group: Mapping[str, Any], network: NormFcNetwork, space: Workspace
 ) -> None:
     """One step of parameters of one group and device, all with a gradient and entries."""
-    form = kernel.form(group, space)
-    served = [param for param in params if form is not None and kernel.serves(param, state)]
-    if form is not None and served:
-        places = [layout(tuple(x.shape)) if is_learned(x, group["is_matrix"]) else None for x in served]
-        arguments = list(zip(served, places, strict=True))
-        kernel.step(form, arguments, state, group, network.phi, space, orthogonalized)
-        params = [param for param in params if not kernel.serves(param, state)]
-    alike = defaultdict[tuple[int, ...], list[torch.Tensor]](list)
-    others: list[torch.Tensor] = []
     for param in params:
-        learned = is_learned(param, group["is_matrix"])
-        if learned != ("row" in state[param]):
+        if is_learned(param, group["is_matrix"]) != ("row" in state[param]):
             raise ValueError(
                 f"is_matrix={group['is_matrix']!r} is another one than when the state of a parameter of shape "
                 f"{tuple(param.shape)} was made: set it when the group is made, and leave it."
             )
-        members = alike[tuple(param.shape)] if learned else others
+    form = kernel.form(group, space)
+    served = [param for param in params if form is not None and kernel.serves(param, state, zeros(param, group))]
+    if form is not None and served:
+        places = [layout(tuple(x.shape)) if is_learned(x, group["is_matrix"]) else None for x in served]
+        arguments = list(zip(served, places, strict=True))
+        kernel.step(form, arguments, state, group, network.phi, space, orthogonalized)
+        done = set(map(id, served))
+        params = [param for param in params if id(param) not in done]
+    alike = defaultdict[tuple[int, ...], list[torch.Tensor]](list)
+    others: list[torch.Tensor] = []
+    for param in params:
+        members = alike[tuple(param.shape)] if is_learned(param, group["is_matrix"]) else others
         members.append(param)
     read = reader_of(group)
     for shape, members in alike.items():
