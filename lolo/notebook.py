@@ -94,8 +94,7 @@ class Comparison:
 
     def table(self) -> str:
         """Means over seeds with 95 % intervals, and paired differences with the first optimizer, as Markdown."""
-        header, *lines = tables.cells(self.rows)
-        return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
+        return tables.markdown(tables.cells(self.rows))
 
     def plot(self) -> Any:
         """A matplotlib figure of train and held-out loss against the step."""

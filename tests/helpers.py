@@ -51,6 +51,27 @@ SUCCESSOR = {
 }
 
 
+# What every form of norm_fc is tried on.
+SHAPES = {
+    "scalar": (),
+    "vector": (13,),
+    "wide": (3, 50),
+    "tall": (50, 3),
+    "square": (6, 6),
+    "last axis 1": (7, 1),
+    "all axes 1": (1, 1, 1),
+    "conv": (3, 3, 4, 6),
+    "ties": (2, 3, 3, 3),
+    "largest first": (9, 2, 3, 4),
+}
+LAYER = {"w": (6, 5), "b": (5,)}
+
+
+def draw(shapes, seed, scale=1.0, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return {n: (scale * jax.random.normal(k, s)).astype(dtype) for (n, s), k in zip(shapes.items(), keys, strict=True)}
+
+
 def small(recipe, changes=None):
     """The recipe in the sizes of `SMALL`, with `changes`: dotted name -> value."""
     for name, value in (SMALL | (changes or {})).items():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import LAYER, draw
 from optax.contrib import MuonDimensionNumbers
 
 from lolo.kernels import library
@@ -22,18 +23,8 @@ from lolo.training.how import How
 from lolo.training.run_folder import RunError
 
 pytestmark = pytest.mark.skipif(not norm_fc_kernel.register(), reason="this installation has no kernel for XLA")
-SHAPES = {
-    "scalar": (),
-    "vector": (13,),
-    "wide": (3, 50),
-    "tall": (50, 3),
-    "square": (6, 6),
+SHAPES = helpers.SHAPES | {
     "rows of two vectors": (40, 32),
-    "last axis 1": (7, 1),
-    "all axes 1": (1, 1, 1),
-    "conv": (3, 3, 4, 6),
-    "ties": (2, 3, 3, 3),
-    "largest first": (9, 2, 3, 4),
     "an axis between": (4, 40, 9),
     "windows last": (20, 17, 3, 3),
     "embedding": (120, 8),
@@ -41,18 +32,12 @@ SHAPES = {
     "empty": (0, 4),
 }
 STEP, MOMENTS = 1e-5, 1e-6  # of a tensor's norm
-LAYER = {"w": (6, 5), "b": (5,)}
 
 
 @pytest.fixture(params=library.forms())
 def form(request, monkeypatch):
     monkeypatch.setenv(library.VARIABLE, request.param)
     return request.param
-
-
-def draw(shapes, seed, scale=1.0, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return {n: (scale * jax.random.normal(k, s)).astype(dtype) for (n, s), k in zip(shapes.items(), keys, strict=True)}
 
 
 def draw_phi(seed=0, hidden=8):

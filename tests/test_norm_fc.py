@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import textbook_norm_fc as textbook
+from helpers import LAYER, SHAPES, draw
 from optax.contrib import MuonDimensionNumbers
 
 from lolo.optimizers import norm_fc_features as nf
@@ -21,25 +22,7 @@ from lolo.tasks import small
 from lolo.training import build, recipes
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "celo2.npz")
-SHAPES = {
-    "scalar": (),
-    "vector": (13,),
-    "wide": (3, 50),
-    "tall": (50, 3),
-    "square": (6, 6),
-    "last axis 1": (7, 1),
-    "all axes 1": (1, 1, 1),
-    "conv": (3, 3, 4, 6),
-    "ties": (2, 3, 3, 3),
-    "largest first": (9, 2, 3, 4),
-}
 FEW = {name: SHAPES[name] for name in ("scalar", "vector", "tall", "conv")}
-LAYER = {"w": (6, 5), "b": (5,)}
-
-
-def draw(shapes, seed, scale=1.0, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return {n: (scale * jax.random.normal(k, s)).astype(dtype) for (n, s), k in zip(shapes.items(), keys, strict=True)}
 
 
 def draw_phi(seed=0, hidden=8):

@@ -114,11 +114,17 @@ OWN = "path.py:function"
 """The name of the alternative that a user's function is, whatever its own name."""
 
 
+def is_own(name: Any) -> bool:
+    """Whether a name is of a user's function: it has a file."""
+    match = NAME.fullmatch(name) if isinstance(name, str) else None
+    return match is not None and match["path"] is not None
+
+
 def kind_named(kinds: Mapping[str, type[Alternative]], field: str, name: Any) -> type[Alternative]:
     """The type of an alternative. Raises RecipeError, which names the nearest one that there is."""
     if not isinstance(name, str):
         raise RecipeError(f"recipe field {field!r} can't be {name!r}: expected str.")
-    if OWN in kinds and ".py:" in name:
+    if OWN in kinds and is_own(name):
         return kinds[OWN]
     return pick(dict(kinds), field, name)
 

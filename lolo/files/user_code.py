@@ -32,12 +32,6 @@ class Name(NamedTuple):
     sha256: str | None
 
 
-def is_own(name: str) -> bool:
-    """Whether a name is of a user's function: it has a file."""
-    match = NAME.fullmatch(name)
-    return match is not None and match["path"] is not None
-
-
 def load(name: str, kind: str, returns: str, folders: Sequence[Path] = HERE) -> str:
     """Run the file of `path.py:function`, once; `loaded` finds the function from then on.
 

@@ -68,11 +68,6 @@ class OwnLearner(Alternative):
     name: str = settings.OWN  # path.py:function, path.py:function:width=64, with the file's sha256 behind @
 
 
-def is_own(name: Any) -> bool:
-    """Whether the name of a learner is of a user's function."""
-    return isinstance(name, str) and ".py:" in name
-
-
 def register(name: str, function: Callable[..., Any]) -> None:
     """Let the name of a user's learner, with a sha256, mean this function. Raises UserCodeError for another name."""
     match = settings.NAME.fullmatch(name)
@@ -200,6 +195,11 @@ def deployed(learner: LearnerSettings, requested: Mapping[str, Any]) -> LearnerS
         except ValueError as error:
             raise ValueError(f"{name}={value!r} {error}") from error
     return dataclasses.replace(learner, **changes)
+
+
+def path_of(learner: LearnerSettings) -> str:
+    """What a learner's update runs on, "plain" or a form of the CPU kernel. It decides the last bits; it starts JAX."""
+    return of(learner).path(learner)
 
 
 def check_arguments(learner: LearnerSettings, names: Iterable[str]) -> None:

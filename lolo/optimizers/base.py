@@ -123,6 +123,12 @@ def check_params(params: PyTree, optimizer: str) -> None:
             )
 
 
+def check_state(state: Any, kind: type, optimizer: str) -> None:
+    """Raise ValueError for the state of another optimizer."""
+    if not isinstance(state, kind):
+        raise ValueError(f"{optimizer}: the state is a {type(state).__name__}; expected what init(params) gives.")
+
+
 def is_real(dtype: Any) -> bool:
     """Whether the optimizers compute with numbers of a dtype: floating ones of 16 bits or more."""
     return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits >= 16

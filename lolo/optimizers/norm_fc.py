@@ -26,6 +26,7 @@ from lolo.optimizers.base import (
     check_gradients,
     check_params,
     check_reduced,
+    check_state,
     decays_of,
     truncated_normal,
 )
@@ -163,8 +164,7 @@ def norm_fc(
         ) -> tuple[PyTree, NormFcState]:
             if params is None:
                 raise ValueError("norm_fc reads the parameters: call update(grads, state, params).")
-            if not isinstance(state, NormFcState):
-                raise ValueError(f"norm_fc: the state is a {type(state).__name__}; expected what init(params) gives.")
+            check_state(state, NormFcState, "norm_fc")
             check_params(params, "norm_fc")
             check_gradients(grads, params, "norm_fc")
 

@@ -257,7 +257,7 @@ def load(
     Raises disk.FileError, a ValueError, for anything that is not a complete weights file of a known version.
     """
     file = weights_file.read_weights(name_or_path)
-    if code is not None and architecture.is_own(file.learner.get("name")):
+    if code is not None and settings.is_own(file.learner.get("name")):
         check_code(file.learner["name"], code, str(name_or_path))
         architecture.register(file.learner["name"], code)
     learner = architecture.check_weights(file.meta_params, file.learner, str(name_or_path))

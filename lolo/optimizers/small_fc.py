@@ -146,15 +146,9 @@ def is_moments(node: Any) -> bool:
     return isinstance(node, features.Moments)
 
 
-def check_kind(state: Any) -> None:
-    """Raise ValueError for the state of another optimizer."""
-    if not isinstance(state, SmallFcState):
-        raise ValueError(f"small_fc: the state is a {type(state).__name__}; expected what init(params) gives.")
-
-
 def check_state(state: Any, params: PyTree) -> None:
     """Raise ValueError for the state of another optimizer, or of other parameters."""
-    check_kind(state)
+    base.check_state(state, SmallFcState, "small_fc")
     old = {
         jax.tree_util.keystr(path): moments
         for path, moments in jax.tree_util.tree_leaves_with_path(state.moments, is_leaf=is_moments)
@@ -217,7 +211,7 @@ def one_tree_per_moment(optimizer: optax.GradientTransformation) -> optax.Gradie
         return state._replace(moments=features.Moments(*(jax.tree.unflatten(structure, field) for field in fields)))
 
     def inside(state: SmallFcState) -> SmallFcState:
-        check_kind(state)
+        base.check_state(state, SmallFcState, "small_fc")
         each = jax.tree.map(lambda *fields: with_column(features.Moments(*fields), 3, 0), *state.moments)
         return state._replace(moments=each)
 

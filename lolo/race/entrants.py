@@ -13,7 +13,6 @@ from lolo.race.records import RaceRow
 from lolo.studies import candidates, evaluation_folder
 from lolo.studies.candidates import Named
 from lolo.studies.rows import slug
-from lolo.tasks import by_name
 
 SEEDS = 3
 
@@ -139,9 +138,3 @@ def _rows(
         train = round(float(curves.train_loss[k, -1]), 6)
         found[name].append(RaceRow(workload, held_out, of.name, name, seed, steps, curve, train, test))
     return found
-
-
-def check_data() -> None:
-    """Raise TaskError, and say what to install, where a workload's data are missing."""
-    for workload in workloads.WORKLOADS.values():
-        by_name.resolve(workload.task)

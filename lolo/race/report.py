@@ -17,14 +17,9 @@ from lolo.race.results import Form, Standing
 from lolo.race.stages import Race
 from lolo.runtime import environment
 from lolo.studies import plots
+from lolo.studies.tables import markdown
 
 Table = list[list[str]]
-
-
-def markdown(table: Table) -> str:
-    """A table's header and lines as Markdown."""
-    header, *lines = table
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
 
 
 def in_bold(cells: Sequence[str], chosen: Sequence[bool]) -> list[str]:

@@ -87,5 +87,10 @@ def reference_of(rows: Sequence[Row]) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """`cells` as Markdown, compared with LoLO, or with the first optimizer."""
-    header, *lines = cells(rows, reference_of(rows))
+    return markdown(cells(rows, reference_of(rows)))
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A header and lines as Markdown."""
+    header, *lines = table
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])

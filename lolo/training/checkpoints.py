@@ -274,7 +274,7 @@ def check_manifest(
         raise RunError(f"{run}/recipe.json is not the recipe of the checkpoint ({differs}). Undo the change.")
     if manifest.get("versions") != environment.versions():
         log(f"versions differ from the checkpoint's ({manifest.get('versions')}): the result may differ in last bits.")
-    before, now = manifest.get("path", "plain"), architecture.of(recipe.learner).path(recipe.learner)
+    before, now = manifest.get("path", "plain"), architecture.path_of(recipe.learner)
     if before != now and not other_path:
         raise RunError(
             f"{run} was meta-trained on the path {before!r}, and here the learner's update runs on {now!r}, which "

@@ -84,7 +84,7 @@ def train(
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "init": None if source is None else source.sha256,
             "processes": how.group.processes,
-            "path": architecture.of(recipe.learner).path(recipe.learner),
+            "path": architecture.path_of(recipe.learner),
             "log": list(openers),
         }
         run_start.create(run.out, recipe, about, how.group)

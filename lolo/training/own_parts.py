@@ -37,7 +37,7 @@ def load(recipe: Recipe, folders: Sequence[Path] = HERE) -> Recipe:
     """
     values = settings.fields(recipe)
     for field, returns in FAMILIES.items():
-        if user_code.is_own(values[field]):
+        if settings.is_own(values[field]):
             name = user_code.load(values[field], field.replace(".", "_"), returns, folders)
             if field == "learner.name":
                 architecture.register(name, user_code.loaded(name))
@@ -49,7 +49,7 @@ def load(recipe: Recipe, folders: Sequence[Path] = HERE) -> Recipe:
 
 def pick(table: dict[str, Any], field: str, name: str) -> Any:
     """The function that a field of a recipe names: a row of the family's table, or a user's that `load` has run."""
-    if not user_code.is_own(name):
+    if not settings.is_own(name):
         return settings.pick(table, field, name)
     match = settings.NAME.fullmatch(name)
     return settings.with_settings(user_code.loaded(name), match and match["settings"])

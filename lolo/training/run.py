@@ -175,7 +175,7 @@ class Run:
             "recipe": recipes.to_dict(self.recipe),
             "versions": environment.versions(),
             "streams": self.streams(),
-            "path": architecture.of(self.recipe.learner).path(self.recipe.learner),
+            "path": architecture.path_of(self.recipe.learner),
         }
         rows = parallel.local_rows(self.mesh, self.recipe.estimator.pairs)
         agree = self.how.group.agree

@@ -103,7 +103,7 @@ def require_alike(group: ProcessGroup, recipe: Recipe, more: dict[str, Any]) -> 
     facts = {f"{name}'s version": version for name, version in environment.versions().items()}
     group.require_equal(facts | {"the machine": platform.machine()} | fields(recipe) | more, cure)
     device = jax.local_devices()[0]  # only now: it connects the processes' XLA, which must be of one version
-    path = architecture.of(recipe.learner).path(recipe.learner)
+    path = architecture.path_of(recipe.learner)
     facts = {"the device": f"{device.platform}: {device.device_kind}", "the path of the learner's update": path}
     group.require_equal(facts, cure)
 
