@@ -173,9 +173,9 @@ MEASURE = "import json, sys, {module}; print(json.dumps([m for m in sys.modules 
 @pytest.mark.parametrize(
     "module, most, allowed",
     [
-        ("lolo.optimizers.pretrained", 19, {"trees", "files", "kernels", "optimizers"}),
+        ("lolo.optimizers.pretrained", 20, {"trees", "files", "kernels", "optimizers"}),
         ("lolo.method.inner", 12, {"trees", "files", "optimizers", "method"}),
-        ("lolo.training.run_folder", 20, {"trees", "files", "kernels", "optimizers", "training"}),
+        ("lolo.training.run_folder", 21, {"trees", "files", "kernels", "optimizers", "training"}),
     ],
 )
 def test_what_users_load_is_light(module, most, allowed):

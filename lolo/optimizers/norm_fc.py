@@ -17,6 +17,7 @@ from lolo.kernels.library import CHOICES
 from lolo.optimizers import norm_fc_features as nf
 from lolo.optimizers import norm_fc_kernel, sharding
 from lolo.optimizers import norm_fc_spec as spec
+from lolo.optimizers.alike import over_alike
 from lolo.optimizers.base import (
     LearnedOptimizer,
     Mask,
@@ -33,6 +34,7 @@ from lolo.optimizers.base import (
 from lolo.optimizers.features import Entries, Layout, over_parts
 from lolo.optimizers.newton_schulz import orthogonalize
 from lolo.optimizers.norm_fc_features import NormFcMoments
+from lolo.optimizers.norm_fc_kernel import Moved
 from lolo.trees import PyTree
 
 Number: TypeAlias = float | jax.Array
@@ -72,6 +74,9 @@ class Part(NamedTuple):
     layout: Layout
     learned: bool  # by the network; otherwise by AdamW
     axes: tuple[tuple[int, ...], ...] | None  # batch, input and output axes for Newton-Schulz; None: without it
+
+
+OneTensor: TypeAlias = tuple[jax.Array, jax.Array, NormFcMoments, jax.Array]  # parameter, gradient, moments, decay
 
 
 def norm_fc(
@@ -224,17 +229,23 @@ def update_all(
     old_moments = moments_of(state, params, parts)
     check_reduced(grads, params)
     rate, decay, adam_scale = numbers_of(settings, state.step)
-    updates, moments, decays = [], [], decays_of(decay, settings.mask, params)
-    for grad, param, old, of, decay in zip(jax.tree.leaves(grads), leaves, old_moments, parts, decays, strict=True):
+    decays = [jnp.asarray(x, jnp.float32) for x in decays_of(decay, settings.mask, params)]
+
+    def one(of: Part, tensor: OneTensor) -> Moved:
+        param, grad, old, decay = tensor
         g, p = limited(grad), param.astype(jnp.float32)
         new = nf.accumulate(old, g, of.layout)
         if of.learned:
             step = learned_step(weights, g, p, new, of, settings.baseline)
         else:
             step = adam_scale * adam_step(new, state.step + 1)
-        updates.append((-rate * (step + decay * p)).astype(param.dtype))
-        moments.append(new._replace(momentum=new.momentum.astype(settings.state_dtype)))
-    return jax.tree.unflatten(structure, updates), as_state(state.step + 1, moments, structure)
+        update = (-rate * (step + decay * p)).astype(param.dtype)
+        return update, new._replace(momentum=new.momentum.astype(settings.state_dtype))
+
+    tensors = list(zip(leaves, jax.tree.leaves(grads), old_moments, decays, strict=True))
+    done = over_alike(one, parts, tensors)
+    updates = [update for update, _ in done]
+    return jax.tree.unflatten(structure, updates), as_state(state.step + 1, [new for _, new in done], structure)
 
 
 def kernel_step(

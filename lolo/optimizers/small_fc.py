@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from lolo.optimizers import base, features, sharding
 from lolo.optimizers import small_fc_spec as spec
+from lolo.optimizers.alike import over_alike
 from lolo.trees import PyTree
 
 # Entries per block. On a CPU a block's activations stay in the core's cache; elsewhere it only bounds the memory.
@@ -282,7 +283,13 @@ def apply_network(weights: Matrices, bias: Float[Array, "H 1"], tensors: list[On
     """The two outputs for every entry of every tensor: a list of [2, entries], in the order of `as_matrices`."""
     layouts = [of for *_, of in tensors]
     small = [i for i, of in enumerate(layouts) if is_small(of)]
-    outputs = {i: matrix_network(weights, bias, *tensors[i]) for i in range(len(tensors)) if i not in small}
+    large = [i for i in range(len(tensors)) if i not in small]
+
+    def network(of: features.Layout, arrays: tuple[jax.Array, jax.Array, features.Moments]) -> Float[Array, "2 _"]:
+        return matrix_network(weights, bias, *arrays, of)
+
+    done = over_alike(network, [layouts[i] for i in large], [tensors[i][:3] for i in large])
+    outputs = dict(zip(large, done, strict=True))
     # Inside shard_map a part that shares its pass with whole tensors would make JAX take these for parts too.
     for sharded in (False, True):
         together = [i for i in small if (layouts[i].sharded is not None) == sharded]
