@@ -55,6 +55,8 @@ def test_a_rival_s_name_holds_its_schedule_and_settings():
     names = ["muon-warmup-cosine:3e-3,weight_decay=0.1,warmup=0.1", "schedule-free-warmup:1e-3", "adamw-wsd:grid"]
     found = candidates.read(names)
     assert found[names[0]] == candidates.NamedRival("muon-warmup-cosine", 3e-3, 0.1, 0.1)
+    (same,) = candidates.read(["muon:3e-3,schedule=warmup-cosine,weight_decay=0.1,warmup=0.1"]).values()
+    assert same == found[names[0]]
     assert candidates.candidate(found[names[0]], QUADRATIC, 100).label == "muon-warmup-cosine 0.003 wd 0.1 warmup 0.1"
     files = evaluation_folder.part_files(
         Path("parts"), "quadratic", candidates.read([*names, "muon-warmup-cosine:3e-3"])
@@ -132,6 +134,8 @@ def test_a_user_s_optimizer_that_can_t_be_used_is_refused_before_the_first_run(o
         ("adamw:1e-3,decay=0.1", "unknown setting of adamw:1e-3,decay=0.1 'decay'; did you mean 'weight_decay'"),
         ("adamw:1e-3,weight_decay=-1", "weight_decay='-1' must be 0 or a positive number"),
         ("adamw-warmup:1e-3,warmup=1.5", "must be a share of the steps"),
+        ("lion:1e-3,schedule=linear", "schedule 'linear'; did you mean"),
+        ("lion-cosine:1e-3,schedule=cosine", "unknown setting of lion-cosine:1e-3,schedule=cosine 'schedule'"),
         ("lion:0", "the learning rate must be a positive number"),
     ],
 )

@@ -44,11 +44,11 @@ def eval_command(argv: list[str]) -> int:
             FILE:freeze_unseen=true, where entries that never had a gradient stand still, or as they were before
             meta-training, FILE:untrained=true. Rivals: adamw:1e-3, or adamw:grid for its best learning
             rate, picked on other seeds (adamw:wide-grid tries weight decay 0.1 too); likewise adam, nadamw, sgdm,
-            nesterov, lion, muon, schedule-free and prodigy. Schedules, of all: adamw-cosine:1e-3, FILE:schedule=cosine;
-            likewise rsqrt (over √(1 + t/3000)), warmup, warmup-cosine and wsd (warm-up, constant, down to 0 in the last
-            fifth). A warm-up takes 2 % of the steps: muon-warmup-cosine:1e-3,warmup=0.05,weight_decay=0.1. Your own:
-            path.py:function, or path.py:function:lr=0.01, a function that returns an optax optimizer; if it has an
-            argument steps, it gets the number of steps.
+            nesterov, lion, muon, schedule-free and prodigy. Schedules, of all: adamw:1e-3,schedule=cosine (or
+            adamw-cosine:1e-3), FILE:schedule=cosine; likewise rsqrt (over √(1 + t/3000)), warmup, warmup-cosine and
+            wsd (warm-up, constant, down to 0 in the last fifth). A warm-up takes 2 % of the steps:
+            muon:1e-3,schedule=warmup-cosine,warmup=0.05. Your own: path.py:function, or path.py:function:lr=0.01, a
+            function that returns an optax optimizer; if it has an argument steps, it gets the number of steps.
           task: a name of `lolo tasks`, or path.py:function.
           steps: inner steps of each run.
           seeds: runs per optimizer.

@@ -57,7 +57,7 @@ def parse_deployment(words: str, name: str, learner: LearnerSettings) -> Deploym
     rules: dict[str, Callable[[Any], Any]] = {
         **own,
         "step_scale": functools.partial(settings.number, positive=True),
-        "schedule": functools.partial(settings.pick, {word: word for word in schedules.SCHEDULES}, f"{name}: schedule"),
+        "schedule": _schedule_of(name),
         "warmup": _share,
         "untrained": functools.partial(settings.pick, FLAGS, f"{name}: untrained"),
     }
@@ -169,7 +169,10 @@ def rival(name: str) -> NamedRival | None:
     if separator and kind in rivals.NAMES:
         rate, *others = words.split(",")
         rules: dict[str, Callable[[Any], Any]] = {"weight_decay": settings.number, "warmup": _share}
-        return NamedRival(kind, _learning_rate(name, kind, rate), **_parse_words(others, rules, name))
+        rules |= {"schedule": _schedule_of(name)} if kind in rivals.RIVALS else {}
+        found = _parse_words(others, rules, name)
+        kind = f"{kind}-{falling}" if (falling := found.pop("schedule", "constant")) != "constant" else kind
+        return NamedRival(kind, _learning_rate(name, kind, rate), **found)
     weights = kind in weights_file.shipped_weights() or Path(name.rpartition(":")[0]).is_file()
     if separator and "=" not in words and not weights and not Path(name).exists():
         raise settings.unknown("optimizer", kind, rivals.NAMES)
@@ -187,6 +190,10 @@ def _learning_rate(name: str, kind: str, word: str) -> float | str:
     if not 0 < rate < float("inf"):
         raise ValueError(f"{name}: the learning rate must be a positive number.")
     return rate
+
+
+def _schedule_of(name: str) -> Callable[[Any], Any]:
+    return functools.partial(settings.pick, {word: word for word in schedules.SCHEDULES}, f"{name}: schedule")
 
 
 def _parse_words(words: Iterable[str], rules: Mapping[str, Callable[[Any], Any]], name: str) -> dict[str, Any]:
