@@ -19,6 +19,7 @@ from helpers import SUCCESSOR
 from lolo.cli import main as cli
 from lolo.files import settings, tensors
 from lolo.files.disk import FileError
+from lolo.kernels import library
 from lolo.optimizers import pretrained
 from lolo.runtime import launch, parallel, process_group
 from lolo.runtime.process_group import DifferError, ProcessGroupError
@@ -201,6 +202,21 @@ def test_different_recipes_are_refused_and_nothing_is_written(lolo, tmp_path):
         assert status == 2 and "replay.threshold is 0.2 in process 1" in words and "0.1 in process 0" in words, words
         assert words.splitlines()[-1].startswith("lolo: replay.threshold") and "Traceback" not in words
     assert not (tmp_path / "run").exists() and time.monotonic() - began < 120
+
+
+@pytest.mark.slow
+def test_processes_on_different_paths_are_refused(lolo, tmp_path):
+    if library.load() is None:
+        pytest.fail("the CPU kernel is not built here: install a C++ compiler, then make install")
+    learner = ["--learner.name", "norm_fc", "--learner.kernel", "auto"]
+    common = ["--processes", "2", "--coordinator", free_address(), "--out", tmp_path / "run"]
+    one = lolo("train", "lolo", *OPTIONS, *learner, *common, "--process-id", "0")
+    two = lolo("train", "lolo", *OPTIONS, *learner, *common, "--process-id", "1", more={"LOLO_KERNEL": "0"})
+    for process in (one, two):
+        status, words = ends(process)
+        assert status == 2 and "path" in words and "'plain' in process 1" in words, words
+        assert "kernel" in words.splitlines()[-1] and "Traceback" not in words
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
