@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from test_training import SMALL, small
 
-from lolo.bench import speed
+from lolo.bench import batch_speed, speed, timing
 from lolo.cli import main as cli
 from lolo.files.settings import RecipeError
 from lolo.method import meta
@@ -81,6 +81,21 @@ def test_architectures_are_compared_on_one_task_in_one_run(monkeypatch):
     }
     assert [recipe.tasks for recipe in built] == [("quadratic",)] * 4
     assert [getattr(recipe.learner, "orthogonal", None) for recipe in built] == [None, False, False, True]
+
+
+def test_the_batch_from_which_a_step_is_cheap_follows_from_the_times():
+    lines = {line.what: line.value for line in batch_speed.lines("ours", 0.1, {10: 0.1, 100: 0.9})}
+    assert lines == {
+        "share of a training step at batch 10: ours": pytest.approx(50.0),
+        "share of a training step at batch 100: ours": pytest.approx(10.0),
+        "batch from which the step is below 10%: ours": pytest.approx(100.0),
+    }
+
+
+def test_passes_and_steps_are_timed_in_one_process():
+    times = timing.in_process(batch_speed.CHILD, 1, 8, 6, 4)
+    assert {"passes at batch 128", "passes at batch 4,096", "adamw", "muon", "small_fc"} <= times.keys()
+    assert sum(name.startswith("norm_fc") for name in times) == 2 and min(times.values()) > 0
 
 
 def test_numbers_are_written_with_their_machine_and_unknown_parts_refused(tmp_path, monkeypatch):

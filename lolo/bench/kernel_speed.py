@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import optax
 
-from lolo.bench.timing import Line, interleaved
+from lolo.bench.timing import Line, in_process, interleaved, step_calls
 from lolo.kernels import library
 from lolo.optimizers import norm_fc
 from lolo.runtime import environment
@@ -37,13 +34,7 @@ def measure(with_torch: bool, matrices: Sequence[int] = (1, 10), rounds: int = 1
     """
     for count, orthogonal in [(count, False) for count in matrices] + [(1, True)]:
         words = [str(count), str(int(orthogonal)), str(rounds if count * (1 + 9 * orthogonal) < 10 else rounds // 2)]
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, "torch" if with_torch else "", *words],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        times = json.loads(done.stdout.splitlines()[-1])
+        times = in_process(CHILD, "torch" if with_torch else "", *words)
         yield from lines(times, f"{count}M{', Newton-Schulz' if orthogonal else ''}", int(words[-1]))
 
 
@@ -66,7 +57,7 @@ def child(torch_calls: Sequence[Callable[..., Any]], count: int, orthogonal: int
 
 
 def jax_calls(count: int, orthogonal: bool) -> dict[str, Callable[[], Any]]:
-    """A step of each of JAX's optimizers on its own state, which it is given to keep, as a training loop does."""
+    """A step of each of JAX's optimizers."""
     learned = norm_fc.norm_fc(orthogonal=orthogonal)
     phi = learned.init(jax.random.key(0))
     rival = ("optax.contrib.muon", optax.contrib.muon(1e-3)) if orthogonal else ("optax.adamw", optax.adamw(1e-3))
@@ -75,13 +66,4 @@ def jax_calls(count: int, orthogonal: bool) -> dict[str, Callable[[], Any]]:
     keys = jax.random.split(jax.random.key(1), count)
     params = {f"w{i}": 0.03 * jax.random.normal(key, (SIDE, SIDE)) for i, key in enumerate(keys)}
     grads = jax.tree.map(lambda x: 0.01 * x[::-1], params)
-    calls: dict[str, Callable[[], Any]] = {}
-    for name, optimizer in optimizers:
-        step, held = jax.jit(optimizer.update, donate_argnums=1), [optimizer.init(params)]
-
-        def call(step: Callable[..., Any], held: list[Any]) -> Any:
-            updates, held[0] = step(grads, held[0], params)
-            return updates, held[0]
-
-        calls[name] = partial(call, step, held)
-    return calls
+    return step_calls(dict(optimizers), grads, params)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import optax
+
+from lolo.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +33,30 @@ def has_torch() -> bool:
     """Whether PyTorch is installed."""
     spec = importlib.util.find_spec("torch")
     return spec is not None and spec.origin is not None
+
+
+def in_process(code: str, *words: Any) -> dict[str, float]:
+    """What a new Python process prints last, as JSON: seconds by name."""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    times: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return times
+
+
+def step_calls(
+    optimizers: Mapping[str, optax.GradientTransformation], grads: PyTree, params: PyTree
+) -> dict[str, Callable[[], Any]]:
+    """A step of each optimizer on its own state, which it is given to keep, as a training loop does."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, optimizer in optimizers.items():
+        step, held = jax.jit(optimizer.update, donate_argnums=1), [optimizer.init(params)]
+
+        def call(step: Callable[..., Any], held: list[Any]) -> Any:
+            updates, held[0] = step(grads, held[0], params)
+            return updates, held[0]
+
+        calls[name] = partial(call, step, held)
+    return calls
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], seconds: float = 6.0, least: int = 5) -> dict[str, float]:

@@ -41,8 +41,8 @@ def _by_name(method: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         if len(args) > 1:
             raise TypeError(
-                f"optimizer({args[1]!r}): settings are given by name, for instance learning_rate=1e-3. Weights of small_fc "
-                "have no learning rate: leave it out; step_scale is none."
+                f"optimizer({args[1]!r}): settings are given by name, for instance learning_rate=1e-3. Weights of "
+                "small_fc have no learning rate: leave it out; step_scale is none."
             )
         return method(*args, **kwargs)
 
