@@ -14,7 +14,7 @@ MAX_WHEEL_BYTES := 12000000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all gpu-test browser-test check format bench wheel-test docs clean
+.PHONY: help install quickstart test test-all gpu-test browser-test check format bench wheel-test docs notebook clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ wheel-test: ## build the wheel, install it in an empty environment elsewhere and
 
 docs: $(DOCS_INSTALLED) ## build the documentation in docs/_build/html
 	$(BIN)/python -m sphinx -q -W -b html docs docs/_build/html
+
+notebook: $(DOCS_INSTALLED) ## run the notebook of the documentation again, with its pictures (some minutes)
+	cd docs && ../$(BIN)/jupyter execute --inplace first_optimizer.ipynb
 
 clean: ## remove caches and built files; .venv and runs stay
 	rm -rf dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

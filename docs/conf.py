@@ -5,7 +5,8 @@ from importlib import metadata
 project = "LoLO"
 author = "The LoLO developers"
 release = metadata.version("lolo")
-extensions = ["myst_parser"]
+extensions = ["myst_nb"]  # of MyST Markdown, and notebooks
+nb_execution_mode = "off"  # `make notebook` runs them; what they show is stored in them
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"LoLO {release}"

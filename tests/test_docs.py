@@ -1,5 +1,6 @@
 """Every block of Python in the documentation runs, page by page, in a folder that holds the files it speaks of."""
 
+import json
 import pathlib
 import re
 
@@ -48,6 +49,31 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     names = {}
     for block in blocks(page):
         exec(compile(block, page.name, "exec"), names)
+
+
+def cells(kind):
+    notebook = json.loads((ROOT / "docs" / "first_optimizer.ipynb").read_text())
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def test_the_notebook_was_run_from_its_top_to_its_end_without_an_error():
+    outputs = [output for cell in cells("code") for output in cell["outputs"]]
+    assert [cell["execution_count"] for cell in cells("code")] == list(range(1, len(cells("code")) + 1))
+    assert "error" not in {output["output_type"] for output in outputs}
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+
+
+@pytest.mark.slow
+def test_the_notebook_s_code_runs(monkeypatch):
+    monkeypatch.chdir(ROOT / "docs")
+    code = "\n".join("".join(cell["source"]) for cell in cells("code"))
+    shorter = {'"outer.steps": 200': '"outer.steps": 2, "unroll.length": 100', "steps = 600": "steps = 50"}
+    for large, small in shorter.items():
+        assert large in code
+        code = code.replace(large, small)
+    names = {}
+    exec(compile(code, "first_optimizer.ipynb", "exec"), names)
+    assert {row.optimizer for row in names["comparison"].rows} == {"mine", "AdamW", "Muon"}
 
 
 def test_pages_link_to_what_is_there():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lolo.data import embedded
 from lolo.files import user_code
 from lolo.method.task import Splits, TaskError
 from lolo.tasks import by_name, compact
@@ -91,8 +92,18 @@ def test_splits_are_the_same_problem_on_other_data(name):
     if name in SIZES:
         assert sizes == SIZES[name]
     if name.startswith("books"):
-        assert sizes == tuple(len(leaf) - WINDOWS[name] for leaf in leaves)
+        assert sizes == tuple(len(leaf) - WINDOWS[name] * (leaf.ndim == 1) for leaf in leaves)
         assert sizes[0] > 10 * sizes[1] > 0 and sizes[2] > 10_000
+
+
+@pytest.mark.parametrize("name", ["books-transformer", "books-gru"])
+def test_a_character_that_is_scored_is_predicted_once(name):
+    context = WINDOWS[name]
+    symbols = embedded.books_symbols()["validation"]
+    task = by_name.resolve(name).validation
+    inputs, following = task.examples(task.data, jnp.arange(task.size))
+    assert np.array_equal(following.ravel(), symbols[1 : 1 + following.size])
+    assert np.array_equal(inputs[1:, 0], following[:-1, -1]) and len(symbols) - following.size <= context
 
 
 def test_examples_of_the_quadratic_are_in_one_split_only():
@@ -176,7 +187,7 @@ def test_fine_tuning_begins_at_a_trained_net_with_a_new_output_layer():
 
 
 def test_the_transformer_predicts_the_character_after_each():
-    task = books_transformer().validation
+    task = books_transformer().train
     inputs, labels = task.examples(task.data, jnp.array([task.size - 1]))
     np.testing.assert_array_equal(inputs[0, 1:], labels[0, :-1])
     assert labels[0, -1] == task.data[-1]

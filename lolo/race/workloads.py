@@ -16,7 +16,8 @@ from lolo.method.task import Splits
 from lolo.tasks import by_name
 
 POINTS = 50  # of a run's curve: its validation loss is taken after each 1/50 of the steps
-SCORED = 1000  # examples of the validation split that a point is the loss on
+SCORED = 1000  # examples of the validation split that a point is the loss on; of text fewer, which are long
+TESTED = 10  # times as many examples of the test split are scored at the end
 VARIANT_SEED = 20_261_129  # what the held-out variants are drawn by
 SHARE_OF_TARGET = 0.75  # runs that set a target, and the search, have this share of a race's steps
 
@@ -31,6 +32,7 @@ class Workload(NamedTuple):
     variants: dict[str, tuple[int | str, ...]]  # settings of the task, and the values that the held-out form may have
     data: str
     family: str  # of its model
+    scored: int = SCORED  # examples of the validation split that a point is the loss on
 
 
 WORKLOADS: dict[str, Workload] = {
@@ -64,8 +66,11 @@ WORKLOADS: dict[str, Workload] = {
         {"width": (48, 96), "layers": (1, 3), "batch": (4, 16)},
         "books",
         "transformer",
+        scored=250,
     ),
-    "gru": Workload("books-gru", 2000, {"width": (48, 96), "context": (16, 48), "batch": (8, 32)}, "books", "GRU"),
+    "gru": Workload(
+        "books-gru", 2000, {"width": (48, 96), "context": (16, 48), "batch": (8, 32)}, "books", "GRU", scored=250
+    ),
     "autoencoder": Workload(
         "fashion-autoencoder:widths=128-32-128",
         3000,
@@ -110,9 +115,12 @@ class MatrixRule:
 
 @functools.cache
 def splits_of(task: str) -> Splits:
-    """The splits of a workload's task. Points of a curve are the loss on at most `SCORED` validation examples."""
-    splits = by_name.resolve(task)
-    return splits._replace(validation=dataclasses.replace(splits.validation, score_examples=SCORED))
+    """The splits of a workload's task, with no more examples to score than its workload has (`Workload.scored`)."""
+    splits, kind = by_name.resolve(task), task.partition(":")[0]
+    scored = next((of.scored for of in WORKLOADS.values() if of.task.partition(":")[0] == kind), SCORED)
+    validation = dataclasses.replace(splits.validation, score_examples=scored)
+    test = dataclasses.replace(splits.test, size=min(splits.test.size, TESTED * scored))
+    return splits._replace(validation=validation, test=test)
 
 
 @functools.cache

@@ -118,21 +118,23 @@ def books_transformer(width: int = 16, heads: int = 2, context: int = 8, batch: 
 
 
 def next_symbols(model: models.Model, context: int, batch: int) -> Splits:
-    """The next character of English books after each of `context`; the model gives logits [B, context, SYMBOLS]."""
-    data = embedded.books_symbols()
+    """The next character of English books after each of `context`; the model gives logits [B, context, SYMBOLS].
+
+    An example for training begins at any character. Those that are scored lie one behind the other, so that each
+    character is predicted once.
+    """
+    data: dict[str, np.ndarray] = dict(embedded.books_symbols())
+    for split in ("validation", "test"):
+        count = (len(data[split]) - 1) // context
+        data[split] = data[split][np.arange(count)[:, None] * context + np.arange(context + 1)]
 
     def examples(symbols: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        windows = symbols[indices[:, None] + jnp.arange(context + 1)].astype(jnp.int32)
+        windows = symbols[indices] if symbols.ndim == 2 else symbols[indices[:, None] + jnp.arange(context + 1)]
+        windows = windows.astype(jnp.int32)
         return windows[:, :-1], windows[:, 1:]
 
-    return classification(
-        data,
-        model,
-        examples,
-        classes=embedded.SYMBOLS,
-        batch=batch,
-        sizes={split: len(symbols) - context for split, symbols in data.items()},
-    )
+    sizes = {split: len(symbols) - (context if symbols.ndim == 1 else 0) for split, symbols in data.items()}
+    return classification(data, model, examples, classes=embedded.SYMBOLS, batch=batch, sizes=sizes)
 
 
 @functools.cache
