@@ -186,9 +186,14 @@ class LoLO(torch.optim.Optimizer):
 
     def _begin(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         """Zero moments, and a clock that counts this parameter's steps, beside what wrappers keep in its state."""
-        self.state[param]["step"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.state[param]["step"] = torch.zeros((), dtype=torch.int64, device=self._counter(param, group))
         for name, (shape, dtype) in self._architecture(group).zeros(param, group).items():
             self.state[param][name] = torch.zeros(shape, device=param.device, dtype=dtype)
+
+    def _counter(self, param: torch.Tensor, group: dict[str, Any]) -> torch.device:
+        """Where a parameter's step count lies."""
+        beside = self._architecture(group).counts_on_gpu and param.is_cuda
+        return param.device if beside else torch.device("cpu")
 
     def _architecture(self, group: dict[str, Any]) -> TorchArchitecture:
         return ARCHITECTURES[self._networks[group["weights_sha256"]][0]]
@@ -229,7 +234,7 @@ class LoLO(torch.optim.Optimizer):
                 state = loaded["state"].get(name, {})
                 own = self._architecture(group).zeros(param, group)
                 places = {
-                    "step": ("cpu", torch.int64),
+                    "step": (self._counter(param, group), torch.int64),
                     **{key: (param.device, dtype) for key, (_, dtype) in own.items()},
                 }
                 for key in places.keys() & state.keys():
