@@ -36,7 +36,7 @@ from lolo.torch.triton_table import (
 )
 
 FORM = "triton"
-OLDEST = (3, 3)  # of Triton: tuples in kernels. It comes with PyTorch 2.7.
+OLDEST = (3, 4)  # of Triton, that compiles these kernels. It comes with PyTorch 2.8.
 MOST_PLANS = 64  # kept: they differ by which parameters have a gradient
 TOGETHER = 1 << 22  # entries of matrices in one batch of Newton-Schulz, if they are several
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -114,33 +114,34 @@ class Launch:
 
 def form(device: torch.device, required: bool) -> str | None:
     """FORM where Triton's kernels run; None: the plain path. Raises KernelError if they are required and don't run."""
-    reason = refused(device)
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        reason = None if interpreted and required else "on a CPU they need TRITON_INTERPRET=1."
+    else:
+        reason = refused(device)
     if reason is None:
         return FORM
     if required:
-        raise library.KernelError(f"{library.VARIABLE}={FORM} does not run on {device}: {reason}")
+        raise library.KernelError(f"{library.VARIABLE}={FORM}: Triton's kernels do not run on {device}; {reason}")
     return None
 
 
 @functools.cache
 def refused(device: torch.device) -> str | None:
-    """Why Triton's kernels do not run on a device; None if they do. Warns where they should."""
-    if device.type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "on a CPU it needs TRITON_INTERPRET=1."
+    """Why Triton's kernels do not run on an accelerator; None if they do. Warns where they should."""
     if device.type != "cuda" or torch.version.cuda is None:
-        return "it is written for NVIDIA's GPUs."
+        return "they are written for NVIDIA's GPUs."
     try:
         import triton
     except ImportError:
         return "Triton is not installed."
-    found = tuple(map(int, triton.__version__.split(".")[:2]))
-    if found < OLDEST:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
         return f"Triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} or newer is needed."
     try:
         with torch.cuda.device(device):
             kernels().probe[(1,)](torch.empty(1, device=device))
-    except Exception as error:  # whatever a compiler or driver can say
-        reason = f"Triton failed: {type(error).__name__}: {error}"
+    except Exception as error:  # whatever a compiler or a driver can say; without a C compiler Triton starts no kernel
+        reason = f"Triton says: {type(error).__name__}: {error}"
         warnings.warn(f"norm_fc runs without its GPU kernels on {device}, slowly. {reason}", stacklevel=2)
         return reason
     return None
@@ -165,8 +166,14 @@ def prepare(param: torch.Tensor, place: BlockLayout | None) -> Placed:
     assert param.grad is not None
     grad, value = blocks.arrange(param.grad.resolve_neg(), view), blocks.arrange(param, view)
     if place is None:
-        grad = grad.contiguous()
+        grad, value = grad.contiguous(), value.contiguous()
     return Placed(param, place, grad, value, all(map(_is_aligned, (grad, value))))
+
+
+def extents_of(placed: Placed) -> Extents:
+    assert placed.place is not None
+    strides = placed.grad.stride(), placed.value.stride()
+    return Extents(placed.place.shape, *strides, placed.place.last_is_largest)
 
 
 def _is_aligned(x: torch.Tensor) -> bool:
@@ -193,7 +200,8 @@ def step(
     torch._foreach_add_([state[param]["step"] for param, _ in params], 1)
     with torch.cuda.device(space.device) if space.device.type == "cuda" else contextlib.nullcontext():
         for (kind, types, aligned), members in alike.items():
-            common = {"TYPES": tuple(map(type_of, types)), "ALIGNED": aligned}
+            names = ("GRAD_TYPE", "PARAM_TYPE", "MOMENTUM_TYPE")
+            common = {name: type_of(dtype) for name, dtype in zip(names, types, strict=True)} | {"ALIGNED": aligned}
             for some in batches(members):
                 if kind == "adam":
                     adam(some, state, group, space, common)
@@ -279,9 +287,7 @@ def learn(
 ) -> None:
     """The network's step of tensors of one kind: of `TILES`."""
     run, hidden = kernels(), next(h for h in range(1, 17) if h * h + 33 * h + 1 == phi.numel())
-    extents = tuple(
-        Extents(x.place.shape, x.grad.stride(), x.value.stride(), x.place.last_is_largest) for x in some if x.place
-    )
+    extents = tuple(map(extents_of, some))
     launch, table = table_of(some, (kind, hidden, extents), lambda: plan(extents, kind, hidden), state, space)
     scratch = torch.empty(launch.plan.floats, dtype=torch.float32, device=space.device)
     factored, orthogonal = kind != "flat", kind != "flat" and group["orthogonal"]
@@ -291,7 +297,7 @@ def learn(
     here, sign = (table, launch.owners, scratch), sign_of(group)
     lean = LEAN if hidden <= 8 and space.device.type == "cuda" else {}
     if factored:
-        run.add_squares[regions](*here, sign, **common, **tile)
+        run.add_squares[regions](*here, sign, GRAD_TYPE=common["GRAD_TYPE"], ALIGNED=common["ALIGNED"], **tile)
         run.average[stretches](table, launch.stretches, scratch, **tile)
         run.project[stretches](table, launch.stretches, scratch, phi, HIDDEN=hidden, **OPTIONS)
     run.measure[regions](*here, sign, FACTORED=factored, **common, **tile, **lean)
@@ -306,8 +312,8 @@ def learn(
             steps.copy_(orthogonalize(steps, first.place, tuple(first.param.shape)))
         run.measure_orthogonal[regions](*here, ALIGNED=common["ALIGNED"], **tile)
     run.normalize[(len(some),)](table, scratch, HIDDEN=hidden, BLOCK=256, **OPTIONS)
-    numbers = {**numbers_of(group, space), "HIDDEN": hidden, "MASKED": not orthogonal}
-    run.finish[regions](*here, **numbers, **common, **tile)
+    numbers = {**numbers_of(group, space), "PARAM_TYPE": common["PARAM_TYPE"], "ALIGNED": common["ALIGNED"]}
+    run.finish[regions](*here, **numbers, HIDDEN=hidden, MASKED=not orthogonal, **tile)
 
 
 def matrices(some: list[Placed], made: Plan, scratch: torch.Tensor) -> list[tuple[list[Placed], torch.Tensor]]:

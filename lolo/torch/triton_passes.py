@@ -128,11 +128,13 @@ def input_of(entries, i: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def entries_of(row, place, TYPES: tl.constexpr, ALIGNED: tl.constexpr):
+def entries_of(
+    row, place, GRAD_TYPE: tl.constexpr, PARAM_TYPE: tl.constexpr, MOMENTUM_TYPE: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Addresses of what a tile reads: gradient, parameter, each with its stride; momenta, second moment, diagonal."""
-    grad, grad_stride = strided(row, GRAD, GRAD_K, TYPES[0], place, ALIGNED)
-    param, param_stride = strided(row, PARAM, PARAM_K, TYPES[1], place, ALIGNED)
-    momentum = dense(address(row, MOMENTUM, TYPES[2], ALIGNED), place)
+    grad, grad_stride = strided(row, GRAD, GRAD_K, GRAD_TYPE, place, ALIGNED)
+    param, param_stride = strided(row, PARAM, PARAM_K, PARAM_TYPE, place, ALIGNED)
+    momentum = dense(address(row, MOMENTUM, MOMENTUM_TYPE, ALIGNED), place)
     rms, diagonal = address(row, RMS, tl.float32, ALIGNED), address(row, ROW, tl.float32, ALIGNED)
     return grad, grad_stride, param, param_stride, momentum, dense(rms, place), dense(diagonal, place)
 
@@ -169,15 +171,20 @@ def measure(
     owners,
     scratch,
     sign,
-    TYPES: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    PARAM_TYPE: tl.constexpr,
+    MOMENTUM_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     FACTORED: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Pass 2: sums of squares of all inputs and of Nesterov momentum over a region. TYPES: see `triton_kernel`."""
+    """Pass 2: sums of squares of all inputs and of Nesterov momentum over a region."""
     row, region, first, tiles, place = region_of(table, owners, HEIGHT, WIDTH, ALIGNED)
-    entries, along = entries_of(row, place, TYPES, ALIGNED), along_of(row, scratch, place)
+    entries, along = (
+        entries_of(row, place, GRAD_TYPE, PARAM_TYPE, MOMENTUM_TYPE, ALIGNED),
+        along_of(row, scratch, place),
+    )
     zero = folded(tl.zeros([HEIGHT, WIDTH], tl.float32), ALIGNED)
     totals = ()
     for i in tl.static_range(QUANTITIES):  # noqa: B007
@@ -265,7 +272,9 @@ def move(
     scratch,
     phi,
     sign,
-    TYPES: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    PARAM_TYPE: tl.constexpr,
+    MOMENTUM_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     FACTORED: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -279,7 +288,10 @@ def move(
     MASKED: entries that never had a gradient get no step; Newton-Schulz sees all.
     """
     row, region, first, tiles, place = region_of(table, owners, HEIGHT, WIDTH, ALIGNED)
-    entries, along = entries_of(row, place, TYPES, ALIGNED), along_of(row, scratch, place)
+    entries, along = (
+        entries_of(row, place, GRAD_TYPE, PARAM_TYPE, MOMENTUM_TYPE, ALIGNED),
+        along_of(row, scratch, place),
+    )
     steps = dense(steps_of(row, scratch, ALIGNED), place)
     weights, size = scratch + tl.load(row + WEIGHTS), place[4]
     squares = tl.zeros([HEIGHT, WIDTH], tl.float32)
@@ -293,7 +305,7 @@ def move(
             step = step * tl.where(here[3] > 0.0, 1.0, 0.0)  # NaN stays NaN
         at = rows * place[3]
         for d in tl.static_range(3):
-            tl.store(entries[4] + d * size + at, here[2][d].to(TYPES[2]), mask=inside)
+            tl.store(entries[4] + d * size + at, here[2][d].to(MOMENTUM_TYPE), mask=inside)
             if not FACTORED:
                 tl.store(entries[6] + d * size + at, diagonal[d], mask=inside)
         tl.store(entries[5] + at, here[3], mask=inside)
@@ -336,7 +348,7 @@ def finish(
     scratch,
     rate,
     decay,
-    TYPES: tl.constexpr,
+    PARAM_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -347,7 +359,7 @@ def finish(
     """Pass 4: the parameters of a region. MASKED: whether entries that never had a gradient have no step already."""
     row, region, first, tiles, place = region_of(table, owners, HEIGHT, WIDTH, ALIGNED)
     steps, rms = dense(steps_of(row, scratch, ALIGNED), place), dense(address(row, RMS, tl.float32, ALIGNED), place)
-    param, param_stride = strided(row, PARAM, PARAM_K, TYPES[1], place, ALIGNED)
+    param, param_stride = strided(row, PARAM, PARAM_K, PARAM_TYPE, place, ALIGNED)
     normalizer = tl.load(scratch + tl.load(row + WEIGHTS) + ENTRY_INPUTS * HIDDEN + 1)
     for tile in range(first, first + tiles):
         rows, inside = rows_of(tile, place, HEIGHT)
@@ -357,7 +369,7 @@ def finish(
             step = step * tl.where(v > 0.0, 1.0, 0.0)
         p = tl.load(param + rows * param_stride, mask=inside, other=0.0).to(tl.float32)
         p -= read_rate(rate, RATE_IS_TENSOR) * (step * normalizer + decay * p)
-        tl.store(param + rows * param_stride, p.to(TYPES[1]), mask=inside)
+        tl.store(param + rows * param_stride, p.to(PARAM_TYPE), mask=inside)
 
 
 @triton.jit
@@ -369,7 +381,9 @@ def adam(
     decay,
     adam_scale,
     sign,
-    TYPES: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    PARAM_TYPE: tl.constexpr,
+    MOMENTUM_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     RATE_IS_TENSOR: tl.constexpr,
 ):
@@ -382,8 +396,8 @@ def adam(
         size = tl.multiple_of(size, 4)
     inside = at < size
     count = tl.load(tl.load(row + COUNT).to(tl.pointer_type(tl.int64))).to(tl.float64)
-    grad, param = address(row, GRAD, TYPES[0], ALIGNED), address(row, PARAM, TYPES[1], ALIGNED)
-    momentum, rms = address(row, MOMENTUM, TYPES[2], ALIGNED), address(row, RMS, tl.float32, ALIGNED)
+    grad, param = address(row, GRAD, GRAD_TYPE, ALIGNED), address(row, PARAM, PARAM_TYPE, ALIGNED)
+    momentum, rms = address(row, MOMENTUM, MOMENTUM_TYPE, ALIGNED), address(row, RMS, tl.float32, ALIGNED)
     g = read_gradient(grad + at, inside, sign)
     p = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
     m = moved(tl.load(momentum + at, mask=inside, other=0.0).to(tl.float32), g, GAIN_0)
@@ -391,10 +405,10 @@ def adam(
     first = (adam_scale / (1.0 - tl.exp2(count * FIRST_DECAY_LOG))).to(tl.float32)
     second = tl.sqrt(1.0 - tl.exp2(count * RMS_DECAY_LOG)).to(tl.float32)
     change = m / (tl.sqrt(v) / second + ADAM_EPSILON) * first
-    tl.store(momentum + at, m.to(TYPES[2]), mask=inside)
+    tl.store(momentum + at, m.to(MOMENTUM_TYPE), mask=inside)
     tl.store(rms + at, v, mask=inside)
     p -= read_rate(rate, RATE_IS_TENSOR) * (change + decay * p)
-    tl.store(param + at, p.to(TYPES[1]), mask=inside)
+    tl.store(param + at, p.to(PARAM_TYPE), mask=inside)
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def add_squares(
     owners,
     scratch,
     sign,
-    TYPES: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -56,7 +56,7 @@ def add_squares(
     """Pass 1: sums of g² over the rows and the columns of a region."""
     row, region, first, tiles, place = region_of(table, owners, HEIGHT, WIDTH, ALIGNED)
     k, columns, a, b, size = place
-    grad, grad_stride = strided(row, GRAD, GRAD_K, TYPES[0], place, ALIGNED)
+    grad, grad_stride = strided(row, GRAD, GRAD_K, GRAD_TYPE, place, ALIGNED)
     across = region % tl.cdiv(b, WIDTH)
     of_rows = scratch + tl.load(row + ROW_PART) + across * (size // b) + k * a
     of_columns = scratch + tl.load(row + COLUMN_PART) + first // LOOPS * (size // a) + k * b
