@@ -30,7 +30,7 @@ from lolo.torch.triton_table import (
     QUANTITIES,
     TILES,
     Extents,
-    Plan,
+    LaunchPlan,
     adam_plan,
     plan,
 )
@@ -47,7 +47,7 @@ LEAN = {
 Orthogonalize = Callable[[torch.Tensor, BlockLayout, tuple[int, ...]], torch.Tensor]
 
 
-class Placed(NamedTuple):
+class Located(NamedTuple):
     """A parameter as the kernels see it, [K, A, B]; [1, 1, N] on AdamW."""
 
     param: torch.Tensor
@@ -68,7 +68,7 @@ class Placed(NamedTuple):
 class Launch:
     """What stays of a launch from step to step: its plan, and the table on the device while addresses are the same."""
 
-    def __init__(self, made: Plan, device: torch.device):
+    def __init__(self, made: LaunchPlan, device: torch.device):
         self.plan = made
         self.owners = torch.from_numpy(made.owners).to(device)
         self.stretches = torch.from_numpy(made.stretches).to(device)
@@ -160,20 +160,20 @@ def type_of(dtype: torch.dtype) -> Any:
     return {torch.float32: language.float32, torch.bfloat16: language.bfloat16, torch.float16: language.float16}[dtype]
 
 
-def prepare(param: torch.Tensor, place: BlockLayout | None) -> Placed:
+def prepare(param: torch.Tensor, place: BlockLayout | None) -> Located:
     """Say where a parameter and its gradient lie; where they can't be seen as [K, A, B], in a copy."""
     view = place or BlockLayout((), (1, 1, param.numel()), factored=False, last_is_largest=True)
     assert param.grad is not None
     grad, value = blocks.arrange(param.grad.resolve_neg(), view), blocks.arrange(param, view)
     if place is None:
         grad, value = grad.contiguous(), value.contiguous()
-    return Placed(param, place, grad, value, all(map(_is_aligned, (grad, value))))
+    return Located(param, place, grad, value, all(map(_is_aligned, (grad, value))))
 
 
-def extents_of(placed: Placed) -> Extents:
-    assert placed.place is not None
-    strides = placed.grad.stride(), placed.value.stride()
-    return Extents(placed.place.shape, *strides, placed.place.last_is_largest)
+def extents_of(located: Located) -> Extents:
+    assert located.place is not None
+    strides = located.grad.stride(), located.value.stride()
+    return Extents(located.place.shape, *strides, located.place.last_is_largest)
 
 
 def _is_aligned(x: torch.Tensor) -> bool:
@@ -190,13 +190,13 @@ def step(
     orthogonalize: Orthogonalize,
 ) -> None:
     """One step of parameters on a device. See `lolo.torch.kernel.step`, which has the same arguments."""
-    alike = defaultdict[Any, list[Placed]](list)
+    alike = defaultdict[Any, list[Located]](list)
     for param, place in params:
-        placed = prepare(param, place)
+        located = prepare(param, place)
         moments = [state[param][name] for name in ("momentum", "rms")]
-        aligned = placed.aligned and not any(x.data_ptr() % 16 for x in moments)
-        types = (placed.grad.dtype, placed.value.dtype, moments[0].dtype)
-        alike[placed.kind, types, aligned].append(placed)
+        aligned = located.aligned and not any(x.data_ptr() % 16 for x in moments)
+        types = (located.grad.dtype, located.value.dtype, moments[0].dtype)
+        alike[located.kind, types, aligned].append(located)
     torch._foreach_add_([state[param]["step"] for param, _ in params], 1)
     with torch.cuda.device(space.device) if space.device.type == "cuda" else contextlib.nullcontext():
         for (kind, types, aligned), members in alike.items():
@@ -207,34 +207,34 @@ def step(
                     adam(some, state, group, space, common)
                 else:
                     learn(some, kind, state, group, phi, space, orthogonalize, common)
-                for placed in some:
-                    keep(placed)
+                for located in some:
+                    keep(located)
 
 
-def batches(members: list[Placed]) -> list[list[Placed]]:
+def batches(members: list[Located]) -> list[list[Located]]:
     """Tensors of equal shape side by side, in lists of at most LIMIT entries if they are several."""
-    found: list[list[Placed]] = []
+    found: list[list[Located]] = []
     entries = LIMIT
-    for placed in sorted(members, key=lambda x: tuple(x.param.shape)):
-        entries += placed.param.numel()
+    for located in sorted(members, key=lambda x: tuple(x.param.shape)):
+        entries += located.param.numel()
         if entries > LIMIT:
             found.append([])
-            entries = placed.param.numel()
-        found[-1].append(placed)
+            entries = located.param.numel()
+        found[-1].append(located)
     return found
 
 
-def keep(placed: Placed) -> None:
+def keep(located: Located) -> None:
     """The parameter has changed, and autograd is to know."""
-    if placed.value.data_ptr() == placed.param.data_ptr():
-        torch.autograd.graph.increment_version(placed.param)
+    if located.value.data_ptr() == located.param.data_ptr():
+        torch.autograd.graph.increment_version(located.param)
     else:
-        place = placed.place or BlockLayout((), (1, 1, placed.param.numel()), factored=False, last_is_largest=True)
-        placed.param.copy_(blocks.restore(placed.value, place, placed.param.shape))
+        place = located.place or BlockLayout((), (1, 1, located.param.numel()), factored=False, last_is_largest=True)
+        located.param.copy_(blocks.restore(located.value, place, located.param.shape))
 
 
 def table_of(
-    some: list[Placed], key: Any, make: Callable[[], Plan], state: State, space: Workspace
+    some: list[Located], key: Any, make: Callable[[], LaunchPlan], state: State, space: Workspace
 ) -> tuple[Launch, torch.Tensor]:
     """What a launch over tensors needs, and its table on the device."""
     if key not in space.plans:
@@ -242,9 +242,9 @@ def table_of(
             del space.plans[old]
         space.plans[key] = Launch(make(), space.device)
     addresses = np.zeros((len(some), len(POINTERS)), np.int64)
-    for index, placed in enumerate(some):
-        own = state[placed.param]
-        addresses[index, 0], addresses[index, 1] = placed.grad.data_ptr(), placed.value.data_ptr()
+    for index, located in enumerate(some):
+        own = state[located.param]
+        addresses[index, 0], addresses[index, 1] = located.grad.data_ptr(), located.value.data_ptr()
         for name in blocks.MOMENTS:
             if name in own:
                 addresses[index, AT[name]] = own[name].data_ptr()
@@ -266,17 +266,17 @@ def sign_of(group: Mapping[str, Any]) -> float:
 
 
 def adam(
-    some: list[Placed], state: State, group: Mapping[str, Any], space: Workspace, common: Mapping[str, Any]
+    some: list[Located], state: State, group: Mapping[str, Any], space: Workspace, common: Mapping[str, Any]
 ) -> None:
     """AdamW's step of tensors that are one piece of memory each."""
-    sizes = tuple(placed.param.numel() for placed in some)
+    sizes = tuple(located.param.numel() for located in some)
     launch, table = table_of(some, ("adam", sizes), lambda: adam_plan(sizes), state, space)
     numbers = {**numbers_of(group, space), "adam_scale": float(group["adam_scale"]), "sign": sign_of(group)}
     kernels().adam[(len(launch.plan.owners),)](table, launch.owners, **numbers, **common, **OPTIONS)
 
 
 def learn(
-    some: list[Placed],
+    some: list[Located],
     kind: str,
     state: State,
     group: Mapping[str, Any],
@@ -316,11 +316,11 @@ def learn(
     run.finish[regions](*here, **numbers, HIDDEN=hidden, MASKED=not orthogonal, **tile)
 
 
-def matrices(some: list[Placed], made: Plan, scratch: torch.Tensor) -> list[tuple[list[Placed], torch.Tensor]]:
+def matrices(some: list[Located], made: LaunchPlan, scratch: torch.Tensor) -> list[tuple[list[Located], torch.Tensor]]:
     """Tensors of equal shape in batches, and their steps, [T, K, A, B], which lie side by side in the scratch."""
     found: list[list[int]] = []
-    for index, placed in enumerate(some):
-        shape, size = placed.param.shape, placed.param.numel()
+    for index, located in enumerate(some):
+        shape, size = located.param.shape, located.param.numel()
         if not found or some[found[-1][0]].param.shape != shape or (len(found[-1]) + 1) * size > TOGETHER:
             found.append([])
         found[-1].append(index)

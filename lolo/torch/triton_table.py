@@ -1,7 +1,7 @@
 """Where Triton's kernels of `norm_fc` find things: one row of addresses, extents and offsets for each tensor.
 
 A launch serves many tensors. Its programs look up in a list which tensor is theirs, and read the tensor's row. All
-but the addresses depends on shapes and strides only and is computed once: a `Plan`.
+but the addresses depends on shapes and strides only and is computed once: a `LaunchPlan`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Extents(NamedTuple):
     last_is_largest: bool
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """A launch over T tensors."""
 
     rows: np.ndarray  # int64 [T, FIELDS], addresses 0
@@ -57,7 +57,7 @@ class Plan(NamedTuple):
     steps: list[int]  # offsets of the tensors' steps in it
 
 
-def plan(tensors: Sequence[Extents], kind: str, hidden: int) -> Plan:
+def plan(tensors: Sequence[Extents], kind: str, hidden: int) -> LaunchPlan:
     """Rows of a launch. kind: of `TILES`; "flat" below two axes, where there are no row and column moments."""
     height, width = TILES[kind]
     rows = np.zeros((len(tensors), len(FIELDS)), np.int64)
@@ -91,14 +91,14 @@ def plan(tensors: Sequence[Extents], kind: str, hidden: int) -> Plan:
         rows[index, AT["step"]] = floats
         steps.append(floats)
         floats += math.prod(of.shape)
-    return Plan(rows, np.array(owners, np.int32), np.array(stretches, np.int32), floats, steps)
+    return LaunchPlan(rows, np.array(owners, np.int32), np.array(stretches, np.int32), floats, steps)
 
 
-def adam_plan(sizes: Sequence[int]) -> Plan:
+def adam_plan(sizes: Sequence[int]) -> LaunchPlan:
     """Rows of a launch over tensors on AdamW, each one piece of memory."""
     rows = np.zeros((len(sizes), len(FIELDS)), np.int64)
     owners: list[int] = []
     for index, size in enumerate(sizes):
         rows[index, AT["size"]], rows[index, AT["first"]] = size, len(owners)
         owners += [index] * math.ceil(size / ADAM_BLOCK)
-    return Plan(rows, np.array(owners, np.int32), np.zeros(0, np.int32), 0, [])
+    return LaunchPlan(rows, np.array(owners, np.int32), np.zeros(0, np.int32), 0, [])

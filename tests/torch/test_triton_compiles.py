@@ -32,4 +32,4 @@ def test_all_kernels_compile_for_a_gpu_as_they_are_launched(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == KERNELS
-    assert all(max(sizes) <= 64 for sizes in found.values()), f"registers spill: {found}"
+    assert all(max(sizes) <= 96 for sizes in found.values()), f"registers spill, bytes: {found}"

@@ -233,8 +233,8 @@ def test_launches_have_a_limit_and_keep_equal_shapes_together(monkeypatch):
     params = [torch.randn(shape, requires_grad=True) for shape in ((5, 10), (6, 30), (5, 10), (2, 5))]
     for param in params:
         param.grad = torch.randn_like(param)
-    placed = [triton_kernel.prepare(param, None) for param in params]
-    shapes = [[tuple(x.param.shape) for x in some] for some in triton_kernel.batches(placed)]
+    located = [triton_kernel.prepare(param, None) for param in params]
+    shapes = [[tuple(x.param.shape) for x in some] for some in triton_kernel.batches(located)]
     assert shapes == [[(2, 5), (5, 10)], [(5, 10)], [(6, 30)]]
     monkeypatch.setattr(triton_kernel, "LIMIT", 1000)
     (some,) = triton_kernel.batches(
