@@ -14,7 +14,7 @@ MAX_WHEEL_BYTES := 12000000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all gpu-test browser-test check format bench wheel-test docs notebook clean
+.PHONY: help install quickstart test test-all gpu-test gpu-kernels browser-test check format bench wheel-test docs notebook clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ test-all: $(TORCH_INSTALLED) ## everything slow, and everything that needs PyTor
 gpu-test: ## on a machine with an NVIDIA GPU: make gpu-test PYTHON=..., of an environment with 'lolo[cuda,torch,test]'
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false LOLO_REQUIRE_ALL=1 $(PYTHON) -m pytest \
 	  -m 'not slow and not torch' tests/test_gpu.py tests/test_optax.py $(ARGS)
+
+gpu-kernels: ## the same of the GPU kernels of norm_fc in PyTorch alone, and their speed, in five minutes
+	JAX_PLATFORMS=cpu LOLO_REQUIRE_ALL=1 timeout 240 $(PYTHON) -m pytest -m gpu -k torch tests/test_gpu.py $(ARGS)
+	JAX_PLATFORMS=cpu timeout 120 $(PYTHON) -m lolo.cli bench torch
 
 browser-test: $(BROWSER_INSTALLED) ## the report in headless Chromium (as root, installs Debian's if there is none)
 	chromium=$$($(BIN)/python tools/chromium.py) && \
@@ -87,7 +91,7 @@ $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(KERNEL_SOURCES)
 $(TORCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,hub,tensorboard,wandb]'
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[examples,trainers]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[examples,trainers,triton]'
 	@touch $@
 
 $(BROWSER_INSTALLED): $(INSTALLED)

@@ -1,6 +1,7 @@
 """What only a GPU can show; run by `make gpu-test`. The CPU's results are the reference."""
 
 import copy
+import dataclasses
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import lolo
 from lolo.files import tensors
-from lolo.optimizers import weights_file
+from lolo.optimizers import norm_fc_spec, weights_file
 from lolo.runtime import interrupt
 from lolo.tasks import models
 from lolo.training import loop, recipes
@@ -150,3 +151,180 @@ def test_torch_trains_under_autocast_with_a_gradient_scaler(torch):
         scaler.update()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+# --- Triton's kernels of norm_fc -----------------------------------------------------------------------------------
+
+MATRICES = [*SHAPES, (2, 257), (130, 65), (1, 40), (5, 3, 2, 2), (1024, 512), (1024, 512)]
+
+
+def norm_fc_file(**settings):
+    rng = np.random.default_rng(0)
+    shapes = norm_fc_spec.weight_shapes(8)
+    phi = {name: rng.normal(0.2, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
+    learner = dataclasses.asdict(norm_fc_spec.NormFcSettings(learning_rate=0.01, **settings))
+    return weights_file.WeightsFile(phi, learner, {}, {}, tensors.digest(phi))
+
+
+def matrices(torch, dtype="float32"):
+    """Parameters on the GPU, with gradients, and what draws more."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).to("cuda", getattr(torch, dtype)) for shape in MATRICES]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to("cuda", param.dtype)
+    return params, generator
+
+
+def gradients(torch, params, generator):
+    """New values in the same memory."""
+    for param in params:
+        param.grad.copy_(torch.randn(param.shape, generator=generator))
+
+
+def changes(params, start):
+    return [(p.double() - s.double()).cpu().numpy() for p, s in zip(params, start, strict=True)]
+
+
+def test_torch_norm_fc_runs_on_triton(torch):
+    from lolo.torch import kernel
+
+    assert kernel.path(torch.device("cuda")) == "kernel triton"
+
+
+FORMS = [  # dtypes of parameters and momenta, settings: few, as each is compiled
+    ("float32", "float32", {"orthogonal": False}),
+    ("float32", "float32", {"orthogonal": False, "baseline": "none"}),
+    ("float32", "float32", {}),
+    ("bfloat16", "bfloat16", {"orthogonal": False}),
+    ("float16", "float32", {"orthogonal": False}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "state_dtype", "settings"), FORMS)
+def test_torch_kernels_take_the_step_of_torchs_operations(torch, dtype, state_dtype, settings):
+    from lolo.torch import LoLO
+
+    params, generator = matrices(torch, dtype)
+    others = [param.clone() for param in params]
+    arguments = {"state_dtype": getattr(torch, state_dtype), "weight_decay": 0.1}
+    ours = LoLO(params, norm_fc_file(**settings), **arguments)
+    plain = LoLO(others, norm_fc_file(**settings), kernel="plain", **arguments)
+    for _ in range(3):
+        gradients(torch, params, generator)
+        before = [param.clone() for param in params]
+        for other, param in zip(others, params, strict=True):
+            other.copy_(param)
+            other.grad = param.grad.clone()
+        state = copy.deepcopy(ours.state_dict())
+        state["param_groups"] = plain.state_dict()["param_groups"]
+        plain.load_state_dict(state)
+        ours.step()
+        plain.step()
+        for a, b in zip(changes(params, before), changes(others, before), strict=True):
+            assert relative(a, b) <= (1e-5 if dtype == "float32" else 2e-2)
+        for a, b in zip(params, others, strict=True):
+            for name, moment in plain.state[b].items():
+                same = relative(ours.state[a][name].double().cpu(), moment.double().cpu())
+                assert same <= (1e-3 if moment.dtype == torch.bfloat16 else 1e-6), name
+
+
+def test_torch_kernels_repeat_themselves_to_the_byte(torch):
+    from lolo.torch import LoLO
+
+    found = []
+    for _ in range(2):
+        params, generator = matrices(torch)
+        take_steps(torch, LoLO(params, norm_fc_file(orthogonal=False)), params, generator, 3)
+        found.append(torch.cat([p.flatten() for p in params]))
+    assert torch.equal(*found)
+
+
+def test_torch_a_step_waits_for_nothing(torch):
+    from lolo.torch import LoLO
+
+    params, generator = matrices(torch)
+    optimizer = LoLO(params, norm_fc_file(), lr=torch.tensor(0.01, device="cuda"))
+    optimizer.step()
+    for param in params:
+        param.grad = param.grad.clone()  # somewhere else
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_torch_steps_in_a_cuda_graph_are_the_plain_ones(torch, orthogonal):
+    """The graph has gradients of its own, and reads the learning rate and the step count anew."""
+    from lolo.torch import LoLO
+
+    rate = torch.tensor(0.01, device="cuda")
+    params, generator = matrices(torch)
+    optimizer = LoLO(params, norm_fc_file(orthogonal=orthogonal), lr=rate)
+    optimizer.step()
+    torch.cuda.synchronize()
+    saved, values = copy.deepcopy(optimizer.state_dict()), [p.clone() for p in params]
+    drawn = [param.grad.clone() for param in params]
+    graph = torch.cuda.CUDAGraph()
+    for param in params:
+        param.grad = None
+    with torch.cuda.graph(graph):
+        for param, source in zip(params, drawn, strict=True):
+            param.grad = 2 * source
+        optimizer.step()
+    gradients_of = []
+    for t in range(3):
+        for source in drawn:
+            source.copy_(torch.randn(source.shape, generator=generator))
+        gradients_of.append([2 * source for source in drawn])
+        rate.fill_(0.01 / (1 + t))
+        graph.replay()
+    again = [value.clone() for value in values]
+    eager = LoLO(again, norm_fc_file(orthogonal=orthogonal))
+    eager.load_state_dict(saved)
+    for t, grads in enumerate(gradients_of):
+        eager.param_groups[0]["lr"] = 0.01 / (1 + t)
+        for param, grad in zip(again, grads, strict=True):
+            param.grad = grad
+        eager.step()
+    for a, b in zip(changes(params, values), changes(again, values), strict=True):
+        assert relative(a, b) <= 1e-5
+    assert {int(own["step"]) for own in optimizer.state.values()} == {4}
+
+
+def test_torch_odd_gradients_pass_as_in_torchs_operations(torch):
+    from lolo.torch import LoLO
+
+    for value in (float("nan"), float("inf"), 3e38, 1e-38, 0.0):
+        moved = []
+        for kernel in ("auto", "plain"):
+            params, _ = matrices(torch)
+            for param in params:
+                param.grad.view(-1)[0] = value
+            start = [p.clone() for p in params]
+            LoLO(params, norm_fc_file(orthogonal=False), kernel=kernel).step()
+            moved.append(changes(params, start))
+        for a, b in zip(*moved, strict=True):
+            np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+            if np.nan_to_num(b).any():
+                assert relative(np.nan_to_num(a), np.nan_to_num(b)) <= 1e-5
+
+
+def test_torch_a_state_of_the_kernels_continues_on_the_cpu(torch):
+    from lolo.torch import LoLO
+
+    params, generator = matrices(torch)
+    optimizer = LoLO(params, norm_fc_file(orthogonal=False))
+    optimizer.step()
+    saved, start = copy.deepcopy(optimizer.state_dict()), [p.clone() for p in params]
+    gradients(torch, params, generator)
+    there = [p.cpu() for p in start]
+    other = LoLO(there, norm_fc_file(orthogonal=False))
+    other.load_state_dict(saved)
+    for mine, param in zip(there, params, strict=True):
+        mine.grad = param.grad.cpu()
+    optimizer.step()
+    other.step()
+    for a, b in zip(changes(params, start), changes(there, [s.cpu() for s in start]), strict=True):
+        assert relative(a, b) <= 1e-4

@@ -31,6 +31,7 @@ class TorchArchitecture(NamedTuple):
     network: Callable[[Mapping[str, np.ndarray]], Any]  # φ as `step` takes it: a NamedTuple
     zeros: Callable[[torch.Tensor, Mapping[str, Any]], dict[str, Zeros]]  # (param, group) -> what is kept for it
     step: Callable[[list[torch.Tensor], State, Mapping[str, Any], Any, Workspace], None]  # moves and counts
+    counts_on_gpu: bool = False  # whether a CUDA parameter's step count lies beside it: no step waits for the GPU then
     added: Mapping[str, Any] = settings.NONE  # settings of a group that older states lack, and what they meant
 
 
@@ -61,6 +62,7 @@ ARCHITECTURES: dict[str, TorchArchitecture] = {
         network=norm_fc.network_from,
         zeros=norm_fc.zeros,
         step=norm_fc.step,
+        counts_on_gpu=True,
         added=norm_fc.ADDED,
     ),
 }

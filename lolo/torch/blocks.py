@@ -221,6 +221,7 @@ class Workspace:
         self.networks: dict[str, Any] = {}  # by the weights' sha256
         self.buffers: dict[str, torch.Tensor] = {}
         self.views: dict[tuple[Any, ...], Any] = {}
+        self.plans: dict[Any, Any] = {}  # of `triton_kernel`
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
         """Uninitialised float32 [*shape] at the start of the buffer of that name."""

@@ -15,7 +15,7 @@ OTHERS = {
         ("betas", "eps", "momentum", "dampening", "nesterov", "amsgrad"), "its averages come with the weights"
     ),
     **dict.fromkeys(
-        ("fused", "foreach", "capturable", "differentiable"), "there is one implementation for all devices"
+        ("fused", "foreach", "capturable", "differentiable"), "which implementation runs follows from the device"
     ),
     "decoupled_weight_decay": "its weight decay is always decoupled",
 }

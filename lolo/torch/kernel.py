@@ -1,7 +1,11 @@
-"""`norm_fc` in PyTorch by the CPU kernel (lolo/kernels): one call for all tensors of a param group."""
+"""`norm_fc` in PyTorch by a kernel: which one serves a param group, and the CPU kernel (lolo/kernels).
+
+That is one call for all tensors of the group. On a GPU it is `triton_kernel`.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +13,7 @@ import torch
 
 from lolo.kernels import library
 from lolo.kernels.library import ADAM, FACTORED, VECTOR
-from lolo.torch import blocks
+from lolo.torch import blocks, triton_kernel
 from lolo.torch.blocks import MOMENTS, BlockLayout, State, Workspace
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,9 +32,25 @@ class Placed(NamedTuple):
 
 
 def form(group: Mapping[str, Any], space: Workspace) -> str | None:
-    """The form of the kernel that serves a param group's float32 tensors; None: the plain path."""
-    chosen = library.form(group["kernel"]) if space.device.type == "cpu" else None
-    return chosen if group["state_dtype"] == torch.float32 else None
+    """The form of the kernel that serves a param group's tensors; None: the plain path. Raises KernelError."""
+    chosen = chosen_form(group["kernel"], space.device)
+    return chosen if chosen == triton_kernel.FORM or group["state_dtype"] == torch.float32 else None
+
+
+def chosen_form(kernel: str, device: torch.device) -> str | None:
+    """The form that runs on a device: as `library.form` has it, and Triton's on a GPU."""
+    requested = os.environ.get(library.VARIABLE, "")
+    if device.type == "cpu" and (requested != triton_kernel.FORM or kernel == "plain"):
+        return library.form(kernel)
+    if kernel == "plain" or requested in library.OFF:
+        return None
+    return triton_kernel.form(device, required=requested == triton_kernel.FORM)
+
+
+def path(device: torch.device) -> str:
+    """What runs on a device, as the benchmark names it: "plain", or "kernel " and its form."""
+    chosen = chosen_form("auto", device)
+    return "plain" if chosen is None else f"kernel {chosen}"
 
 
 def serves(param: torch.Tensor, state: State, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bool:
@@ -40,11 +60,15 @@ def serves(param: torch.Tensor, state: State, expected: Mapping[str, tuple[tuple
     """
     if type(param) not in KINDS or type(param.grad) not in KINDS or param.dtype not in DTYPES:
         return False
-    return all(_is_float32(state[param].get(name), shape) for name, (shape, _) in expected.items())
+    assert param.grad is not None
+    own, device = state[param], param.device
+    if param.grad.dtype not in DTYPES or own["step"].device != device:
+        return False
+    return all(_is(own.get(name), shape, dtype, device) for name, (shape, dtype) in expected.items())
 
 
-def _is_float32(x: Any, shape: tuple[int, ...]) -> bool:
-    return type(x) in KINDS and x.shape == shape and x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
+def _is(x: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    return type(x) in KINDS and x.shape == shape and x.dtype == dtype and x.device == device and x.is_contiguous()
 
 
 def prepare(
@@ -88,13 +112,16 @@ def step(
     space: Workspace,
     orthogonalize: Callable[[torch.Tensor, BlockLayout, tuple[int, ...]], torch.Tensor],
 ) -> None:
-    """One step of parameters on a CPU.
+    """One step of parameters of one device.
 
     Args:
       params: each with its layout; without one it gets AdamW.
       phi: [30·H + 2·H + H² + H + 1], φ's arrays one after the other.
       orthogonalize: ([1, K, A, B], layout, shape) -> [1, K, A, B].
     """
+    if form == triton_kernel.FORM:
+        triton_kernel.step(params, state, group, phi, space, orthogonalize)
+        return
     tensors = []
     for param, place in params:
         waits = place is not None and place.factored and group["orthogonal"]

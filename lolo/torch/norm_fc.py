@@ -324,12 +324,24 @@ def adam_step(params: list[torch.Tensor], state: State, group: Mapping[str, Any]
         torch._foreach_copy_(kept, means)
     for own in states:
         own["step"] += 1
-    counts = [int(own["step"]) for own in states]
+    first, second = adam_corrections([own["step"] for own in states], decays, float(group["adam_scale"]))
     roots = torch._foreach_sqrt(squares)
-    torch._foreach_div_(roots, [math.sqrt(1 - decays[1] ** count) for count in counts])
+    torch._foreach_div_(roots, second)
     torch._foreach_add_(roots, spec.ADAM_EPSILON)
     changes = torch._foreach_div(means, roots)
-    torch._foreach_mul_(changes, [float(group["adam_scale"]) / (1 - decays[0] ** count) for count in counts])
+    torch._foreach_mul_(changes, first)
     decay = float(group["weight_decay"])
     for param, change in zip(params, changes, strict=True):
         param.add_(change.add_(param.float(), alpha=decay) if decay else change, alpha=-float(group["lr"]))
+
+
+def adam_corrections(
+    steps: list[torch.Tensor], decays: tuple[float, float], scale: float
+) -> tuple[list[Any], list[Any]]:
+    """What means are multiplied by and roots divided by; of counts on a GPU they are computed there."""
+    if all(step.is_cpu for step in steps):
+        counts = [int(step) for step in steps]
+        return [scale / (1 - decays[0] ** n) for n in counts], [math.sqrt(1 - decays[1] ** n) for n in counts]
+    on_device = torch.stack(steps).double()
+    first, second = scale / (1 - decays[0] ** on_device), (1 - decays[1] ** on_device).sqrt()
+    return list(first.float().unbind()), list(second.float().unbind())

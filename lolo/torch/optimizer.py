@@ -6,7 +6,7 @@
 
 What is particular to an architecture lies in `small_fc` and `norm_fc`, which `architecture` names; here is what all
 have: param groups, state, saving and loading. Written in plain torch operations, which any device has, and tuned for
-CPUs (docs/performance.md has a GPU's times).
+CPUs (docs/performance.md has a GPU's times). `norm_fc` has kernels too: `kernel`, `triton_kernel`.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ class LoLO(torch.optim.Optimizer):
       is_matrix: of `norm_fc`: whether the network moves the tensors of a group; None: those of two axes or more; False:
         AdamW; True: vectors too. Axis 0 is a matrix's output, all others are its input, as in torch's layers.
       state_dtype: of `norm_fc`: torch.float32, or torch.bfloat16 for the momenta, which takes a third off the state.
-      kernel: of `norm_fc`: "plain": torch's operations; None or "auto": the CPU kernel where the installation has one,
-        for CPU tensors of at most 32 bits and float32 momenta; $LOLO_KERNEL=0 says no.
+      kernel: of `norm_fc`: "plain": torch's operations; None or "auto": a kernel, for tensors of at most 32 bits: on a
+        CPU where the installation has one, for float32 momenta; on NVIDIA's GPUs Triton's, where Triton can compile
+        them. $LOLO_KERNEL=0 says no.
 
-    State per parameter: `step` (int64, on the CPU) and `momentum`, `rms`, `row`, `column`, float32: 4 numbers per entry
+    State per parameter: `step` (int64, on the CPU; `norm_fc`'s of a CUDA parameter beside it) and `momentum`, `rms`, `row`, `column`, float32: 4 numbers per entry
     and the factored moments, 7 per entry below two axes; on `norm_fc`'s AdamW `momentum` and `rms` only. A tensor's
     moments lie as [K, A, B], A and B its two largest axes; `load_state_dict` brings them back bit for bit, whatever the
     parameters' dtype, and refuses the state of other weights. Parameters without a gradient are skipped, and their
@@ -84,7 +85,8 @@ class LoLO(torch.optim.Optimizer):
     Data parallel (DDP): gradients are averaged before the step, so every process makes the same update; nothing to set.
     Sharded parameters (FSDP, DTensor) are refused: normalisation needs means over the whole tensor.
     `torch.compile` around a training step works; the optimizer's part runs as it is, uncompiled (a graph break, so
-    not under fullgraph=True).
+    not under fullgraph=True). Steps of `norm_fc` by Triton's kernels never wait for the GPU and can be captured in a
+    CUDA graph once one was taken outside; an lr that is to change there must be a CUDA tensor.
     Default dtype, default device, autocast, and the precision that torch is told for float32 products do not change a
     step. Finite gradients beyond ±2⁴⁸ (`norm_fc`: ±2²⁴) count as that; one that is not finite shows as NaN in its
     tensor.
@@ -186,9 +188,14 @@ class LoLO(torch.optim.Optimizer):
 
     def _begin(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         """Zero moments, and a clock that counts this parameter's steps, beside what wrappers keep in its state."""
-        self.state[param]["step"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.state[param]["step"] = torch.zeros((), dtype=torch.int64, device=self._counter(param, group))
         for name, (shape, dtype) in self._architecture(group).zeros(param, group).items():
             self.state[param][name] = torch.zeros(shape, device=param.device, dtype=dtype)
+
+    def _counter(self, param: torch.Tensor, group: dict[str, Any]) -> torch.device:
+        """Where a parameter's step count lies."""
+        beside = self._architecture(group).counts_on_gpu and param.is_cuda
+        return param.device if beside else torch.device("cpu")
 
     def _architecture(self, group: dict[str, Any]) -> TorchArchitecture:
         return ARCHITECTURES[self._networks[group["weights_sha256"]][0]]
@@ -229,7 +236,7 @@ class LoLO(torch.optim.Optimizer):
                 state = loaded["state"].get(name, {})
                 own = self._architecture(group).zeros(param, group)
                 places = {
-                    "step": ("cpu", torch.int64),
+                    "step": (self._counter(param, group), torch.int64),
                     **{key: (param.device, dtype) for key, (_, dtype) in own.items()},
                 }
                 for key in places.keys() & state.keys():
