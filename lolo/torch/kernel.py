@@ -9,8 +9,10 @@ import torch
 
 from lolo.kernels import library
 from lolo.kernels.library import ADAM, FACTORED, VECTOR
-from lolo.torch import blocks
-from lolo.torch.blocks import MOMENTS, BlockLayout, State, Workspace
+from lolo.torch import layouts
+from lolo.torch.blocks import MOMENTS, State, Workspace
+from lolo.torch.layouts import BlockLayout
+from lolo.torch.sharding import Zeros
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = (torch.Tensor, torch.nn.Parameter)  # a subclass may keep its numbers anywhere
@@ -33,14 +35,14 @@ def form(group: Mapping[str, Any], space: Workspace) -> str | None:
     return chosen if group["state_dtype"] == torch.float32 else None
 
 
-def serves(param: torch.Tensor, state: State, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bool:
-    """Whether the kernel can move a parameter. expected: shape and dtype of its moments.
+def serves(param: torch.Tensor, state: State, expected: Mapping[str, Zeros]) -> bool:
+    """Whether the kernel can move a parameter. expected: its moments.
 
     The kernel works on addresses: a moment that is not what it should be, as others may have left it, is not for it.
     """
     if type(param) not in KINDS or type(param.grad) not in KINDS or param.dtype not in DTYPES:
         return False
-    return all(_is_float32(state[param].get(name), shape) for name, (shape, _) in expected.items())
+    return all(_is_float32(state[param].get(name), shape) for name, (shape, *_) in expected.items())
 
 
 def _is_float32(x: Any, shape: tuple[int, ...]) -> bool:
@@ -58,9 +60,9 @@ def prepare(
     flat = BlockLayout((), (1, 1, param.numel()), factored=False, last_is_largest=True)
     view = place or flat
     assert param.grad is not None
-    grad = blocks.arrange(param.grad, view).float().resolve_neg().contiguous()
+    grad = layouts.arrange(param.grad, view).float().resolve_neg().contiguous()
     grad = -grad if group["maximize"] else grad
-    value = blocks.arrange(param, view)
+    value = layouts.arrange(param, view)
     direct = value.dtype == torch.float32 and value.is_contiguous() and value.data_ptr() == param.data_ptr()
     value = value if direct else value.float().contiguous()
     out = value if direct else torch.empty_like(value)
@@ -116,7 +118,7 @@ def step(
         else:
             out = tensor.held[2]
             place = tensor.place or BlockLayout((), (1, 1, out.numel()), factored=False, last_is_largest=True)
-            tensor.param.add_(blocks.restore(out, place, tensor.param.shape))
+            tensor.param.add_(layouts.restore(out, place, tensor.param.shape))
 
 
 def pointers(phi: torch.Tensor) -> library.Phi:

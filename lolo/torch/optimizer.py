@@ -11,6 +11,7 @@ CPUs (docs/performance.md has a GPU's times).
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from lolo.optimizers import weights_file
+from lolo.torch import rounds, sharding
 from lolo.torch.architecture import ABSENT, ARCHITECTURES, TorchArchitecture, as_weights, settings_of
 from lolo.torch.blocks import MOMENTS, Workspace, moved
 from lolo.torch.checks import (
@@ -30,6 +32,7 @@ from lolo.torch.checks import (
     warn_of_rates,
 )
 from lolo.torch.precision import full_precision
+from lolo.torch.rounds import Rounds
 
 COMMON = ("lr", "weights", "weight_decay", "maximize")
 SETTINGS = (*COMMON, *ABSENT)
@@ -134,8 +137,10 @@ class LoLO(torch.optim.Optimizer):
         refuse_others(group)
         if not isinstance(group["params"], torch.Tensor | set):
             group["params"] = list(group["params"])
-        for param in [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]:
-            check_parameter(param[1] if isinstance(param, tuple) else param)
+        members = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
+        for index, param in enumerate(members):
+            name, param = param if isinstance(param, tuple) else (index, param)
+            check_parameter(param, name)
         given = {**self.defaults, **group}
         for name in ("maximize", "freeze_unseen"):
             check_flag(name, given[name])
@@ -166,29 +171,32 @@ class LoLO(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        kinds = {param.device.type for group in self.param_groups for param in group["params"]}
+        params = [param for group in self.param_groups for param in group["params"]]
+        kinds = {param.device.type for param in params} | sharding.kinds(params)
         with full_precision(kinds):
-            for group in self.param_groups:
-                self._step_group(group)
+            rounds.run(itertools.chain.from_iterable(map(self._steps_of, self.param_groups)))
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _steps_of(self, group: dict[str, Any]) -> Iterator[Rounds]:
+        """The steps of a group's tensors."""
         row, by_device = self._architecture(group), defaultdict(list)
-        for param in group["params"]:
+        for index, param in enumerate(group["params"]):
             if param.grad is not None and param.numel():
                 check_gradient(param)
                 if "step" not in self.state[param]:
-                    self._begin(param, group)
+                    self._begin(param, group, index)
                 by_device[param.device].append(param)
         for device, params in by_device.items():
             space = self._spaces.setdefault(device, Workspace(device))
-            row.step(params, self.state, group, self._network(group, space), space)
+            local, state, shares = sharding.opened(params, self.state, lambda param: row.zeros(param, group))
+            yield from row.step(local, state, group, self._network(group, space), space, shares)
 
-    def _begin(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+    def _begin(self, param: torch.Tensor, group: dict[str, Any], index: int) -> None:
         """Zero moments, and a clock that counts this parameter's steps, beside what wrappers keep in its state."""
+        check_parameter(param, group.get("param_names", {index: index})[index])  # wrappers exchange parameters
         self.state[param]["step"] = torch.zeros((), dtype=torch.int64, device="cpu")
-        for name, (shape, dtype) in self._architecture(group).zeros(param, group).items():
-            self.state[param][name] = torch.zeros(shape, device=param.device, dtype=dtype)
+        for name, place in self._architecture(group).zeros(param, group).items():
+            self.state[param][name] = sharding.zeros_beside(param, place)
 
     def _architecture(self, group: dict[str, Any]) -> TorchArchitecture:
         return ARCHITECTURES[self._networks[group["weights_sha256"]][0]]
@@ -227,13 +235,11 @@ class LoLO(torch.optim.Optimizer):
         def after(_: torch.optim.Optimizer) -> None:  # comes before the user's own hooks
             for name, param, group in self._named_by(loaded):
                 state = loaded["state"].get(name, {})
-                own = self._architecture(group).zeros(param, group)
-                places = {
-                    "step": ("cpu", torch.int64),
-                    **{key: (param.device, dtype) for key, (_, dtype) in own.items()},
-                }
-                for key in places.keys() & state.keys():
-                    self.state[param][key] = state[key].detach().clone().to(*places[key])
+                if "step" in state:
+                    self.state[param]["step"] = state["step"].detach().clone().to("cpu", torch.int64)
+                for key, place in self._architecture(group).zeros(param, group).items():
+                    if key in state:
+                        self.state[param][key] = sharding.taken_up(state[key], param, place)
 
         handles = [
             self.register_load_state_dict_pre_hook(before),
@@ -264,9 +270,12 @@ class LoLO(torch.optim.Optimizer):
         for name, param, group in self._named_by(state_dict):
             state = state_dict["state"].get(name)
             own = self._architecture(group).zeros(param, group)
-            expected = {"step": (), **{key: shape for key, (shape, _) in own.items()}}
+            expected = {"step": (), **{key: place.shape for key, place in own.items()}}
             kept = {key: value for key, value in (state or {}).items() if key in (*MOMENTS, "step")}
             found = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in kept.items()}
+            for key, place in own.items():  # as it lies beside a DTensor
+                if key in found and found[key] == sharding.divisible_shape(place, param.shape):
+                    found[key] = place.shape
             if kept and found != expected:
                 raise ValueError(
                     f"the saved state of parameter {name!r} of shape {tuple(param.shape)} has {found}; "
