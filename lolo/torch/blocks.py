@@ -63,7 +63,7 @@ def as_float32(grad: torch.Tensor) -> torch.Tensor:
 def limited(grad: torch.Tensor, largest: float, infinite: float) -> torch.Tensor:
     """The gradient, finite entries within ±largest; infinite ones become `infinite`, and NaN stays, to be seen."""
     # Nearly always nothing is to do; on an accelerator to ask would cost more than a copy.
-    if grad.device.type == "cpu" and float(torch.linalg.vector_norm(grad, math.inf)) <= largest:
+    if not grad.numel() or (grad.device.type == "cpu" and float(torch.linalg.vector_norm(grad, math.inf)) <= largest):
         return grad
     return grad.clamp(-largest, largest).masked_fill_(grad.isinf(), infinite)
 
@@ -273,7 +273,7 @@ def first_layer(
         x.mul_(normalizer(found[name], count, epsilon).view(*x.shape[:2], 1, 1, 1))
 
     def project(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return (weight @ x.flatten(1)).view(-1, *x.shape[1:])
+        return (weight @ x.flatten(1)).view(len(weight), *x.shape[1:])
 
     return squares, (project(network.row, inputs["row"]), project(network.column, inputs["column"]).add_(bias))
 

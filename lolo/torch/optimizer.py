@@ -24,6 +24,7 @@ from lolo.torch import rounds, sharding
 from lolo.torch.architecture import ABSENT, ARCHITECTURES, TorchArchitecture, as_weights, settings_of
 from lolo.torch.blocks import MOMENTS, Workspace, moved
 from lolo.torch.checks import (
+    DTYPES,
     check_flag,
     check_gradient,
     check_number,
@@ -36,6 +37,7 @@ from lolo.torch.rounds import Rounds
 
 COMMON = ("lr", "weights", "weight_decay", "maximize")
 SETTINGS = (*COMMON, *ABSENT)
+DTYPES_BY_NAME = {str(dtype): dtype for dtype in DTYPES}
 
 
 class LoLO(torch.optim.Optimizer):
@@ -216,9 +218,18 @@ class LoLO(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self._architecture(group).added.items():
                 group.setdefault(name, value)
+            if "state_dtype" in group:
+                group["state_dtype"] = DTYPES_BY_NAME.get(group["state_dtype"], group["state_dtype"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_networks": self._networks, "_spaces": {}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with dtypes among the settings by name: `torch.distributed.checkpoint` gathers none."""
+        found = super().state_dict()
+        for group in found["param_groups"]:
+            group |= {name: str(value) for name, value in group.items() if isinstance(value, torch.dtype)}
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state exactly. Raises ValueError for the state of other weights, parameters or optimizers.
