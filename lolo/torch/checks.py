@@ -25,6 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX = " Keep a real parameter of shape [..., 2], and use torch.view_as_complex of it in the model."
 SMALLEST_RATE = 0.02  # of an lr of small_fc that is no mistake
 LARGEST_RATE = 0.1  # of an lr of norm_fc that is none
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 SHARDED = {"DTensor", "FlatParameter", "ShardedTensor"}
 
 
@@ -63,6 +64,8 @@ def check_gradient(param: torch.Tensor) -> None:
             f"LoLO got a gradient of layout {grad.layout} for a parameter of shape {tuple(param.shape)}; it needs "
             "dense ones: build the embedding with sparse=False, or call grad.to_dense()."
         )
+    if type(param) in PLAIN and type(grad) is torch.Tensor:
+        return
     if is_dtensor(param):
         if not is_dtensor(grad) or grad.placements != param.placements:
             placed = grad.placements if is_dtensor(grad) else "as a plain tensor"

@@ -8,7 +8,7 @@ process computes it from the same sums. `torch.distributed.checkpoint` can bring
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,10 +34,14 @@ class Opened(NamedTuple):
     shares: dict[torch.Tensor, Share]  # of those that are cut
 
 
-def is_dtensor(x: Any) -> bool:
-    """Whether it is a DTensor. There is none before its module is imported, which takes a second."""
+def dtensors(tensors: Iterable[Any]) -> list[Any]:
+    """Those of them that are DTensors. There is none before its module is imported, which takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
+    return [] if module is None else [x for x in tensors if isinstance(x, module.DTensor)]
+
+
+def is_dtensor(x: Any) -> bool:
+    return bool(dtensors((x,)))
 
 
 def is_cut_along_rows(param: Any) -> bool:
@@ -48,7 +52,7 @@ def is_cut_along_rows(param: Any) -> bool:
 
 def kinds(params: list[torch.Tensor]) -> set[str]:
     """Kinds of the devices on which the processes of DTensors compute together."""
-    return {param.device_mesh.device_type for param in params if is_dtensor(param)}
+    return {param.device_mesh.device_type for param in dtensors(params)}
 
 
 def share_of(param: Any) -> Share | None:
@@ -62,7 +66,7 @@ def share_of(param: Any) -> Share | None:
 
 def opened(params: list[torch.Tensor], state: State, zeros: Callable[[torch.Tensor], dict[str, Zeros]]) -> Opened:
     """What a step works on: the tensors themselves, and for DTensors views of what lies here."""
-    if not any(map(is_dtensor, params)):
+    if not dtensors(params):
         return Opened(params, state, {})
     local: list[torch.Tensor] = []
     states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
