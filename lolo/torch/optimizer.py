@@ -87,7 +87,10 @@ class LoLO(torch.optim.Optimizer):
     column moments swap roles, since the later axis counts as the larger.
 
     Data parallel (DDP): gradients are averaged before the step, so every process makes the same update; nothing to set.
-    Sharded parameters (FSDP, DTensor) are refused: normalisation needs means over the whole tensor.
+    Sharded parameters (FSDP2's `fully_shard`, DTensor): cut along axis 0, or replicated; the step is that of whole
+    tensors, and its state is divided as they are (docs/use.md has the collectives, checkpoints, and what was tested).
+    The CPU kernel leaves tensors that are cut to torch's operations. All processes must step together, with gradients
+    of the same parameters. FSDP1's flat parameters and DTensors placed otherwise are refused.
     `torch.compile` around a training step works; the optimizer's part runs as it is, uncompiled (a graph break, so
     not under fullgraph=True).
     Default dtype, default device, autocast, and the precision that torch is told for float32 products do not change a

@@ -197,6 +197,29 @@ def tensors(mesh, placements, architecture):
     return found
 
 
+def mixed(mesh, architecture, dtype):
+    """Three steps of plain, replicated and cut tensors in one group: the largest difference of parameters."""
+    options = {"weights": DRAWN[architecture], "lr": STEEP[architecture], "maximize": True}
+    options |= {"state_dtype": torch.bfloat16} if architecture == "norm_fc" else {"freeze_unseen": True}
+    generator = torch.Generator().manual_seed(0)
+    plain = [torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.1).to(dtype)) for shape in SHAPES.values()]
+    plain.append(torch.nn.Parameter(torch.tensor(0.3, dtype=dtype)))
+    places = [None, Replicate(), *[Shard(0)] * (len(plain) - 3), Replicate()]  # the last is a scalar
+
+    def placed(x, place):
+        return x.detach().clone() if place is None else distribute_tensor(x.detach().clone(), mesh, [place])
+
+    ours = [torch.nn.Parameter(placed(*pair)) for pair in zip(plain, places, strict=True)]
+    optimizers = [LoLO(params, **options) for params in (plain, ours)]
+    for _ in range(3):
+        for param, other, place in zip(plain, ours, places, strict=True):
+            param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+            other.grad = placed(param.grad, place)
+        for optimizer in optimizers:
+            optimizer.step()
+    return max(difference(whole(x).float(), y.detach().float()) for x, y in zip(ours, plain, strict=True))
+
+
 def transformer_step(model, sharded, architecture):
     """One step of the transformer from the same state and with the same gradients: relative differences."""
     twin = make_model()
@@ -343,6 +366,8 @@ def world(rank, size, folder):
             largest, rounds.LARGEST_TURN = rounds.LARGEST_TURN, 400
             found[f"{architecture} in turns"] = tensors(mesh, [Shard(0)], architecture)
             rounds.LARGEST_TURN = largest
+            for dtype in (torch.float32, torch.bfloat16):
+                found[f"{architecture} mixed {dtype}"] = mixed(mesh, architecture, dtype)
             add, rounds.add = rounds.add, lambda requests: [request.tensors for request in requests]
             found[f"{architecture} without sums"] = tensors(mesh, [Shard(0)], architecture)
             rounds.add = add

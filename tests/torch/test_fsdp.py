@@ -47,6 +47,12 @@ def test_so_is_one_of_replicated_tensors_one_in_turns_and_one_on_a_grid_of_proce
 
 
 @each_architecture
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+def test_plain_replicated_and_cut_tensors_may_stand_in_one_group(found, dtype, limit, architecture):
+    assert found["world-2-0"][f"{architecture} mixed torch.{dtype}"] <= limit
+
+
+@each_architecture
 def test_it_is_not_where_each_process_has_only_its_own_sums(found, architecture):
     updates = found["world-2-0"][f"{architecture} without sums"]
     assert updates["largest"] > 1e-2 and updates["second"] > 1e-2
