@@ -449,7 +449,7 @@ def lost(rank, size, folder, how):
     os._exit(0)  # a group that has lost a process can't be destroyed
 
 
-def forked(size, folder, work, *args, timeout=60):
+def forked(size, folder, work, *args, timeout=300):
     """Run `work(rank, size, folder, *args)` in the processes of a group, or in one without a group."""
     given = (size, folder, work, args, timeout)
     context = mp.start_processes(in_group, given, nprocs=max(1, size), start_method="fork", join=False)
@@ -479,4 +479,4 @@ if __name__ == "__main__":
     for processes in (2, 1, 4):  # two save what the others resume
         forked(processes, path, world)
     for way in ("killed", "stopped"):
-        forked(2, path, lost, way, timeout=4)
+        forked(2, path, lost, way, timeout=8)

@@ -24,7 +24,7 @@ each_world = pytest.mark.parametrize("size", WORLDS)
 def found(tmp_path_factory):
     """What the runs have written, by file: "world-2-0" is of process 0 of 2."""
     folder = tmp_path_factory.mktemp("fsdp")
-    done = subprocess.run([sys.executable, str(RUNS), str(folder)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, str(RUNS), str(folder)], capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
@@ -199,4 +199,4 @@ def test_other_placements_are_refused_by_name(found):
 def test_a_lost_process_ends_the_others_with_its_cause(found, how, words):
     error, seconds = found[how]["error"], found[how]["seconds"]
     assert "process 0 of 2" in error and "it ended, or is silent for longer" in error and re.search(words, error)
-    assert seconds < 15  # the group's timeout is 4 s
+    assert seconds < 30  # the group's timeout is 8 s
