@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,9 @@ from lolo.files import settings
 from lolo.files.tensors import digest
 from lolo.optimizers import norm_fc_spec, small_fc_spec, weights_file
 from lolo.torch import norm_fc, small_fc
-from lolo.torch.blocks import State, Workspace, Zeros
+from lolo.torch.blocks import State, Workspace
+from lolo.torch.rounds import Rounds, Share
+from lolo.torch.sharding import Zeros
 
 
 class TorchArchitecture(NamedTuple):
@@ -30,7 +32,9 @@ class TorchArchitecture(NamedTuple):
     settings_of: Callable[[Any, Mapping[str, Any]], dict[str, Any]]  # (learner, arguments) -> settings of a group
     network: Callable[[Mapping[str, np.ndarray]], Any]  # φ as `step` takes it: a NamedTuple
     zeros: Callable[[torch.Tensor, Mapping[str, Any]], dict[str, Zeros]]  # (param, group) -> what is kept for it
-    step: Callable[[list[torch.Tensor], State, Mapping[str, Any], Any, Workspace], None]  # moves and counts
+    step: Callable[  # moves and counts
+        [list[torch.Tensor], State, Mapping[str, Any], Any, Workspace, Mapping[torch.Tensor, Share]], Iterator[Rounds]
+    ]
     counts_on_gpu: bool = False  # whether a CUDA parameter's step count lies beside it: no step waits for the GPU then
     added: Mapping[str, Any] = settings.NONE  # settings of a group that older states lack, and what they meant
 

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Generator, MutableMapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from lolo.optimizers import factored
+from lolo.torch.layouts import BlockLayout, arrange, block_extents, moment_shapes, restore, rows_along, split
+from lolo.torch.rounds import Sums
 
 State = MutableMapping[torch.Tensor, dict[str, torch.Tensor]]  # of a `torch.optim.Optimizer`, by parameter
-Zeros = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of what is kept for a parameter
 
 # Entries per block: on a CPU the hidden activations of a block stay in cache; an accelerator wants few launches.
 CPU_BLOCK = 1 << 14
 ACCELERATOR_BLOCK = 1 << 18
-SMALLEST_ROW = 16  # a matrix with shorter rows is worked on transposed: inner loops of a few entries are slow
 MOMENTS = ("momentum", "rms", "row", "column")
-
-
-class BlockLayout(NamedTuple):
-    """A tensor seen as [K, A, B]: A and B its factored axes, K all others; [1, 1, N] below two axes."""
-
-    order: tuple[int, ...]  # the tensor's axes, the factored ones last
-    shape: tuple[int, int, int]
-    factored: bool
-    last_is_largest: bool  # row moments are means over B, column moments over A; else the other way round
 
 
 @runtime_checkable
@@ -62,16 +52,6 @@ class Batch(NamedTuple):
     column: torch.Tensor | None  # likewise, 1 instead of the second largest; None below two axes
 
 
-def moment_shapes(place: BlockLayout) -> dict[str, tuple[int, ...]]:
-    """The moments kept for one tensor, [3, K, A, B] and smaller."""
-    kept, other, last = place.shape
-    momentum, over_last, over_other = (3, kept, other, last), (3, kept, other, 1), (3, kept, 1, last)
-    if not place.factored:
-        return {"momentum": momentum, "rms": place.shape, "row": momentum}
-    row, column = (over_last, over_other) if place.last_is_largest else (over_other, over_last)
-    return {"momentum": momentum, "rms": place.shape, "row": row, "column": column}
-
-
 def as_float32(grad: torch.Tensor) -> torch.Tensor:
     """A gradient in float32, in which finite numbers stay finite."""
     if grad.dtype != torch.float64:
@@ -83,7 +63,7 @@ def as_float32(grad: torch.Tensor) -> torch.Tensor:
 def limited(grad: torch.Tensor, largest: float, infinite: float) -> torch.Tensor:
     """The gradient, finite entries within ±largest; infinite ones become `infinite`, and NaN stays, to be seen."""
     # Nearly always nothing is to do; on an accelerator to ask would cost more than a copy.
-    if grad.device.type == "cpu" and float(torch.linalg.vector_norm(grad, math.inf)) <= largest:
+    if not grad.numel() or (grad.device.type == "cpu" and float(torch.linalg.vector_norm(grad, math.inf)) <= largest):
         return grad
     return grad.clamp(-largest, largest).masked_fill_(grad.isinf(), infinite)
 
@@ -105,53 +85,9 @@ def moved(network: Any, device: torch.device) -> Any:
     return type(network)(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in network))
 
 
-@functools.lru_cache(maxsize=4096)
-def layout(shape: tuple[int, ...], axes: factored.FactoredAxes | None) -> BlockLayout:
-    """Where the factored axes go: last, the largest at the very end. Matrices with long rows stay as they are."""
-    if axes is None:
-        return BlockLayout((), (1, 1, math.prod(shape)), factored=False, last_is_largest=True)
-    last, other = axes.largest, axes.second
-    if len(shape) == 2 and shape[1] >= SMALLEST_ROW:
-        last, other = 1, 0
-    kept = [axis for axis in range(len(shape)) if axis not in axes]
-    extents = (math.prod(shape[axis] for axis in kept), shape[other], shape[last])
-    return BlockLayout((*kept, other, last), extents, factored=True, last_is_largest=last == axes.largest)
-
-
-def arrange(tensor: torch.Tensor, place: BlockLayout) -> torch.Tensor:
-    """[*shape] -> [K, A, B], a view where strides allow."""
-    return (tensor.permute(place.order) if place.factored else tensor).reshape(place.shape)
-
-
-def restore(tensor: torch.Tensor, place: BlockLayout, shape: torch.Size) -> torch.Tensor:
-    """[K, A, B] -> [*shape], a view."""
-    if not place.factored:
-        return tensor.view(shape)
-    inverse = sorted(range(len(shape)), key=place.order.__getitem__)
-    return tensor.view([shape[axis] for axis in place.order]).permute(inverse)
-
-
-def block_extents(shape: tuple[int, int, int], limit: int) -> tuple[int, int, int]:
-    """Extents of blocks of at most `limit` entries, whole rows first, as even as they come."""
-    kept, rows, length = shape
-    row_limit = max(1, limit // length)
-    steps = (max(1, row_limit // rows), min(rows, row_limit), min(length, limit))
-    even = [math.ceil(n / math.ceil(n / step)) for n, step in zip(shape, steps, strict=True)]
-    return even[0], even[1], even[2]
-
-
-def split(tensor: torch.Tensor, shape: tuple[int, int, int], block: tuple[int, int, int]) -> list[torch.Tensor]:
-    """Views of the blocks of [..., K, A, B] in order; an axis of extent 1 is broadcast: each block sees it whole."""
-    pieces = [tensor]
-    for axis, extent, step in zip((-3, -2, -1), shape, block, strict=True):
-        if extent > step:
-            copies = math.ceil(extent / step)
-            pieces = [
-                part
-                for piece in pieces
-                for part in (piece.split(step, axis) if tensor.shape[axis] > 1 else [piece] * copies)
-            ]
-    return pieces
+def total(sums: list[torch.Tensor], place: BlockLayout) -> Generator[Sums, list[torch.Tensor], list[torch.Tensor]]:
+    """Sums over whole tensors, of those over what lies here."""
+    return sums if place.cut is None else (yield Sums(sums, place.cut.share))
 
 
 def gather(
@@ -195,7 +131,7 @@ def in_place(batch: Batch, params: list[torch.Tensor]) -> bool:
 
 def batches(params: list[torch.Tensor], place: BlockLayout, limit: int) -> list[list[torch.Tensor]]:
     """Parameters of one layout in batches that fit in a block of `limit` entries; large ones are alone."""
-    size = math.prod(place.shape)
+    size = math.prod(place.cut.largest if place.cut else place.shape)  # the same for all processes
     together = max(1, limit // size) if size <= limit // 4 else 1
     return [params[start : start + together] for start in range(0, len(params), together)]
 
@@ -209,7 +145,6 @@ class Piece(NamedTuple):
     rms: torch.Tensor
     row: torch.Tensor  # [3, ...]; below two axes the diagonal moment, else the row factor
     column: torch.Tensor | None  # the column factor
-    base: tuple[torch.Tensor, ...]  # what the entries' inputs are added to in the first layer, [H, ...] broadcast
 
 
 class Workspace:
@@ -242,27 +177,41 @@ class Workspace:
         return self.views[key]
 
 
-def accumulate_factored(batch: Batch, place: BlockLayout, gain: torch.Tensor, blocks: list[torch.Tensor]) -> None:
-    """Row and column moments of T tensors. gain: [3, 1, 1, 1, 1], 1 − decay; blocks: those of batch.grad."""
+def accumulate_factored(
+    batch: Batch, place: BlockLayout, gain: torch.Tensor, blocks: list[torch.Tensor]
+) -> Generator[Sums, list[torch.Tensor], torch.Tensor]:
+    """Row and column moments of T tensors. gain: [3, 1, 1, 1, 1], 1 − decay; blocks: those of batch.grad.
+
+    Returns: the mean of the row moments over the second largest axis, [3, T, K, 1, 1].
+    """
     assert batch.column is not None
-    row_axis, column_axis = (-1, -2) if place.last_is_largest else (-2, -1)
-    block = tuple(blocks[0].shape[-3:])
-    row_mean, column_mean = torch.zeros_like(batch.row[0]), torch.zeros_like(batch.column[0])
-    here = (split(row_mean, place.shape, block), split(column_mean, place.shape, block))
+    (row_axis, column_axis), whole = place.averaged, place.whole
+    cut = place.cut.axis if place.cut else None
+    row_sum, column_sum = torch.zeros_like(batch.row[0]), torch.zeros_like(batch.column[0])
+    block = tuple(blocks[0].shape[-3:]) if blocks else place.shape
+    here = (split(row_sum, place.shape, block), split(column_sum, place.shape, block))
     for grad, row_part, column_part in zip(blocks, *here, strict=True):
         squared = grad * grad
         row_part.add_(squared.sum(dim=row_axis, keepdim=True))
         column_part.add_(squared.sum(dim=column_axis, keepdim=True))
-    batch.row.lerp_(row_mean.div_(place.shape[row_axis]).add_(factored.FACTORED_EPSILON), gain)
-    batch.column.lerp_(column_mean.div_(place.shape[column_axis]).add_(factored.FACTORED_EPSILON), gain)
+    # One round whatever is cut, so that all tensors are always in the same one.
+    if cut == row_axis:
+        (row_sum,) = yield from total([row_sum], place)
+    batch.row.lerp_(row_sum.div_(whole[row_axis]).add_(factored.FACTORED_EPSILON), gain)
+    over_second = batch.row.sum(dim=column_axis, keepdim=True)
+    if cut == column_axis:
+        column_sum, over_second = yield from total([column_sum, over_second], place)
+    elif cut not in (None, row_axis):
+        yield from total([], place)
+    batch.column.lerp_(column_sum.div_(whole[column_axis]).add_(factored.FACTORED_EPSILON), gain)
+    return over_second.div_(whole[column_axis])
 
 
-def factors(batch: Batch, place: BlockLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a gradient is multiplied by along rows and along columns."""
+def factors(batch: Batch, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a gradient is multiplied by along rows and along columns. mean: of the row moments, [3, T, K, 1, 1]"""
     assert batch.column is not None
-    mean = batch.row.mean(dim=-2 if place.last_is_largest else -1, keepdim=True).add_(factored.FACTOR_MEAN_EPSILON)
     return (
-        (batch.row / mean).clamp_(min=factored.FACTOR_FLOOR).rsqrt_(),
+        (batch.row / mean.add_(factored.FACTOR_MEAN_EPSILON)).clamp_(min=factored.FACTOR_FLOOR).rsqrt_(),
         batch.column.clamp(min=factored.FACTOR_FLOOR).rsqrt_(),
     )
 
@@ -277,38 +226,65 @@ def normalizer(squares: torch.Tensor, count: int, epsilon: float) -> torch.Tenso
     return (squares / count).add_(epsilon).rsqrt_()
 
 
-def project_moment(weight: torch.Tensor, moment: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """A row or column moment and its inverse root, normalised and multiplied by their weights. -> [H, T, K, A, B]"""
-    x = torch.cat([moment, (moment + factored.MOMENT_EPSILON).rsqrt_()])
-    flat = x.flatten(2)
-    flat.mul_(normalizer(sum_of_squares(flat), flat.shape[2], epsilon).unsqueeze(2))
-    return (weight @ flat.flatten(1)).view(-1, *x.shape[1:])
-
-
 def pieces_of(
-    batch: Batch, place: BlockLayout, network: MomentWeights, bias: torch.Tensor, epsilon: float, limit: int
-) -> list[Piece]:
-    """A batch in blocks of `limit` entries, its row and column moments updated.
-
-    bias: [H], of the first layer; epsilon: of normalisers.
-    """
-    extents, bias = block_extents(place.shape, max(1, limit // batch.grad.shape[0])), bias.view(-1, 1, 1, 1, 1)
+    batch: Batch, place: BlockLayout, network: MomentWeights, limit: int
+) -> Generator[Sums, list[torch.Tensor], list[Piece]]:
+    """A batch in blocks of `limit` entries, its row and column moments updated: the first round."""
+    extents = block_extents(place.shape, max(1, limit // batch.grad.shape[0]))
 
     def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
         return split(tensor, place.shape, extents)
 
     grads = parts(batch.grad)
     if batch.column is None:
+        yield from total([], place)
         along, columns = parts(batch.row), [None] * len(grads)
-        base: list[tuple[torch.Tensor, ...]] = [(bias,)] * len(grads)
     else:
-        accumulate_factored(batch, place, network.factored_gain, grads)
-        along, columns = map(parts, factors(batch, place))
-        row_term = parts(project_moment(network.row, batch.row, epsilon))
-        column_term = parts(project_moment(network.column, batch.column, epsilon).add_(bias))
-        base = list(zip(row_term, column_term, strict=True))
+        mean = yield from accumulate_factored(batch, place, network.factored_gain, grads)
+        along, columns = map(parts, factors(batch, mean))
     own = (grads, parts(batch.param), parts(batch.momentum), parts(batch.rms))
-    return [Piece(*piece) for piece in zip(*own, along, columns, base, strict=True)]
+    return [Piece(*piece) for piece in zip(*own, along, columns, strict=True)]
+
+
+def first_layer(
+    squares: torch.Tensor, batch: Batch, place: BlockLayout, network: MomentWeights, bias: torch.Tensor, epsilon: float
+) -> Generator[Sums, list[torch.Tensor], tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+    """What is left of the first layer where its inputs vary in rows or columns only: the second round.
+
+    Args:
+      squares: [F, T], sums of squares of the inputs that vary from entry to entry.
+      bias: [H], of the first layer.
+      epsilon: of normalisers.
+
+    Returns: `squares` of whole tensors, and what their products are added to: one or two summands, [H, T, K, A, B],
+    extents 1 where they do not vary.
+    """
+    bias = bias.view(-1, 1, 1, 1, 1)
+    if batch.column is None:
+        (squares,) = yield from total([squares], place)
+        return squares, (bias,)
+    moments = {"row": batch.row, "column": batch.column}
+    inputs = {name: torch.cat([x, (x + factored.MOMENT_EPSILON).rsqrt_()]) for name, x in moments.items()}
+    found = {name: sum_of_squares(x.flatten(2)) for name, x in inputs.items()}
+    cut = [name for name in inputs if place.cut and rows_along(place, name) is not None]
+    squares, *complete = yield from total([squares, *(found[name] for name in cut)], place)
+    found |= dict(zip(cut, complete, strict=True))
+    for (name, x), axis in zip(inputs.items(), place.averaged, strict=True):
+        count = math.prod(place.whole) // place.whole[axis]
+        x.mul_(normalizer(found[name], count, epsilon).view(*x.shape[:2], 1, 1, 1))
+
+    def project(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (weight @ x.flatten(1)).view(len(weight), *x.shape[1:])
+
+    return squares, (project(network.row, inputs["row"]), project(network.column, inputs["column"]).add_(bias))
+
+
+def bases_of(base: tuple[torch.Tensor, ...], place: BlockLayout, pieces: list[Piece]) -> list[tuple[torch.Tensor, ...]]:
+    """What belongs to each block, of the summands of the first layer."""
+    if not place.factored:
+        return [base] * len(pieces)
+    extents = tuple(pieces[0].grad.shape[1:]) if pieces else place.shape
+    return list(zip(*(split(summand, place.shape, extents) for summand in base), strict=True))
 
 
 def accumulate(piece: Piece, network: MomentWeights, squared: torch.Tensor) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lolo.torch.sharding import is_cut_along_rows, is_dtensor
+
 # What AdamW and SGD take and LoLO has no use for, and why.
 OTHERS = {
     **dict.fromkeys(
@@ -23,17 +25,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX = " Keep a real parameter of shape [..., 2], and use torch.view_as_complex of it in the model."
 SMALLEST_RATE = 0.02  # of an lr of small_fc that is no mistake
 LARGEST_RATE = 0.1  # of an lr of norm_fc that is none
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 SHARDED = {"DTensor", "FlatParameter", "ShardedTensor"}
 
 
-def check_parameter(param: Any) -> None:
-    """Raise TypeError for what LoLO can't move. What is no tensor at all is torch's to refuse."""
+def check_parameter(param: Any, name: str | int) -> None:
+    """Raise TypeError for what LoLO can't move. What is no tensor at all is torch's to refuse.
+
+    name: the parameter's, or its number in its group.
+    """
     if not isinstance(param, torch.Tensor):
         return
-    if any(kind.__name__ in SHARDED for kind in type(param).__mro__) or getattr(param, "_fsdp_flattened", False):
+    if is_dtensor(param):
+        if not is_cut_along_rows(param):
+            raise TypeError(
+                f"LoLO got parameter {name!r} of shape {tuple(param.shape)} as a DTensor placed {param.placements}; it "
+                "takes replicated ones and ones cut along axis 0, Shard(0), by one axis of the mesh. Call fully_shard "
+                "without shard_placement_fn, or leave this parameter out of tensor parallelism."
+            )
+    elif any(kind.__name__ in SHARDED for kind in type(param).__mro__) or getattr(param, "_fsdp_flattened", False):
         raise TypeError(
-            f"LoLO got a sharded parameter ({type(param).__name__}, FSDP or tensor parallel): its normalisation needs "
-            "means over the whole tensor. Use DistributedDataParallel, or keep these parameters unsharded."
+            f"LoLO got a sharded parameter ({name!r}, a {type(param).__name__}): its normalisation needs means over "
+            "the whole tensor. Use fully_shard (FSDP2, from torch 2.6 on) instead of FullyShardedDataParallel, or "
+            "DistributedDataParallel."
         )
     if param.dtype not in DTYPES:
         cure = COMPLEX if param.is_complex() else ""
@@ -50,8 +64,17 @@ def check_gradient(param: torch.Tensor) -> None:
             f"LoLO got a gradient of layout {grad.layout} for a parameter of shape {tuple(param.shape)}; it needs "
             "dense ones: build the embedding with sparse=False, or call grad.to_dense()."
         )
-    if any(kind.__name__ in SHARDED for kind in type(grad).__mro__):
-        raise RuntimeError("LoLO got a sharded gradient: its normalisation needs means over the whole tensor.")
+    if type(param) in PLAIN and type(grad) is torch.Tensor:
+        return
+    if is_dtensor(param):
+        if not is_dtensor(grad) or grad.placements != param.placements:
+            placed = grad.placements if is_dtensor(grad) else "as a plain tensor"
+            raise RuntimeError(
+                f"LoLO got a gradient placed {placed} for a parameter of shape {tuple(param.shape)} placed "
+                f"{param.placements}; bring it there with param.grad.redistribute(placements=param.placements)."
+            )
+    elif any(kind.__name__ in SHARDED for kind in type(grad).__mro__):
+        raise RuntimeError("LoLO got a sharded gradient for a parameter that is not sharded: shard both, or neither.")
 
 
 def refuse_others(given: Iterable[str]) -> None:

@@ -13,8 +13,10 @@ import torch
 
 from lolo.kernels import library
 from lolo.kernels.library import ADAM, FACTORED, VECTOR
-from lolo.torch import blocks, triton_kernel
-from lolo.torch.blocks import MOMENTS, BlockLayout, State, Workspace
+from lolo.torch import layouts, triton_kernel
+from lolo.torch.blocks import MOMENTS, State, Workspace
+from lolo.torch.layouts import BlockLayout
+from lolo.torch.sharding import Zeros
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = (torch.Tensor, torch.nn.Parameter)  # a subclass may keep its numbers anywhere
@@ -53,8 +55,8 @@ def path(device: torch.device) -> str:
     return "plain" if chosen is None else f"kernel {chosen}"
 
 
-def serves(param: torch.Tensor, state: State, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bool:
-    """Whether the kernel can move a parameter. expected: shape and dtype of its moments.
+def serves(param: torch.Tensor, state: State, expected: Mapping[str, Zeros]) -> bool:
+    """Whether the kernel can move a parameter. expected: its moments.
 
     The kernel works on addresses: a moment that is not what it should be, as others may have left it, is not for it.
     """
@@ -64,7 +66,7 @@ def serves(param: torch.Tensor, state: State, expected: Mapping[str, tuple[tuple
     own, device = state[param], param.device
     if param.grad.dtype not in DTYPES or own["step"].device != device:
         return False
-    return all(_is(own.get(name), shape, dtype, device) for name, (shape, dtype) in expected.items())
+    return all(_is(own.get(name), shape, dtype, device) for name, (shape, dtype, *_) in expected.items())
 
 
 def _is(x: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
@@ -82,9 +84,9 @@ def prepare(
     flat = BlockLayout((), (1, 1, param.numel()), factored=False, last_is_largest=True)
     view = place or flat
     assert param.grad is not None
-    grad = blocks.arrange(param.grad, view).float().resolve_neg().contiguous()
+    grad = layouts.arrange(param.grad, view).float().resolve_neg().contiguous()
     grad = -grad if group["maximize"] else grad
-    value = blocks.arrange(param, view)
+    value = layouts.arrange(param, view)
     direct = value.dtype == torch.float32 and value.is_contiguous() and value.data_ptr() == param.data_ptr()
     value = value if direct else value.float().contiguous()
     out = value if direct else torch.empty_like(value)
@@ -143,7 +145,7 @@ def step(
         else:
             out = tensor.held[2]
             place = tensor.place or BlockLayout((), (1, 1, out.numel()), factored=False, last_is_largest=True)
-            tensor.param.add_(blocks.restore(out, place, tensor.param.shape))
+            tensor.param.add_(layouts.restore(out, place, tensor.param.shape))
 
 
 def pointers(phi: torch.Tensor) -> library.Phi:

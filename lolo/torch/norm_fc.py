@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +19,12 @@ import torch
 from lolo.kernels.library import CHOICES
 from lolo.optimizers import factored
 from lolo.optimizers import norm_fc_spec as spec
-from lolo.torch import blocks, kernel
-from lolo.torch.blocks import Batch, BlockLayout, Piece, State, Workspace, Zeros
+from lolo.torch import blocks, kernel, layouts
+from lolo.torch.blocks import Batch, Piece, State, Workspace
 from lolo.torch.checks import check_number
+from lolo.torch.layouts import BlockLayout
+from lolo.torch.rounds import Matrices, Rounds, Share, Sums
+from lolo.torch.sharding import Zeros
 
 WIDER = 2  # a block has this many times the entries of one of small_fc: the network is narrower
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -103,18 +106,16 @@ def is_learned(param: torch.Tensor, is_matrix: bool | None) -> bool:
 def layout(shape: tuple[int, ...]) -> BlockLayout:
     """Ties between axes are broken by their names: [out, in, *window] is [*window, in, out] in JAX."""
     inputs_first = (*range(2, len(shape)), 1, 0) if len(shape) > 1 else None
-    return blocks.layout(shape, factored.factored_axes(shape, inputs_first))
+    return layouts.layout(shape, factored.factored_axes(shape, inputs_first))
 
 
 def zeros(param: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Zeros]:
     """What is kept for a parameter beside its step count."""
+    shape, dtype = tuple(param.shape), group["state_dtype"]
     if is_learned(param, group["is_matrix"]):
-        shapes = blocks.moment_shapes(layout(tuple(param.shape)))
-    else:
-        shapes = dict.fromkeys(("momentum", "rms"), tuple(param.shape))
-    return {
-        name: (shape, group["state_dtype"] if name == "momentum" else torch.float32) for name, shape in shapes.items()
-    }
+        return layouts.zeros(layout(shape), dtype)
+    axis = 0 if shape else None
+    return {"momentum": Zeros(shape, dtype, axis), "rms": Zeros(shape, torch.float32, axis)}
 
 
 def network_from(arrays: Mapping[str, np.ndarray]) -> NormFcNetwork:
@@ -142,9 +143,14 @@ def network_from(arrays: Mapping[str, np.ndarray]) -> NormFcNetwork:
 
 
 def step(
-    params: list[torch.Tensor], state: State, group: Mapping[str, Any], network: NormFcNetwork, space: Workspace
-) -> None:
-    """One step of parameters of one group and device, all with a gradient and entries."""
+    params: list[torch.Tensor],
+    state: State,
+    group: Mapping[str, Any],
+    network: NormFcNetwork,
+    space: Workspace,
+    shares: Mapping[torch.Tensor, Share],
+) -> Iterator[Rounds]:
+    """One step of parameters of one group and device, all with a gradient and entries. shares: of those cut."""
     for param in params:
         if is_learned(param, group["is_matrix"]) != ("row" in state[param]):
             raise ValueError(
@@ -152,25 +158,28 @@ def step(
                 f"{tuple(param.shape)} was made: set it when the group is made, and leave it."
             )
     form = kernel.form(group, space)
-    served = [param for param in params if form is not None and kernel.serves(param, state, zeros(param, group))]
+    # The kernel finishes a tensor in one call, and of one that is cut the sums are not here.
+    whole = [] if form is None else [param for param in params if param not in shares]
+    served = [param for param in whole if kernel.serves(param, state, zeros(param, group))]
     if form is not None and served:
         places = [layout(tuple(x.shape)) if is_learned(x, group["is_matrix"]) else None for x in served]
         arguments = list(zip(served, places, strict=True))
         kernel.step(form, arguments, state, group, network.phi, space, orthogonalized)
         done = set(map(id, served))
         params = [param for param in params if id(param) not in done]
-    alike = defaultdict[tuple[int, ...], list[torch.Tensor]](list)
+    alike = defaultdict[tuple[tuple[int, ...], Share | None], list[torch.Tensor]](list)
     others: list[torch.Tensor] = []
     for param in params:
-        members = alike[tuple(param.shape)] if is_learned(param, group["is_matrix"]) else others
+        share = shares.get(param)
+        shape = share.shape if share else tuple(param.shape)
+        members = alike[shape, share] if is_learned(param, group["is_matrix"]) else others
         members.append(param)
     read = reader_of(group)
-    for shape, members in alike.items():
-        place = layout(shape)
+    for (shape, share), members in alike.items():
+        place = layouts.part(layout(shape), share, len(members[0]) if share else 0)
         for some in blocks.batches(members, place, WIDER * space.block):
             batch = blocks.gather(some, state, place, read)
-            step_batch(batch, shape, group, network, space, blocks.in_place(batch, some))
-            blocks.scatter(batch, some, state, place)
+            yield step_batch(batch, some, state, place, group, network, space)
     if others:
         adam_step(others, state, group)
 
@@ -181,20 +190,26 @@ def reader_of(group: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tensor
 
 def step_batch(
     batch: Batch,
-    shape: tuple[int, ...],
+    params: list[torch.Tensor],
+    state: State,
+    place: BlockLayout,
     group: Mapping[str, Any],
     network: NormFcNetwork,
     space: Workspace,
-    in_place: bool,
-) -> None:
-    """Update the moments of T tensors, and `batch.param`: by adding the step, or, not in place, by becoming it."""
-    place = layout(shape)
-    change = directions(batch, place, network, group["baseline"] == "momentum", space)
+) -> Rounds:
+    """Move T tensors, and update their moments."""
+    in_place = blocks.in_place(batch, params)
+    change = yield from directions(batch, place, network, group["baseline"] == "momentum", space)
     if group["orthogonal"] and place.factored:
-        change = orthogonalized(change, place, shape)
+        if place.cut is None:
+            change = orthogonalized(change, place, tuple(params[0].shape))
+        else:
+            rows = matrices(change, place, tuple(params[0].shape))
+            (rows,) = yield Matrices(rows, place.cut.share, newton_schulz)
+            change = arranged(rows, place, tuple(params[0].shape))
     change = change.mul_(batch.rms > 0)  # NaN stays NaN
-    squares = blocks.sum_of_squares(change.flatten(1).unsqueeze(0))
-    scale = blocks.normalizer(squares, math.prod(shape), spec.NORMALIZE_EPSILON)
+    (squares,) = yield from blocks.total([blocks.sum_of_squares(change.flatten(1).unsqueeze(0))], place)
+    scale = blocks.normalizer(squares, math.prod(place.whole), spec.NORMALIZE_EPSILON)
     change.mul_(scale.view(-1, 1, 1, 1))
     rate, decay = float(group["lr"]), float(group["weight_decay"])
     if decay:
@@ -203,42 +218,48 @@ def step_batch(
         batch.param.add_(change, alpha=-rate)
     else:
         torch.mul(change, -rate, out=batch.param)
+    blocks.scatter(batch, params, state, place)
 
 
 def directions(
     batch: Batch, place: BlockLayout, network: NormFcNetwork, baseline: bool, space: Workspace
-) -> torch.Tensor:
+) -> Generator[Sums, list[torch.Tensor], torch.Tensor]:
     """What the network says of T tensors, and the momentum that it corrects. Updates their moments. -> [T, K, A, B]"""
-    tensors, entries = batch.grad.shape[0], math.prod(place.shape)
-    pieces = blocks.pieces_of(batch, place, network, network.first_bias, spec.NORMALIZE_EPSILON, WIDER * space.block)
+    tensors, entries = batch.grad.shape[0], math.prod(place.whole)
+    pieces = yield from blocks.pieces_of(batch, place, network, WIDER * space.block)
     weight = network.entry if place.factored else network.entry[:, : spec.DIAGONAL_INPUTS]
     scratches = [space.scratch(views, piece.grad.shape, weight.shape[1], len(weight)) for piece in pieces]
-    squares, baseline_squares = batch.grad.new_zeros(weight.shape[1], tensors), batch.grad.new_zeros(1, tensors)
+    squares = batch.grad.new_zeros(weight.shape[1] + 1, tensors)  # the last: of the baseline
     for piece, scratch in zip(pieces, scratches, strict=True):
         blocks.accumulate(piece, network, scratch.squared)
         fill_inputs(piece, scratch)
-        squares.add_(blocks.sum_of_squares(scratch.per_tensor))
+        squares[:-1].add_(blocks.sum_of_squares(scratch.per_tensor))
         if baseline:
             fill_baseline(scratch)
-            baseline_squares.add_(blocks.sum_of_squares(scratch.baseline.flatten(1).unsqueeze(0)))
-    scale = blocks.normalizer(squares, entries, spec.NORMALIZE_EPSILON)
-    size = blocks.normalizer(baseline_squares, entries, spec.BASELINE_EPSILON).view(-1, 1, 1, 1)
+            squares[-1:].add_(blocks.sum_of_squares(scratch.baseline.flatten(1).unsqueeze(0)))
+    squares, base = yield from blocks.first_layer(
+        squares, batch, place, network, network.first_bias, spec.NORMALIZE_EPSILON
+    )
+    scale = blocks.normalizer(squares[:-1], entries, spec.NORMALIZE_EPSILON)
+    size = blocks.normalizer(squares[-1:], entries, spec.BASELINE_EPSILON).view(-1, 1, 1, 1)
     if tensors == 1:
         weight = weight * scale.T
     found = torch.empty_like(batch.grad, memory_format=torch.contiguous_format)
-    extents = tuple(pieces[0].grad.shape[1:])
-    for piece, scratch, part in zip(pieces, scratches, blocks.split(found, place.shape, extents), strict=True):
-        if len(pieces) > 1:
+    again = len(pieces) > 1 or place.cut is not None  # the scratch holds another block
+    parts = layouts.split(found, place.shape, tuple(pieces[0].grad.shape[1:]) if pieces else place.shape)
+    bases = blocks.bases_of(base, place, pieces)
+    for piece, scratch, part, summands in zip(pieces, scratches, parts, bases, strict=True):
+        if again:
             fill_inputs(piece, scratch)
         if baseline:
-            if len(pieces) > 1:
+            if again:
                 fill_baseline(scratch)
             torch.mul(scratch.baseline, size, out=part)
         else:
             part.zero_()
         if tensors > 1:
             scratch.per_tensor.mul_(scale.unsqueeze(2))
-        part.add_(run_network(weight, piece.base, network, scratch))
+        part.add_(run_network(weight, summands, network, scratch))
     return found
 
 
@@ -291,11 +312,19 @@ def run_network(
 
 def orthogonalized(x: torch.Tensor, place: BlockLayout, shape: tuple[int, ...]) -> torch.Tensor:
     """Newton-Schulz on the matrices [output axis, all others] of T tensors. x, and the result: [T, K, A, B]."""
-    order = [axis + 1 for axis in place.order]
+    return arranged(newton_schulz(matrices(x, place, shape)), place, shape)
+
+
+def matrices(x: torch.Tensor, place: BlockLayout, shape: tuple[int, ...]) -> torch.Tensor:
+    """[T, K, A, B] of tensors of this shape -> [T, output axis, all others]"""
     inverse = sorted(range(len(shape)), key=place.order.__getitem__)
-    whole = x.view(-1, *(shape[axis] for axis in place.order)).permute(0, *(axis + 1 for axis in inverse))
-    done = newton_schulz(whole.reshape(len(x), shape[0], -1))
-    return done.reshape(len(x), *shape).permute(0, *order).reshape(x.shape)
+    whole = x.view(len(x), *(shape[axis] for axis in place.order)).permute(0, *(axis + 1 for axis in inverse))
+    return whole.reshape(len(x), shape[0], math.prod(shape[1:]))
+
+
+def arranged(x: torch.Tensor, place: BlockLayout, shape: tuple[int, ...]) -> torch.Tensor:
+    """[T, output axis, all others] -> [T, K, A, B]"""
+    return x.reshape(len(x), *shape).permute(0, *(axis + 1 for axis in place.order)).reshape(len(x), *place.shape)
 
 
 def newton_schulz(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ CPUs (docs/performance.md has a GPU's times). `norm_fc` has kernels too: `kernel
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,9 +20,11 @@ from typing import Any
 import torch
 
 from lolo.optimizers import weights_file
+from lolo.torch import rounds, sharding
 from lolo.torch.architecture import ABSENT, ARCHITECTURES, TorchArchitecture, as_weights, settings_of
 from lolo.torch.blocks import MOMENTS, Workspace, moved
 from lolo.torch.checks import (
+    DTYPES,
     check_flag,
     check_gradient,
     check_number,
@@ -30,9 +33,11 @@ from lolo.torch.checks import (
     warn_of_rates,
 )
 from lolo.torch.precision import full_precision
+from lolo.torch.rounds import Rounds
 
 COMMON = ("lr", "weights", "weight_decay", "maximize")
 SETTINGS = (*COMMON, *ABSENT)
+DTYPES_BY_NAME = {str(dtype): dtype for dtype in DTYPES}
 
 
 class LoLO(torch.optim.Optimizer):
@@ -72,18 +77,21 @@ class LoLO(torch.optim.Optimizer):
         CPU where the installation has one, for float32 momenta; on NVIDIA's GPUs Triton's, where Triton can compile
         them. $LOLO_KERNEL=0 says no.
 
-    State per parameter: `step` (int64, on the CPU; `norm_fc`'s of a CUDA parameter beside it) and `momentum`, `rms`, `row`, `column`, float32: 4 numbers per entry
-    and the factored moments, 7 per entry below two axes; on `norm_fc`'s AdamW `momentum` and `rms` only. A tensor's
-    moments lie as [K, A, B], A and B its two largest axes; `load_state_dict` brings them back bit for bit, whatever the
-    parameters' dtype, and refuses the state of other weights. Parameters without a gradient are skipped, and their
-    clock with them.
+    State per parameter: `step` (int64, on the CPU; `norm_fc`'s of a CUDA parameter beside it) and `momentum`, `rms`,
+    `row`, `column`, float32: 4 numbers per entry and the factored moments, 7 per entry below two axes; on `norm_fc`'s
+    AdamW `momentum` and `rms` only. A tensor's moments lie as [K, A, B], A and B its two largest axes;
+    `load_state_dict` brings them back bit for bit, whatever the parameters' dtype, and refuses the state of other
+    weights. Parameters without a gradient are skipped, and their clock with them.
 
     A weight matrix [out, in] here is [in, out] in JAX, a convolution [out, in, h, w] is [h, w, in, out]. Both get the
     same update from `norm_fc`, transposed; from `small_fc` if their sides differ in length. For equal ones its row and
     column moments swap roles, since the later axis counts as the larger.
 
     Data parallel (DDP): gradients are averaged before the step, so every process makes the same update; nothing to set.
-    Sharded parameters (FSDP, DTensor) are refused: normalisation needs means over the whole tensor.
+    Sharded parameters (FSDP2's `fully_shard`, DTensor): cut along axis 0, or replicated; the step is that of whole
+    tensors, and its state is divided as they are (docs/use.md has the collectives, checkpoints, and what was tested).
+    The CPU kernel leaves tensors that are cut to torch's operations. All processes must step together, with gradients
+    of the same parameters. FSDP1's flat parameters and DTensors placed otherwise are refused.
     `torch.compile` around a training step works; the optimizer's part runs as it is, uncompiled (a graph break, so
     not under fullgraph=True). Steps of `norm_fc` by Triton's kernels never wait for the GPU and can be captured in a
     CUDA graph once one was taken outside; an lr that is to change there must be a CUDA tensor.
@@ -136,8 +144,10 @@ class LoLO(torch.optim.Optimizer):
         refuse_others(group)
         if not isinstance(group["params"], torch.Tensor | set):
             group["params"] = list(group["params"])
-        for param in [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]:
-            check_parameter(param[1] if isinstance(param, tuple) else param)
+        members = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
+        for index, param in enumerate(members):
+            name, param = param if isinstance(param, tuple) else (index, param)
+            check_parameter(param, name)
         given = {**self.defaults, **group}
         for name in ("maximize", "freeze_unseen"):
             check_flag(name, given[name])
@@ -168,29 +178,32 @@ class LoLO(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        kinds = {param.device.type for group in self.param_groups for param in group["params"]}
+        params = [param for group in self.param_groups for param in group["params"]]
+        kinds = {param.device.type for param in params} | sharding.kinds(params)
         with full_precision(kinds):
-            for group in self.param_groups:
-                self._step_group(group)
+            rounds.run(itertools.chain.from_iterable(map(self._steps_of, self.param_groups)))
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _steps_of(self, group: dict[str, Any]) -> Iterator[Rounds]:
+        """The steps of a group's tensors."""
         row, by_device = self._architecture(group), defaultdict(list)
-        for param in group["params"]:
+        for index, param in enumerate(group["params"]):
             if param.grad is not None and param.numel():
                 check_gradient(param)
                 if "step" not in self.state[param]:
-                    self._begin(param, group)
+                    self._begin(param, group, index)
                 by_device[param.device].append(param)
         for device, params in by_device.items():
             space = self._spaces.setdefault(device, Workspace(device))
-            row.step(params, self.state, group, self._network(group, space), space)
+            local, state, shares = sharding.opened(params, self.state, lambda param: row.zeros(param, group))
+            yield from row.step(local, state, group, self._network(group, space), space, shares)
 
-    def _begin(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+    def _begin(self, param: torch.Tensor, group: dict[str, Any], index: int) -> None:
         """Zero moments, and a clock that counts this parameter's steps, beside what wrappers keep in its state."""
+        check_parameter(param, group.get("param_names", {index: index})[index])  # wrappers exchange parameters
         self.state[param]["step"] = torch.zeros((), dtype=torch.int64, device=self._counter(param, group))
-        for name, (shape, dtype) in self._architecture(group).zeros(param, group).items():
-            self.state[param][name] = torch.zeros(shape, device=param.device, dtype=dtype)
+        for name, place in self._architecture(group).zeros(param, group).items():
+            self.state[param][name] = sharding.zeros_beside(param, place)
 
     def _counter(self, param: torch.Tensor, group: dict[str, Any]) -> torch.device:
         """Where a parameter's step count lies."""
@@ -215,9 +228,18 @@ class LoLO(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self._architecture(group).added.items():
                 group.setdefault(name, value)
+            if "state_dtype" in group:
+                group["state_dtype"] = DTYPES_BY_NAME.get(group["state_dtype"], group["state_dtype"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_networks": self._networks, "_spaces": {}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with dtypes among the settings by name: `torch.distributed.checkpoint` gathers none."""
+        found = super().state_dict()
+        for group in found["param_groups"]:
+            group |= {name: str(value) for name, value in group.items() if isinstance(value, torch.dtype)}
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state exactly. Raises ValueError for the state of other weights, parameters or optimizers.
@@ -234,13 +256,13 @@ class LoLO(torch.optim.Optimizer):
         def after(_: torch.optim.Optimizer) -> None:  # comes before the user's own hooks
             for name, param, group in self._named_by(loaded):
                 state = loaded["state"].get(name, {})
-                own = self._architecture(group).zeros(param, group)
-                places = {
-                    "step": (self._counter(param, group), torch.int64),
-                    **{key: (param.device, dtype) for key, (_, dtype) in own.items()},
-                }
-                for key in places.keys() & state.keys():
-                    self.state[param][key] = state[key].detach().clone().to(*places[key])
+                if "step" in state:
+                    self.state[param]["step"] = (
+                        state["step"].detach().clone().to(self._counter(param, group), torch.int64)
+                    )
+                for key, place in self._architecture(group).zeros(param, group).items():
+                    if key in state:
+                        self.state[param][key] = sharding.taken_up(state[key], param, place)
 
         handles = [
             self.register_load_state_dict_pre_hook(before),
@@ -271,9 +293,12 @@ class LoLO(torch.optim.Optimizer):
         for name, param, group in self._named_by(state_dict):
             state = state_dict["state"].get(name)
             own = self._architecture(group).zeros(param, group)
-            expected = {"step": (), **{key: shape for key, (shape, _) in own.items()}}
+            expected = {"step": (), **{key: place.shape for key, place in own.items()}}
             kept = {key: value for key, value in (state or {}).items() if key in (*MOMENTS, "step")}
             found = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in kept.items()}
+            for key, place in own.items():  # as it lies beside a DTensor
+                if key in found and found[key] == sharding.divisible_shape(place, param.shape):
+                    found[key] = place.shape
             if kept and found != expected:
                 raise ValueError(
                     f"the saved state of parameter {name!r} of shape {tuple(param.shape)} has {found}; "

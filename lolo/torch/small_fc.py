@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +18,12 @@ import torch
 
 from lolo.optimizers import factored
 from lolo.optimizers import small_fc_spec as spec
-from lolo.torch import blocks
-from lolo.torch.blocks import Batch, BlockLayout, State, Workspace, Zeros
+from lolo.torch import blocks, layouts
+from lolo.torch.blocks import Batch, State, Workspace
 from lolo.torch.checks import check_number
+from lolo.torch.layouts import BlockLayout
+from lolo.torch.rounds import Rounds, Share
+from lolo.torch.sharding import Zeros
 
 ADDED: Mapping[str, Any] = {"step_decay": math.inf, "freeze_unseen": False}  # settings that older states lack
 
@@ -100,22 +103,28 @@ def settings_of(learner: spec.SmallFcSettings, given: Mapping[str, Any]) -> dict
 
 @functools.lru_cache(maxsize=4096)
 def layout(shape: tuple[int, ...]) -> BlockLayout:
-    return blocks.layout(shape, factored.factored_axes(shape))
+    return layouts.layout(shape, factored.factored_axes(shape))
 
 
 def zeros(param: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Zeros]:
     """What is kept for a parameter beside its step count."""
-    shapes = blocks.moment_shapes(layout(tuple(param.shape)))
-    return {name: (shape, torch.float32) for name, shape in shapes.items()}
+    return layouts.zeros(layout(tuple(param.shape)))
 
 
 def step(
-    params: list[torch.Tensor], state: State, group: Mapping[str, Any], network: SmallFcNetwork, space: Workspace
-) -> None:
-    """One step of parameters of one group and device, all with a gradient and entries."""
+    params: list[torch.Tensor],
+    state: State,
+    group: Mapping[str, Any],
+    network: SmallFcNetwork,
+    space: Workspace,
+    shares: Mapping[torch.Tensor, Share],
+) -> Iterator[Rounds]:
+    """One step of parameters of one group and device, all with a gradient and entries. shares: of those cut."""
     alike = defaultdict(list)
     for param in params:
-        alike[layout(tuple(param.shape)), int(state[param]["step"])].append(param)
+        share = shares.get(param)
+        place = layouts.part(layout(share.shape if share else tuple(param.shape)), share, len(param) if share else 0)
+        alike[place, int(state[param]["step"])].append(param)
     rules: dict[int, Rule] = {}
     read = blocks.reader(spec.LARGEST_GRADIENT, math.inf, group["maximize"])
     for (place, count), members in alike.items():
@@ -123,8 +132,7 @@ def step(
             rules[count] = rule_at(count, group, network)
         for some in blocks.batches(members, place, space.block):
             batch = blocks.gather(some, state, place, read)
-            step_batch(batch, place, rules[count], space, blocks.in_place(batch, some))
-            blocks.scatter(batch, some, state, place)
+            yield step_batch(batch, some, state, place, rules[count], space)
 
 
 def rule_at(count: int, group: Mapping[str, Any], network: SmallFcNetwork) -> Rule:
@@ -208,10 +216,13 @@ def run_network(
     return scratch.magnitude.mul_(rule.exp_mult).exp_().mul_(scratch.direction)
 
 
-def step_batch(batch: Batch, place: BlockLayout, rule: Rule, space: Workspace, in_place: bool) -> None:
-    """Update the moments of T tensors, and `batch.param`: by adding the step, or, not in place, by becoming it."""
+def step_batch(
+    batch: Batch, params: list[torch.Tensor], state: State, place: BlockLayout, rule: Rule, space: Workspace
+) -> Rounds:
+    """Move T tensors, and update their moments."""
     network, tensors = rule.network, batch.grad.shape[0]
-    pieces = blocks.pieces_of(batch, place, network, rule.bias, spec.NORMALIZE_EPSILON, space.block)
+    in_place = blocks.in_place(batch, params)
+    pieces = yield from blocks.pieces_of(batch, place, network, space.block)
     weight = network.entry if place.factored else torch.cat([network.entry, network.row + network.column], dim=1)
     scratches = [space.scratch(views, piece.grad.shape, weight.shape[1], len(rule.bias)) for piece in pieces]
 
@@ -220,15 +231,16 @@ def step_batch(batch: Batch, place: BlockLayout, rule: Rule, space: Workspace, i
         blocks.accumulate(piece, network, scratch.squared)
         fill_inputs(piece, scratch)
         squares.add_(blocks.sum_of_squares(scratch.per_tensor))
-    scale = blocks.normalizer(squares, math.prod(place.shape), spec.NORMALIZE_EPSILON)
+    squares, base = yield from blocks.first_layer(squares, batch, place, network, rule.bias, spec.NORMALIZE_EPSILON)
+    scale = blocks.normalizer(squares, math.prod(place.whole), spec.NORMALIZE_EPSILON)
     if tensors == 1:
         weight = weight * scale.T
-    for piece, scratch in zip(pieces, scratches, strict=True):
-        if len(pieces) > 1:
+    for piece, scratch, summands in zip(pieces, scratches, blocks.bases_of(base, place, pieces), strict=True):
+        if len(pieces) > 1 or place.cut:  # the scratch holds another block
             fill_inputs(piece, scratch)
         if tensors > 1:
             scratch.per_tensor.mul_(scale.unsqueeze(2))
-        change = run_network(weight, piece.base, rule, scratch)
+        change = run_network(weight, summands, rule, scratch)
         if rule.weight_decay:
             change.add_(piece.param, alpha=rule.weight_decay)
         if rule.freeze_unseen:
@@ -237,3 +249,4 @@ def step_batch(batch: Batch, place: BlockLayout, rule: Rule, space: Workspace, i
             piece.param.add_(change, alpha=-rule.scale)
         else:
             torch.mul(change, -rule.scale, out=piece.param)
+    blocks.scatter(batch, params, state, place)

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from lolo.kernels import library
-from lolo.torch import blocks
-from lolo.torch.blocks import BlockLayout, State, Workspace
+from lolo.torch import layouts
+from lolo.torch.blocks import MOMENTS, State, Workspace
+from lolo.torch.layouts import BlockLayout
 from lolo.torch.triton_table import (
     AT,
     LIMIT,
@@ -164,7 +165,7 @@ def prepare(param: torch.Tensor, place: BlockLayout | None) -> Located:
     """Say where a parameter and its gradient lie; where they can't be seen as [K, A, B], in a copy."""
     view = place or BlockLayout((), (1, 1, param.numel()), factored=False, last_is_largest=True)
     assert param.grad is not None
-    grad, value = blocks.arrange(param.grad.resolve_neg(), view), blocks.arrange(param, view)
+    grad, value = layouts.arrange(param.grad.resolve_neg(), view), layouts.arrange(param, view)
     if place is None:
         grad, value = grad.contiguous(), value.contiguous()
     return Located(param, place, grad, value, all(map(_is_aligned, (grad, value))))
@@ -230,7 +231,7 @@ def keep(located: Located) -> None:
         torch.autograd.graph.increment_version(located.param)
     else:
         place = located.place or BlockLayout((), (1, 1, located.param.numel()), factored=False, last_is_largest=True)
-        located.param.copy_(blocks.restore(located.value, place, located.param.shape))
+        located.param.copy_(layouts.restore(located.value, place, located.param.shape))
 
 
 def table_of(
@@ -245,7 +246,7 @@ def table_of(
     for index, located in enumerate(some):
         own = state[located.param]
         addresses[index, 0], addresses[index, 1] = located.grad.data_ptr(), located.value.data_ptr()
-        for name in blocks.MOMENTS:
+        for name in MOMENTS:
             if name in own:
                 addresses[index, AT[name]] = own[name].data_ptr()
         addresses[index, AT["count"]] = own["step"].data_ptr()
