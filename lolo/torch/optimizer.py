@@ -72,11 +72,11 @@ class LoLO(torch.optim.Optimizer):
         CPU where the installation has one, for float32 momenta; on NVIDIA's GPUs Triton's, where Triton can compile
         them. $LOLO_KERNEL=0 says no.
 
-    State per parameter: `step` (int64, on the CPU; `norm_fc`'s of a CUDA parameter beside it) and `momentum`, `rms`, `row`, `column`, float32: 4 numbers per entry
-    and the factored moments, 7 per entry below two axes; on `norm_fc`'s AdamW `momentum` and `rms` only. A tensor's
-    moments lie as [K, A, B], A and B its two largest axes; `load_state_dict` brings them back bit for bit, whatever the
-    parameters' dtype, and refuses the state of other weights. Parameters without a gradient are skipped, and their
-    clock with them.
+    State per parameter: `step` (int64, on the CPU; `norm_fc`'s of a CUDA parameter beside it) and `momentum`, `rms`,
+    `row`, `column`, float32: 4 numbers per entry and the factored moments, 7 per entry below two axes; on `norm_fc`'s
+    AdamW `momentum` and `rms` only. A tensor's moments lie as [K, A, B], A and B its two largest axes;
+    `load_state_dict` brings them back bit for bit, whatever the parameters' dtype, and refuses the state of other
+    weights. Parameters without a gradient are skipped, and their clock with them.
 
     A weight matrix [out, in] here is [in, out] in JAX, a convolution [out, in, h, w] is [h, w, in, out]. Both get the
     same update from `norm_fc`, transposed; from `small_fc` if their sides differ in length. For equal ones its row and
