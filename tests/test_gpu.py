@@ -319,7 +319,7 @@ def test_torch_a_state_of_the_kernels_continues_on_the_cpu(torch):
     optimizer.step()
     saved, start = copy.deepcopy(optimizer.state_dict()), [p.clone() for p in params]
     gradients(torch, params, generator)
-    there = [p.cpu() for p in start]
+    there = [p.cpu().clone() for p in start]
     other = LoLO(there, norm_fc_file(orthogonal=False))
     other.load_state_dict(saved)
     for mine, param in zip(there, params, strict=True):

@@ -81,6 +81,9 @@ class Launch:
     def upload(self, addresses: np.ndarray, device: torch.device) -> torch.Tensor:
         """The table on the device, int64 [T, FIELDS]. addresses: [T, POINTERS]."""
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.spare is None and device.type == "cuda" and not capturing:
+            empty = torch.empty(self.plan.rows.shape, dtype=torch.int64, pin_memory=True)
+            self.spare = empty, torch.empty_like(empty, device=device, pin_memory=False)
         if self.addresses is not None and np.array_equal(addresses, self.addresses):
             if capturing:
                 self.captured.append(self.table)
@@ -91,12 +94,7 @@ class Launch:
         if capturing:
             return self._upload_in_capture(table)
         self.addresses = addresses
-        if device.type == "cpu":
-            self.table = table
-        else:
-            self.table = table.pin_memory().to(device, non_blocking=True)
-            if self.spare is None:
-                self.spare = torch.empty_like(table, pin_memory=True), torch.empty_like(self.table)
+        self.table = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
         return self.table
 
     def _upload_in_capture(self, table: torch.Tensor) -> torch.Tensor:

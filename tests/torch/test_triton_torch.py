@@ -228,6 +228,16 @@ def test_the_table_is_written_again_when_addresses_change(monkeypatch):
     assert written == [True, False, True]
 
 
+def test_a_capture_takes_the_spare_table_and_says_when_there_is_none():
+    made = triton_table.adam_plan([5, 2000])
+    launch, table = triton_kernel.Launch(made, torch.device("cpu")), torch.from_numpy(made.rows)
+    launch.spare = torch.empty_like(table), torch.empty_like(table)
+    there = launch._upload_in_capture(table)
+    assert torch.equal(there, table) and any(there is x for pair in launch.captured for x in pair)
+    with pytest.raises(RuntimeError, match="needs a step outside of one before"):
+        launch._upload_in_capture(table)
+
+
 def test_launches_have_a_limit_and_keep_equal_shapes_together(monkeypatch):
     monkeypatch.setattr(triton_kernel, "LIMIT", 100)
     params = [torch.randn(shape, requires_grad=True) for shape in ((5, 10), (6, 30), (5, 10), (2, 5))]
