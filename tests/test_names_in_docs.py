@@ -19,7 +19,8 @@ TEST = re.compile(r"(?:torch/)?(test_\w+\.py)(?:::(\w+…?))?")
 
 def top_level(file):
     """Names that a module defines or imports."""
-    for node in ast.parse(file.read_text()).body:
+    body = ast.parse(file.read_text()).body
+    for node in [*body, *(inner for node in body if isinstance(node, ast.Try) for inner in node.body)]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Import | ast.ImportFrom):
