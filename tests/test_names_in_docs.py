@@ -20,7 +20,7 @@ TEST = re.compile(r"(?:torch/)?(test_\w+\.py)(?:::(\w+…?))?")
 def top_level(file):
     """Names that a module defines or imports."""
     body = ast.parse(file.read_text()).body
-    for node in [*body, *(inner for node in body if isinstance(node, ast.Try) for inner in node.body)]:
+    for node in [*body, *(inner for tried in body if isinstance(tried, ast.Try) for inner in tried.body)]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Import | ast.ImportFrom):

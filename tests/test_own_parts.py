@@ -12,6 +12,8 @@ import pytest
 import lolo
 from lolo.cli.main import main
 from lolo.files import settings, tensors, user_code
+from lolo.race import entrants
+from lolo.studies import candidates
 from lolo.training import build, own_parts, recipes, run_folder
 
 PARTS = '''
@@ -148,6 +150,8 @@ def test_a_researcher_s_walk(files, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(files))
     import parts
 
+    entrant = entrants.entrant(str(last), code=(files / "parts.py",))
+    assert entrant.meta_tasks and candidates.read(entrant.optimizers, code=entrant.code)
     optimizer = lolo.load(last, code=parts.rate).optimizer()
     params = {"w": jnp.ones(3)}
     updates, _ = optimizer.update(params, optimizer.init(params), params)

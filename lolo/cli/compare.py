@@ -101,6 +101,7 @@ def race_command(argv: list[str]) -> int:
         from_scratch: bool = False,
         time_steps: bool = False,
         transfer: tuple[str, ...] = (),
+        code: tuple[Path, ...] = (),
         dry_run: bool = False,
     ) -> int:
         """Race an optimizer against those that people use, on ten small workloads: the rules are in docs/race.md.
@@ -122,6 +123,7 @@ def race_command(argv: list[str]) -> int:
           time_steps: measure the time of a training step again, of the rivals and the optimizer: minutes.
           transfer: no race: how far the best learning rate of these optimizers moves with the width and the depth of a
             transformer, as a picture. Each is a rival's kind or weights: adamw muon mine.safetensors.
+          code: your own files that may be run, of weights whose architecture is a function of one.
           dry_run: only say what would run.
         """
         for workload in only:
@@ -132,7 +134,7 @@ def race_command(argv: list[str]) -> int:
             raise ValueError("--settings and --name are of --optimizer: give one.")
         environment.set_up()
         with logged_warnings():
-            mine = [entrants.entrant(optimizer, settings, name)] if optimizer else []
+            mine = [entrants.entrant(optimizer, settings, name, code)] if optimizer else []
         if dry_run and transfer:
             raise ValueError("--dry-run is for a race; leave out --transfer.")
         if dry_run:

@@ -24,6 +24,7 @@ class Entrant:
     name: str
     optimizers: tuple[str, ...]  # up to five settings, as `lolo eval` names them; the first is for self-tuning
     meta_tasks: tuple[str, ...] = ()  # that its φ was meta-trained on
+    code: tuple[Path, ...] = ()  # files that may be run, of weights whose architecture is a user's function
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.optimizers) <= search.FIVE:
@@ -35,10 +36,10 @@ def rival(kind: str, found: Sequence[records.Trial]) -> Entrant:
     return Entrant(kind, tuple(tuning.names_of(found, kind)))
 
 
-def entrant(optimizer: str, settings: Sequence[str] = (), name: str = "") -> Entrant:
+def entrant(optimizer: str, settings: Sequence[str] = (), name: str = "", code: Sequence[Path] = ()) -> Entrant:
     """An optimizer as `lolo eval` names it, with several settings if it has some. Raises ValueError.
 
-    name: what it is called in tables and pictures; its optimizer's, if empty.
+    name: what it is called in tables and pictures; its optimizer's, if empty. code: as `Entrant` has it.
 
     >>> entrant("adamw:1e-3").optimizers
     ('adamw:1e-3',)
@@ -47,9 +48,9 @@ def entrant(optimizer: str, settings: Sequence[str] = (), name: str = "") -> Ent
     """
     separator = "," if ":" in optimizer.rpartition(".py:")[2] else ":"
     names = tuple(f"{optimizer}{separator}{words}" for words in settings) or (optimizer,)
-    found = candidates.read(names)
+    found = candidates.read(names, code=code)
     recipe = {task for named in found.values() for task in meta_tasks(named)}
-    return Entrant(name or optimizer, names, tuple(sorted(recipe)))
+    return Entrant(name or optimizer, names, tuple(sorted(recipe)), tuple(code))
 
 
 def meta_tasks(named: Named) -> tuple[str, ...]:
@@ -75,7 +76,7 @@ def run_on(
 
     Rows are kept in `out` as they come; those found there are not made again. Raises ValueError, FileError.
     """
-    named = candidates.read(of.optimizers)
+    named = candidates.read(of.optimizers, code=of.code)
     files = {name: part_file(out, workload, name, one) for name, one in named.items()}
     rows = {name: records.read(file, RaceRow) for name, file in files.items()}
     missing = [name for name in named if not is_complete(rows[name], workload, seeds, name == of.optimizers[0])]

@@ -27,7 +27,7 @@ def measure(
     of = workloads.WORKLOADS[workload]
     programs = []
     for entrant in entrants:
-        (named,) = candidates.read(entrant.optimizers[:1]).values()
+        (named,) = candidates.read(entrant.optimizers[:1], code=entrant.code).values()
         entry = candidates.candidate(
             named, workloads.splits_of(of.task), of.steps, is_matrix=workloads.matrices_of(of.task)
         )
