@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -205,6 +206,33 @@ def test_plain_progress_says_how_long_it_will_take(monkeypatch, capsys):
     display("runs", 1, 100, "the same tenth")
     display("runs", 10, 100, "loss nan")
     assert capsys.readouterr().err.splitlines() == ["runs: 0 of 100", "runs: 10 of 100 loss nan  0:09:00 left"]
+
+
+def test_a_notebook_shows_one_line_that_changes(monkeypatch):
+    clock, lines = iter([100.0, 100.1, 101.0, 101.1]), []
+
+    class Handle:
+        def update(self, data, raw):
+            lines[-1] = data["text/plain"]
+
+    def display(data, raw, display_id):
+        lines.append(data["text/plain"])
+        return Handle()
+
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(progress, "time_left", lambda *_: "")
+    console = types.SimpleNamespace(is_jupyter=True)
+    monkeypatch.setattr(progress.rich.console, "Console", lambda **_: console)
+    with progress.progress_display() as shown:
+        shown("runs", 0, 100, "")
+        assert lines == ["runs " + 24 * "░" + " 0 of 100"]
+        shown("runs", 1, 100, "too soon")
+        assert lines == ["runs " + 24 * "░" + " 0 of 100"]
+        shown("runs", 50, 100, "loss 1.0")
+        assert lines == ["runs " + 12 * "█" + 12 * "░" + " 50 of 100 loss 1.0"]
+        shown("runs", 100, 100, "the end comes at once")
+    assert lines == ["runs " + 24 * "█" + " 100 of 100 the end comes at once"]
 
 
 def test_a_loss_that_is_not_a_number_is_shown_as_nan(tmp_path, capsys):

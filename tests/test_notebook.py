@@ -8,6 +8,7 @@ import pytest
 import lolo
 from lolo import notebook
 from lolo.evaluation import long_runs
+from lolo.studies import plots
 from lolo.tasks import small
 
 SMALL = {"outer.steps": 3, "unroll.length": 20, "unroll.truncation": 10, "validation.every": 0, "estimator.pairs": 2}
@@ -51,6 +52,7 @@ def test_reprs_are_one_line(result):
 
 def test_a_meta_training_is_drawn_from_its_log(result):
     figure = result.plot()
+    assert figure.number not in plots.pyplot().get_fignums()  # a notebook would show it a second time
     line = figure.axes[0].lines[0]
     np.testing.assert_allclose(line.get_ydata(), [row["task_loss"][0] for row in result.rows])
     assert len(result.rows) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lolo.runtime import streams
 from lolo.training import how
+
+BAR_WIDTH = 24  # characters
+LINE_SECONDS = 0.3  # between changes of a notebook's line
 
 
 class ProgressDisplay:
@@ -38,6 +42,29 @@ class ProgressDisplay:
         self.progress.update(self.bars[what], completed=done, total=total, word=word)
 
 
+class NotebookDisplay(ProgressDisplay):
+    """Shows progress in a notebook: a line below the cell, which changes."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.display = importlib.import_module("IPython.display").display
+        self.lines: dict[str, Any] = {}
+        self.shown: dict[str, float] = {}  # when each line last changed
+
+    def __call__(self, what: str, done: int, total: int, word: str) -> None:
+        now = time.monotonic()
+        if what in self.lines and done < total and now - self.shown[what] < LINE_SECONDS:
+            return
+        self.shown[what] = now
+        full = BAR_WIDTH * done // max(total, 1)
+        left = time_left(self.began.setdefault(what, (now, done)), done, total)
+        line = f"{what} {'█' * full}{'░' * (BAR_WIDTH - full)} {done} of {total} {word}".rstrip() + left
+        if what in self.lines:
+            self.lines[what].update({"text/plain": line}, raw=True)
+        else:
+            self.lines[what] = self.display({"text/plain": line}, raw=True, display_id=True)
+
+
 def time_left(began: tuple[float, int], done: int, total: int) -> str:
     """ "  0:12:34 left", by the pace since it began; "" before there is one, and at the end."""
     seconds, before = time.monotonic() - began[0], began[1]
@@ -48,14 +75,17 @@ def time_left(began: tuple[float, int], done: int, total: int) -> str:
 
 @contextmanager
 def progress_display() -> Iterator[ProgressDisplay]:
-    """A ProgressDisplay for this terminal."""
+    """A ProgressDisplay for this terminal, or this notebook."""
     console = rich.console.Console(stderr=True)
-    if not (console.is_terminal or console.is_jupyter):
+    if console.is_jupyter:
+        yield NotebookDisplay()
+        return
+    if not console.is_terminal:
         yield ProgressDisplay(None)
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=BAR_WIDTH),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,20 @@ STYLES = ("-", "--", ":")  # for a ninth line, and a seventeenth
 
 
 def pyplot() -> Any:
-    """matplotlib without a display."""
+    """matplotlib's pyplot, without a display where the caller has not chosen one, as a notebook has."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    if "MPLBACKEND" not in os.environ and "matplotlib.pyplot" not in sys.modules:
+        matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def closed(figure: Any) -> Any:
+    """A figure to return: pyplot forgets it, so that a notebook shows it once."""
+    pyplot().close(figure)
+    return figure
 
 
 def save_figure(figure: Any, path: Path) -> None:
