@@ -49,7 +49,8 @@ def test_shipped_weights_say_what_was_measured_and_what_they_are_not_for(name):
     assert len(card["limits"]) > 100 and card["data"] and card["results"] and card["rows_sha256"]
     for measured in card["results"].values():
         assert all(np.isfinite(losses["train_loss"]).all() and losses["n"] for losses in measured.values())
-        assert {"lolo", name} & set(measured) and any("adamw" in label for label in measured)
+        assert {"lolo", "norm-fc", name} & {label.split()[0] for label in measured}
+        assert any("adamw" in label for label in measured)
 
 
 @pytest.mark.parametrize("optimizer", COMPOSED.values(), ids=COMPOSED)
