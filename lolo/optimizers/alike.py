@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lolo.optimizers import sharding
 from lolo.trees import PyTree
 
-Kind = TypeVar("Kind", bound=Hashable)
+Treatment = TypeVar("Treatment", bound=Hashable)
 
 LEAST = 4
 """Tensors of one shape before they share a program. A small model keeps one program for each, and its last bits."""
@@ -21,7 +21,7 @@ LARGEST = 2**20
 
 
 def over_alike(
-    function: Callable[[Kind, PyTree], PyTree], kinds: Sequence[Kind], trees: Sequence[PyTree]
+    function: Callable[[Treatment, PyTree], PyTree], kinds: Sequence[Treatment], trees: Sequence[PyTree]
 ) -> list[PyTree]:
     """function(kind, tree) for each pair.
 
@@ -48,7 +48,7 @@ def over_alike(
     return [done[i] for i in range(len(trees))]
 
 
-def together(function: Callable[[Kind, PyTree], PyTree], kind: Kind, trees: Sequence[PyTree]) -> list[PyTree]:
+def together(function: Callable[[Treatment, PyTree], PyTree], kind: Treatment, trees: Sequence[PyTree]) -> list[PyTree]:
     """function(kind, tree) of equal trees, by one program."""
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *trees)
 

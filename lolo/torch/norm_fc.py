@@ -23,7 +23,7 @@ from lolo.torch import blocks, kernel, layouts
 from lolo.torch.blocks import Batch, Piece, State, Workspace
 from lolo.torch.checks import check_number
 from lolo.torch.layouts import BlockLayout
-from lolo.torch.rounds import Matrices, Rounds, Share, Sums
+from lolo.torch.rounds import WholeMatrices, Rounds, Share, Sums
 from lolo.torch.sharding import Zeros
 
 WIDER = 2  # a block has this many times the entries of one of small_fc: the network is narrower
@@ -205,7 +205,7 @@ def step_batch(
             change = orthogonalized(change, place, tuple(params[0].shape))
         else:
             rows = matrices(change, place, tuple(params[0].shape))
-            (rows,) = yield Matrices(rows, place.cut.share, newton_schulz)
+            (rows,) = yield WholeMatrices(rows, place.cut.share, newton_schulz)
             change = arranged(rows, place, tuple(params[0].shape))
     change = change.mul_(batch.rms > 0)  # NaN stays NaN
     (squares,) = yield from blocks.total([blocks.sum_of_squares(change.flatten(1).unsqueeze(0))], place)

@@ -1,8 +1,8 @@
 """Tensors of which each process has some rows: what the processes of a group compute together, for all tensors at once.
 
-A step of one batch of tensors is a generator. It yields what it can't know from its own rows, `Sums` or `Matrices`, and
+A step of one batch of tensors is a generator. It yields what it can't know from its own rows, `Sums` or `WholeMatrices`, and
 gets it back complete; whole tensors yield nothing. `run` drives all of them in lockstep and answers all `Sums` with one
-all-reduce, all `Matrices` with two all-to-alls, so that the number of collectives does not depend on the number of
+all-reduce, all `WholeMatrices` with two all-to-alls, so that the number of collectives does not depend on the number of
 tensors.
 """
 
@@ -36,7 +36,7 @@ class Sums(NamedTuple):
     share: Share
 
 
-class Matrices(NamedTuple):
+class WholeMatrices(NamedTuple):
     """Rows of T matrices, and what is to be computed of the whole ones."""
 
     rows: torch.Tensor  # [T, n, columns], n of this process
@@ -44,8 +44,8 @@ class Matrices(NamedTuple):
     function: Callable[[torch.Tensor], torch.Tensor]  # [T, rows, columns] -> [T, rows, columns]
 
 
-Rounds = Generator[Sums | Matrices, list[torch.Tensor], None]
-"""A step of some tensors: the answer to `Sums` is their totals, the answer to `Matrices` the rows of the results."""
+Rounds = Generator[Sums | WholeMatrices, list[torch.Tensor], None]
+"""A step of some tensors: the answer to `Sums` is their totals, the answer to `WholeMatrices` the rows of the results."""
 
 
 def largest_rows(share: Share) -> int:
@@ -63,21 +63,21 @@ def run(steps: Iterable[Rounds]) -> None:
     """Finish all steps. Every process of a group must have the same ones, in the same order."""
     waiting = [(rounds, request) for rounds in steps if (request := next(rounds, None)) is not None]
     while waiting:
-        kind = Matrices if any(isinstance(request, Matrices) for _, request in waiting) else Sums
+        kind = WholeMatrices if any(isinstance(request, WholeMatrices) for _, request in waiting) else Sums
         groups = defaultdict[Any, list[int]](list)
         for index, (_, request) in enumerate(waiting):
             if isinstance(request, kind):
                 groups[request.share.group].append(index)
-        following: dict[int, Sums | Matrices | None] = {}
+        following: dict[int, Sums | WholeMatrices | None] = {}
         for members in groups.values():
-            answer = exchange if kind is Matrices else add
+            answer = exchange if kind is WholeMatrices else add
             for index, complete in zip(members, answer([waiting[index][1] for index in members]), strict=True):
                 following[index] = advance(waiting[index][0], complete)
         left = [(rounds, following.get(index, request)) for index, (rounds, request) in enumerate(waiting)]
         waiting = [(rounds, request) for rounds, request in left if request is not None]
 
 
-def advance(rounds: Rounds, complete: list[torch.Tensor]) -> Sums | Matrices | None:
+def advance(rounds: Rounds, complete: list[torch.Tensor]) -> Sums | WholeMatrices | None:
     """What a step asks for next; None where it is finished."""
     try:
         return rounds.send(complete)
@@ -99,7 +99,7 @@ def add(requests: list[Any]) -> list[list[torch.Tensor]]:
 
 
 def exchange(requests: list[Any]) -> list[list[torch.Tensor]]:
-    """Results for the `Matrices` of one group: each whole matrix is worked on by one process, by turns."""
+    """Results for the `WholeMatrices` of one group: each whole matrix is worked on by one process, by turns."""
     share = requests[0].share
     if share.group.size() == 1:
         return [[request.function(request.rows)] for request in requests]
@@ -135,7 +135,7 @@ def turns(shapes: tuple[tuple[int, int], ...], processes: int, largest: int) -> 
 
 
 def turn(
-    owned: tuple[tuple[int, ...], ...], rows: list[torch.Tensor], origin: list[Matrices]
+    owned: tuple[tuple[int, ...], ...], rows: list[torch.Tensor], origin: list[WholeMatrices]
 ) -> dict[int, torch.Tensor]:
     """One turn: bring the rows of each matrix to its owner, and those of the result back.
 
@@ -172,7 +172,7 @@ def turn(
     return {i: result.view(rows[i].shape) for i, result in zip(order, results, strict=True)}
 
 
-def computed(whole: dict[int, torch.Tensor], origin: list[Matrices]) -> dict[int, torch.Tensor]:
+def computed(whole: dict[int, torch.Tensor], origin: list[WholeMatrices]) -> dict[int, torch.Tensor]:
     """The results of whole matrices, small ones of equal shape together."""
     alike = defaultdict[Any, list[int]](list)
     for i, matrix in whole.items():
