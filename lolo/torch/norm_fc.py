@@ -23,7 +23,7 @@ from lolo.torch import blocks, kernel, layouts
 from lolo.torch.blocks import Batch, Piece, State, Workspace
 from lolo.torch.checks import check_number
 from lolo.torch.layouts import BlockLayout
-from lolo.torch.rounds import WholeMatrices, Rounds, Share, Sums
+from lolo.torch.rounds import Rounds, Share, Sums, WholeMatrices
 from lolo.torch.sharding import Zeros
 
 WIDER = 2  # a block has this many times the entries of one of small_fc: the network is narrower

@@ -1,9 +1,9 @@
 """Tensors of which each process has some rows: what the processes of a group compute together, for all tensors at once.
 
-A step of one batch of tensors is a generator. It yields what it can't know from its own rows, `Sums` or `WholeMatrices`, and
-gets it back complete; whole tensors yield nothing. `run` drives all of them in lockstep and answers all `Sums` with one
-all-reduce, all `WholeMatrices` with two all-to-alls, so that the number of collectives does not depend on the number of
-tensors.
+A step of one batch of tensors is a generator. It yields what it can't know from its own rows, `Sums` or
+`WholeMatrices`, and gets it back complete; whole tensors yield nothing. `run` drives all of them in lockstep and
+answers all `Sums` with one all-reduce, all `WholeMatrices` with two all-to-alls, so that the number of collectives does not
+depend on the number of tensors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class WholeMatrices(NamedTuple):
 
 
 Rounds = Generator[Sums | WholeMatrices, list[torch.Tensor], None]
-"""A step of some tensors: the answer to `Sums` is their totals, the answer to `WholeMatrices` the rows of the results."""
+"""A step of some tensors: the answer to `Sums` is their totals, that to `WholeMatrices` the rows of the results."""
 
 
 def largest_rows(share: Share) -> int:
