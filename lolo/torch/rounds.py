@@ -2,8 +2,8 @@
 
 A step of one batch of tensors is a generator. It yields what it can't know from its own rows, `Sums` or
 `WholeMatrices`, and gets it back complete; whole tensors yield nothing. `run` drives all of them in lockstep and
-answers all `Sums` with one all-reduce, all `WholeMatrices` with two all-to-alls, so that the number of collectives does not
-depend on the number of tensors.
+answers all `Sums` with one all-reduce, all `WholeMatrices` with two all-to-alls, so that their number
+does not depend on the number of tensors.
 """
 
 from __future__ import annotations
