@@ -188,7 +188,7 @@ class LoLO(torch.optim.Optimizer):
         """The steps of a group's tensors."""
         row, by_device = self._architecture(group), defaultdict(list)
         for index, param in enumerate(group["params"]):
-            if param.grad is not None and param.numel():
+            if param.grad is not None and param.numel() and sharding.lies_here(param):
                 check_gradient(param)
                 if "step" not in self.state[param]:
                     self._begin(param, group, index)
@@ -304,3 +304,5 @@ class LoLO(torch.optim.Optimizer):
                     f"the saved state of parameter {name!r} of shape {tuple(param.shape)} has {found}; "
                     f"expected {expected}." + (" Was is_matrix another one?" if "is_matrix" in group else "")
                 )
+            for key, place in own.items():
+                sharding.check_division(kept.get(key), param, place)

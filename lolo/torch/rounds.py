@@ -154,7 +154,7 @@ def turn(
     device = rows[0].device
 
     def swap(pieces: list[torch.Tensor], sent: list[int], received: list[int]) -> torch.Tensor:
-        empty = torch.empty(0, device=device)
+        empty = rows[0].new_empty(0)  # for a process that has nothing to give, of the others' dtype
         flat = torch.cat([empty, *(x.flatten() for x in pieces)]).to(share.device)
         found = flat.new_empty(sum(received))
         with naming_the_cause(share):

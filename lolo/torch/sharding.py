@@ -55,6 +55,11 @@ def kinds(params: list[torch.Tensor]) -> set[str]:
     return {param.device_mesh.device_type for param in dtensors(params)}
 
 
+def lies_here(param: torch.Tensor) -> bool:
+    """Whether this process is one of those that have a tensor; a DTensor's mesh may leave it out."""
+    return not is_dtensor(param) or param.device_mesh.get_coordinate() is not None
+
+
 def share_of(param: Any) -> Share | None:
     """How the rows of a DTensor are divided; None where it is whole everywhere."""
     for axis, placement in enumerate(param.placements):
@@ -76,8 +81,11 @@ def opened(params: list[torch.Tensor], state: State, zeros: Callable[[torch.Tens
             local.append(param)
             states[param] = state[param]
             continue
-        here = param.to_local().detach()
-        here.grad = param.grad.to_local()
+        here, grad = param.to_local().detach(), param.grad.to_local()
+        torch.autograd.graph.increment_version(param)  # which moves unseen by autograd, since `here` does
+        if grad.dtype != here.dtype:
+            here.grad_dtype = grad.dtype  # as the parameter's grad_dtype allows
+        here.grad = grad
         local.append(here)
         states[here] = {"step": state[param]["step"]}
         for name, place in zeros(param).items():
@@ -141,16 +149,22 @@ def placements_beside(param: Any, place: Zeros) -> tuple[Any, ...]:
     return tuple(placement if placement.is_replicate() else cut for placement in param.placements)
 
 
+def check_division(value: Any, param: Any, place: Zeros) -> None:
+    """Raise ValueError for a saved state that is a DTensor, but not as it would lie beside the parameter."""
+    if not is_dtensor(value):
+        return
+    same = is_dtensor(param) and value.device_mesh == param.device_mesh
+    if not same or value.placements != placements_beside(param, place):
+        raise ValueError(
+            f"the saved state of a parameter of shape {tuple(param.shape)} is divided among processes otherwise "
+            "than the parameter: use get_optimizer_state_dict and set_optimizer_state_dict of "
+            "torch.distributed.checkpoint.state_dict, which bring it to these."
+        )
+
+
 def taken_up(value: Any, param: Any, place: Zeros) -> torch.Tensor:
-    """A copy of a saved state, as it lies beside the parameter. Raises ValueError where it is divided otherwise."""
+    """A copy of a saved state that `check_division` has passed, as it lies beside the parameter."""
     if is_dtensor(value):
-        same = is_dtensor(param) and value.device_mesh == param.device_mesh
-        if not same or value.placements != placements_beside(param, place):
-            raise ValueError(
-                f"the saved state of a parameter of shape {tuple(param.shape)} is divided among processes otherwise "
-                "than the parameter: use get_optimizer_state_dict and set_optimizer_state_dict of "
-                "torch.distributed.checkpoint.state_dict, which bring it to these."
-            )
         local = value.to_local()
     elif is_dtensor(param):
         share, local = share_of(param), value

@@ -7,6 +7,7 @@ imported everything.
 import copy
 import functools
 import json
+import math
 import os
 import pathlib
 import signal
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -220,6 +221,54 @@ def mixed(mesh, architecture, dtype):
     return max(difference(whole(x).float(), y.detach().float()) for x, y in zip(ours, plain, strict=True))
 
 
+def one_matrix(mesh, architecture, dtype=torch.float32, bad=None):
+    """One step of a matrix, whole and cut, with float32 gradients: the difference, or -1 where NaN are not the same.
+
+    bad: what stands in the last row of the gradient, which one process has.
+    """
+    values = torch.linspace(-1, 1, 40, dtype=torch.float32).view(5, 8).to(dtype)
+    grad = torch.linspace(-1, 1, 40, dtype=torch.float32).view(5, 8).cos()
+    if bad is not None:
+        grad[-1, 0] = bad
+    plain = torch.nn.Parameter(values.clone())
+    ours = torch.nn.Parameter(distribute_tensor(values.clone(), mesh, [Shard(0)]))
+    for param, given in ((plain, grad), (ours, distribute_tensor(grad, mesh, [Shard(0)]))):
+        if dtype != torch.float32:
+            param.grad_dtype = torch.float32
+        param.grad = given
+        LoLO([param], weights=DRAWN[architecture], lr=STEEP[architecture]).step()
+    found, expected = whole(ours).float(), plain.detach().float()
+    if not torch.equal(found.isnan(), expected.isnan()):
+        return -1.0
+    return difference(found.nan_to_num(), expected.nan_to_num()) if bad is None else float(expected.isnan().sum())
+
+
+def with_default_dtype(dtype, function):
+    torch.set_default_dtype(dtype)
+    try:
+        return function()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def beside_a_smaller_mesh(mesh, architecture):
+    """One step where only process 0 has one of two tensors: the difference of the other one, how many have a state."""
+    small = DeviceMesh("cpu", [0])
+    generator = torch.Generator().manual_seed(0)
+    values, grad = torch.randn(5, 8, generator=generator), torch.randn(5, 8, generator=generator)
+    params = [torch.nn.Parameter(distribute_tensor(values.clone(), place, [Shard(0)])) for place in (small, mesh)]
+    for param, place in zip(params, (small, mesh), strict=True):
+        param.grad = distribute_tensor(grad.clone(), place, [Shard(0)])
+    plain = torch.nn.Parameter(values.clone())
+    plain.grad = grad
+    optimizers = [
+        LoLO(some, weights=DRAWN[architecture], lr=STEEP[architecture], weight_decay=0.0) for some in (params, [plain])
+    ]
+    for optimizer in optimizers:
+        optimizer.step()
+    return [difference(whole(params[1]), plain.detach()), len(optimizers[0].state)]
+
+
 def transformer_step(model, sharded, architecture):
     """One step of the transformer from the same state and with the same gradients: relative differences."""
     twin = make_model()
@@ -368,6 +417,11 @@ def world(rank, size, folder):
             rounds.LARGEST_TURN = largest
             for dtype in (torch.float32, torch.bfloat16):
                 found[f"{architecture} mixed {dtype}"] = mixed(mesh, architecture, dtype)
+            bfloat16 = functools.partial(with_default_dtype, torch.bfloat16)
+            found[f"{architecture} default dtype"] = bfloat16(functools.partial(one_matrix, mesh, architecture))
+            found[f"{architecture} gradient's dtype"] = one_matrix(mesh, architecture, torch.bfloat16)
+            found[f"{architecture} NaN"] = [one_matrix(mesh, architecture, bad=x) for x in (math.nan, math.inf)]
+            found[f"{architecture} smaller mesh"] = beside_a_smaller_mesh(mesh, architecture)
             add, rounds.add = rounds.add, lambda requests: [request.tensors for request in requests]
             found[f"{architecture} without sums"] = tensors(mesh, [Shard(0)], architecture)
             rounds.add = add
@@ -425,9 +479,19 @@ def refusals(mesh):
     wide, param = (torch.nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Shard(axis)])) for axis in (1, 0))
     optimizer = LoLO([param], weights=DRAWN["small_fc"])
     param.grad = distribute_tensor(torch.zeros(4, 4), mesh, [Replicate()])
+    product = (param * param).sum()
+    whole_param = torch.nn.Parameter(torch.zeros(4, 4))
+    whole_param.grad, other = torch.ones(4, 4), LoLO([whole_param], weights=DRAWN["small_fc"])
+    other.step()
+    gradient = error_of(optimizer.step)
+    param.grad = distribute_tensor(torch.zeros(4, 4), mesh, [Shard(0)])
+    optimizer.step()
     return {
+        "moved before backward": error_of(product.backward),
+        "state": error_of(lambda: other.load_state_dict(optimizer.state_dict())),
+        "kept": not any(isinstance(x, DTensor) for x in other.state[whole_param].values()),
         "columns": error_of(lambda: LoLO([("head.weight", wide)], weights=DRAWN["small_fc"])),
-        "gradient": error_of(optimizer.step),
+        "gradient": gradient,
     }
 
 

@@ -53,6 +53,25 @@ def test_plain_replicated_and_cut_tensors_may_stand_in_one_group(found, dtype, l
 
 
 @each_architecture
+def test_neither_the_default_dtype_nor_that_of_gradients_changes_it(found, architecture):
+    """One matrix: a process that owns none sends nothing back, and what it sends must not be of another dtype."""
+    assert 0 <= found["world-2-0"][f"{architecture} default dtype"] <= 1e-5
+    assert 0 <= found["world-2-0"][f"{architecture} gradient's dtype"] <= 1e-3  # bfloat16's last digit
+
+
+@each_architecture
+def test_nan_in_the_rows_of_one_process_shows_in_all(found, architecture):
+    assert all(found[f"world-2-{rank}"][f"{architecture} NaN"] == [40, 40] for rank in range(2))
+
+
+@each_architecture
+def test_a_process_may_lie_outside_the_mesh_of_a_tensor(found, architecture):
+    for rank, kept in enumerate((2, 1)):
+        other, states = found[f"world-2-{rank}"][f"{architecture} smaller mesh"]
+        assert other <= 1e-5 and states == kept
+
+
+@each_architecture
 def test_it_is_not_where_each_process_has_only_its_own_sums(found, architecture):
     updates = found["world-2-0"][f"{architecture} without sums"]
     assert updates["largest"] > 1e-2 and updates["second"] > 1e-2
@@ -193,6 +212,16 @@ def test_other_placements_are_refused_by_name(found):
     errors = found["world-2-0"]["refusals"]
     assert "'head.weight'" in errors["columns"] and "without shard_placement_fn" in errors["columns"]
     assert "redistribute(placements=param.placements)" in errors["gradient"]
+
+
+def test_a_state_that_is_divided_otherwise_is_refused_and_the_own_one_kept(found):
+    refusals = found["world-2-0"]["refusals"]
+    assert "set_optimizer_state_dict" in refusals["state"] and refusals["kept"]
+
+
+def test_autograd_sees_that_a_parameter_moved(found):
+    """As with torch's own optimizers: what was computed before a step has no gradient after it."""
+    assert "modified by an inplace operation" in found["world-2-0"]["refusals"]["moved before backward"]
 
 
 @pytest.mark.parametrize(("how", "words"), [("killed", "peer|Broken pipe"), ("stopped", "Timed out")])
