@@ -37,8 +37,8 @@ gpu-test: ## on a machine with an NVIDIA GPU: make gpu-test PYTHON=..., of an en
 	  -m 'not slow and not torch' tests/test_gpu.py tests/test_optax.py $(ARGS)
 
 gpu-kernels: ## the same of the GPU kernels of norm_fc in PyTorch alone, and their speed, in five minutes
-	JAX_PLATFORMS=cpu LOLO_REQUIRE_ALL=1 timeout 240 $(PYTHON) -m pytest -m gpu -k torch tests/test_gpu.py $(ARGS)
-	JAX_PLATFORMS=cpu timeout 120 $(PYTHON) -m lolo.cli bench torch
+	JAX_PLATFORMS=cpu LOLO_REQUIRE_ALL=1 timeout 200 $(PYTHON) -m pytest -m gpu -k torch tests/test_gpu.py $(ARGS)
+	JAX_PLATFORMS=cpu timeout 100 $(PYTHON) -m lolo.cli bench torch
 
 browser-test: $(BROWSER_INSTALLED) ## the report in headless Chromium (as root, installs Debian's if there is none)
 	chromium=$$($(BIN)/python tools/chromium.py) && \
