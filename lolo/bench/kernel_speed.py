@@ -9,15 +9,14 @@ from typing import Any
 import jax
 import optax
 
-from lolo.bench.timing import Line, in_process, interleaved, step_calls
+from lolo.bench.timing import Line, interleaved, on_one_core, step_calls
 from lolo.kernels import library
 from lolo.optimizers import norm_fc
 from lolo.runtime import environment
 
 SIDE = 1000  # of the matrices
 CHILD = """
-import os, sys
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import sys
 from lolo.bench import kernel_speed
 calls = []
 if sys.argv[1] == "torch":
@@ -34,7 +33,7 @@ def measure(with_torch: bool, matrices: Sequence[int] = (1, 10), rounds: int = 1
     """
     for count, orthogonal in [(count, False) for count in matrices] + [(1, True)]:
         words = [str(count), str(int(orthogonal)), str(rounds if count * (1 + 9 * orthogonal) < 10 else rounds // 2)]
-        times = in_process(CHILD, "torch" if with_torch else "", *words)
+        times = on_one_core(CHILD, "torch" if with_torch else "", *words)
         yield from lines(times, f"{count}M{', Newton-Schulz' if orthogonal else ''}", int(words[-1]))
 
 

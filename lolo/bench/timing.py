@@ -35,9 +35,10 @@ def has_torch() -> bool:
     return spec is not None and spec.origin is not None
 
 
-def in_process(code: str, *words: Any) -> dict[str, float]:
-    """What a new Python process prints last, as JSON: seconds by name."""
-    command = [sys.executable, "-c", code, *map(str, words)]
+def on_one_core(code: str, *words: Any) -> dict[str, float]:
+    """What a new Python process, pinned to a core, prints last, as JSON: seconds by name."""
+    pinned = f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})\n{code}"
+    command = [sys.executable, "-c", pinned, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     times: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return times

@@ -7,6 +7,8 @@ and ELO-Celo2 (arXiv 2607.06772).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,6 +79,17 @@ def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
         "w2": (hidden, 1),
         "b2": (1,),
     }
+
+
+@functools.cache
+def hidden_of(numbers: int) -> int:
+    """The width of the hidden layers of a φ with so many numbers.
+
+    >>> hidden_of(329)
+    8
+    """
+    counts = {sum(map(math.prod, weight_shapes(hidden).values())): hidden for hidden in range(1, MAX_HIDDEN + 1)}
+    return counts[numbers]
 
 
 @dataclasses.dataclass(frozen=True)

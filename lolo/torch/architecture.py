@@ -14,9 +14,9 @@ from lolo.files import settings
 from lolo.files.tensors import digest
 from lolo.optimizers import norm_fc_spec, small_fc_spec, weights_file
 from lolo.torch import norm_fc, small_fc
-from lolo.torch.blocks import State, Workspace
+from lolo.torch.blocks import Workspace
 from lolo.torch.rounds import Rounds, Share
-from lolo.torch.sharding import Zeros
+from lolo.torch.sharding import State, Zeros
 
 
 class TorchArchitecture(NamedTuple):

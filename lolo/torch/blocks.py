@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, MutableMapping
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,8 +12,7 @@ import torch
 from lolo.optimizers import factored
 from lolo.torch.layouts import BlockLayout, arrange, block_extents, moment_shapes, restore, rows_along, split
 from lolo.torch.rounds import Sums
-
-State = MutableMapping[torch.Tensor, dict[str, torch.Tensor]]  # of a `torch.optim.Optimizer`, by parameter
+from lolo.torch.sharding import State
 
 # Entries per block: on a CPU the hidden activations of a block stay in cache; an accelerator wants few launches.
 CPU_BLOCK = 1 << 14
@@ -285,6 +284,19 @@ def bases_of(base: tuple[torch.Tensor, ...], place: BlockLayout, pieces: list[Pi
         return [base] * len(pieces)
     extents = tuple(pieces[0].grad.shape[1:]) if pieces else place.shape
     return list(zip(*(split(summand, place.shape, extents) for summand in base), strict=True))
+
+
+def second_layer(weight: torch.Tensor, base: tuple[torch.Tensor, ...], network: Any, scratch: Any) -> torch.Tensor:
+    """The second hidden layer of the block whose inputs lie in the scratch, [H, entries].
+
+    weight: [H, F], of the first layer; base: one or two summands of it; network, scratch: an architecture's own.
+    """
+    if len(base) == 2:
+        torch.add(*base, out=scratch.first)
+    else:
+        scratch.first.copy_(base[0])
+    first = scratch.first_flat.addmm_(weight, scratch.flat).relu_()
+    return torch.addmm(network.second_bias, network.second, first, out=scratch.second).relu_()
 
 
 def accumulate(piece: Piece, network: MomentWeights, squared: torch.Tensor) -> None:

@@ -13,10 +13,11 @@ import torch
 
 from lolo.kernels import library
 from lolo.kernels.library import ADAM, FACTORED, VECTOR
+from lolo.optimizers import norm_fc_spec as spec
 from lolo.torch import layouts, triton_kernel
-from lolo.torch.blocks import MOMENTS, State, Workspace
+from lolo.torch.blocks import MOMENTS, Workspace
 from lolo.torch.layouts import BlockLayout
-from lolo.torch.sharding import Zeros
+from lolo.torch.sharding import State, Zeros
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = (torch.Tensor, torch.nn.Parameter)  # a subclass may keep its numbers anywhere
@@ -81,8 +82,7 @@ def prepare(
     step: torch.Tensor | None,
 ) -> Placed:
     """Count the step, and say where everything lies. step: [K, A, B], where it is to be orthogonalised."""
-    flat = BlockLayout((), (1, 1, param.numel()), factored=False, last_is_largest=True)
-    view = place or flat
+    view = place or layouts.flat(param)
     assert param.grad is not None
     grad = layouts.arrange(param.grad, view).float().resolve_neg().contiguous()
     grad = -grad if group["maximize"] else grad
@@ -144,13 +144,12 @@ def step(
             torch.autograd.graph.increment_version(tensor.param)
         else:
             out = tensor.held[2]
-            place = tensor.place or BlockLayout((), (1, 1, out.numel()), factored=False, last_is_largest=True)
-            tensor.param.add_(layouts.restore(out, place, tensor.param.shape))
+            tensor.param.add_(layouts.restore(out, tensor.place or layouts.flat(tensor.param), tensor.param.shape))
 
 
 def pointers(phi: torch.Tensor) -> library.Phi:
     """Where φ's arrays lie: of H² + 33·H + 1 numbers."""
-    hidden = next(h for h in range(1, 17) if h * h + 33 * h + 1 == phi.numel())
+    hidden = spec.hidden_of(phi.numel())
     found, at = library.Phi(hidden=hidden), phi.data_ptr()
     for name, size in zip(("w0", "b0", "w1", "b1", "w2", "b2"), (30, 1, hidden, 1, 1, 0), strict=True):
         setattr(found, name, at)

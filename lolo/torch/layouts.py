@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -62,10 +63,16 @@ def layout(shape: tuple[int, ...], axes: factored.FactoredAxes | None) -> BlockL
     return BlockLayout((*kept, other, last), extents, factored=True, last_is_largest=last == axes.largest)
 
 
-def part(place: BlockLayout, share: Share | None, rows: int) -> BlockLayout:
-    """The layout of the first axis's `rows` that lie here, of a tensor of this layout."""
+def flat(param: torch.Tensor) -> BlockLayout:
+    """The layout of a tensor without factored axes, [1, 1, N]."""
+    return layout(tuple(param.shape), None)
+
+
+def part(layout_of: Callable[[tuple[int, ...]], BlockLayout], param: torch.Tensor, share: Share | None) -> BlockLayout:
+    """The layout of what lies here of a tensor. layout_of: of a whole tensor, by its shape."""
     if share is None:
-        return place
+        return layout_of(tuple(param.shape))
+    place = layout_of(share.shape)
     axis = place.rows_axis
 
     def of(count: int) -> tuple[int, int, int]:
@@ -73,7 +80,7 @@ def part(place: BlockLayout, share: Share | None, rows: int) -> BlockLayout:
         extents[axis] = extents[axis] // share.shape[0] * count
         return extents[0], extents[1], extents[2]
 
-    return place._replace(shape=of(rows), cut=Cut(share, axis, place.shape, of(largest_rows(share))))
+    return place._replace(shape=of(len(param)), cut=Cut(share, axis, place.shape, of(largest_rows(share))))
 
 
 def rows_along(place: BlockLayout, name: str) -> int | None:

@@ -20,11 +20,11 @@ from lolo.kernels.library import CHOICES
 from lolo.optimizers import factored
 from lolo.optimizers import norm_fc_spec as spec
 from lolo.torch import blocks, kernel, layouts
-from lolo.torch.blocks import Batch, Piece, State, Workspace
+from lolo.torch.blocks import Batch, Piece, Workspace
 from lolo.torch.checks import check_number
 from lolo.torch.layouts import BlockLayout
 from lolo.torch.rounds import Rounds, Share, Sums, WholeMatrices
-from lolo.torch.sharding import Zeros
+from lolo.torch.sharding import State, Zeros
 
 WIDER = 2  # a block has this many times the entries of one of small_fc: the network is narrower
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -170,13 +170,12 @@ def step(
     alike = defaultdict[tuple[tuple[int, ...], Share | None], list[torch.Tensor]](list)
     others: list[torch.Tensor] = []
     for param in params:
-        share = shares.get(param)
-        shape = share.shape if share else tuple(param.shape)
-        members = alike[shape, share] if is_learned(param, group["is_matrix"]) else others
+        learned = is_learned(param, group["is_matrix"])
+        members = alike[tuple(param.shape), shares.get(param)] if learned else others
         members.append(param)
     read = reader_of(group)
-    for (shape, share), members in alike.items():
-        place = layouts.part(layout(shape), share, len(members[0]) if share else 0)
+    for (_, share), members in alike.items():
+        place = layouts.part(layout, members[0], share)
         for some in blocks.batches(members, place, WIDER * space.block):
             batch = blocks.gather(some, state, place, read)
             yield step_batch(batch, some, state, place, group, network, space)
@@ -301,12 +300,7 @@ def run_network(
     weight: torch.Tensor, base: tuple[torch.Tensor, ...], network: NormFcNetwork, scratch: NormFcScratch
 ) -> torch.Tensor:
     """The network's output for the block whose inputs lie in the scratch, [T, k, a, b]. base: one or two summands."""
-    if len(base) == 2:
-        torch.add(*base, out=scratch.first)
-    else:
-        scratch.first.copy_(base[0])
-    first = scratch.first_flat.addmm_(weight, scratch.flat).relu_()
-    second = torch.addmm(network.second_bias, network.second, first, out=scratch.second).relu_()
+    second = blocks.second_layer(weight, base, network, scratch)
     return torch.addmm(network.last_bias, network.last, second, out=scratch.out).view(scratch.grad.shape)
 
 

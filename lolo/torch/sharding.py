@@ -8,14 +8,14 @@ process computes it from the same sums. `torch.distributed.checkpoint` can bring
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 
 from lolo.torch.rounds import Share, rows_of
 
-State = Any  # of a `torch.optim.Optimizer`, by parameter
+State = MutableMapping[torch.Tensor, dict[str, torch.Tensor]]  # of a `torch.optim.Optimizer`, by parameter
 
 
 class Zeros(NamedTuple):

@@ -19,11 +19,11 @@ import torch
 from lolo.optimizers import factored
 from lolo.optimizers import small_fc_spec as spec
 from lolo.torch import blocks, layouts
-from lolo.torch.blocks import Batch, State, Workspace
+from lolo.torch.blocks import Batch, Workspace
 from lolo.torch.checks import check_number
 from lolo.torch.layouts import BlockLayout
 from lolo.torch.rounds import Rounds, Share
-from lolo.torch.sharding import Zeros
+from lolo.torch.sharding import State, Zeros
 
 ADDED: Mapping[str, Any] = {"step_decay": math.inf, "freeze_unseen": False}  # settings that older states lack
 
@@ -122,8 +122,7 @@ def step(
     """One step of parameters of one group and device, all with a gradient and entries. shares: of those cut."""
     alike = defaultdict(list)
     for param in params:
-        share = shares.get(param)
-        place = layouts.part(layout(share.shape if share else tuple(param.shape)), share, len(param) if share else 0)
+        place = layouts.part(layout, param, shares.get(param))
         alike[place, int(state[param]["step"])].append(param)
     rules: dict[int, Rule] = {}
     read = blocks.reader(spec.LARGEST_GRADIENT, math.inf, group["maximize"])
@@ -206,12 +205,7 @@ def run_network(
     weight: torch.Tensor, base: tuple[torch.Tensor, ...], rule: Rule, scratch: SmallFcScratch
 ) -> torch.Tensor:
     """d · exp(λ2·m) of the block whose inputs lie in the scratch, [T, k, a, b]. base: one or two summands."""
-    if len(base) == 2:
-        torch.add(*base, out=scratch.first)
-    else:
-        scratch.first.copy_(base[0])
-    network, first = rule.network, scratch.first_flat.addmm_(weight, scratch.flat).relu_()
-    second = torch.addmm(network.second_bias, network.second, first, out=scratch.second).relu_()
+    network, second = rule.network, blocks.second_layer(weight, base, rule.network, scratch)
     torch.addmm(network.last_bias, network.last, second, out=scratch.out)
     return scratch.magnitude.mul_(rule.exp_mult).exp_().mul_(scratch.direction)
 

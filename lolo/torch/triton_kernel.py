@@ -20,9 +20,11 @@ import numpy as np
 import torch
 
 from lolo.kernels import library
+from lolo.optimizers import norm_fc_spec as spec
 from lolo.torch import layouts
-from lolo.torch.blocks import MOMENTS, State, Workspace
+from lolo.torch.blocks import MOMENTS, Workspace
 from lolo.torch.layouts import BlockLayout
+from lolo.torch.sharding import State
 from lolo.torch.triton_table import (
     AT,
     LIMIT,
@@ -41,9 +43,8 @@ OLDEST = (3, 4)  # of Triton, that compiles these kernels. It comes with PyTorch
 MOST_PLANS = 64  # kept: they differ by which parameters have a gradient
 TOGETHER = 1 << 22  # entries of matrices in one batch of Newton-Schulz, if they are several
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-LEAN = {
-    "maxnreg": 168
-}  # registers of a thread for the network of 8 units: it spills none, and three blocks share an SM
+LEAN = {"maxnreg": 168}
+"""Registers of a thread for the network of 8 units: it spills none, and three blocks share an SM."""
 
 Orthogonalize = Callable[[torch.Tensor, BlockLayout, tuple[int, ...]], torch.Tensor]
 
@@ -161,7 +162,7 @@ def type_of(dtype: torch.dtype) -> Any:
 
 def prepare(param: torch.Tensor, place: BlockLayout | None) -> Located:
     """Say where a parameter and its gradient lie; where they can't be seen as [K, A, B], in a copy."""
-    view = place or BlockLayout((), (1, 1, param.numel()), factored=False, last_is_largest=True)
+    view = place or layouts.flat(param)
     assert param.grad is not None
     grad, value = layouts.arrange(param.grad.resolve_neg(), view), layouts.arrange(param, view)
     if place is None:
@@ -228,7 +229,7 @@ def keep(located: Located) -> None:
     if located.value.data_ptr() == located.param.data_ptr():
         torch.autograd.graph.increment_version(located.param)
     else:
-        place = located.place or BlockLayout((), (1, 1, located.param.numel()), factored=False, last_is_largest=True)
+        place = located.place or layouts.flat(located.param)
         located.param.copy_(layouts.restore(located.value, place, located.param.shape))
 
 
@@ -285,7 +286,7 @@ def learn(
     common: Mapping[str, Any],
 ) -> None:
     """The network's step of tensors of one kind: of `TILES`."""
-    run, hidden = kernels(), next(h for h in range(1, 17) if h * h + 33 * h + 1 == phi.numel())
+    run, hidden = kernels(), spec.hidden_of(phi.numel())
     extents = tuple(map(extents_of, some))
     launch, table = table_of(some, (kind, hidden, extents), lambda: plan(extents, kind, hidden), state, space)
     scratch = torch.empty(launch.plan.floats, dtype=torch.float32, device=space.device)
