@@ -431,17 +431,28 @@ def test_a_training_step_may_donate_parameters_and_state(weights):
         np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-6)
 
 
-@learned_weights
-def test_weight_decay_may_follow_a_schedule(weights):
-    decays, params = [0.5, 0.0], PARAMS
-    optimizer = weights.optimizer(weight_decay=lambda step: jnp.where(step == 0, decays[0], decays[1]))
-    state = optimizer.init(params)
-    for decay in decays:
-        fixed = weights.optimizer(weight_decay=decay)
-        expected, _ = fixed.update(GRADS, state, params)
-        updates, state = optimizer.update(GRADS, state, params)
-        for name, x in expected.items():
-            np.testing.assert_allclose(updates[name], x, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize(
+    ("name", "setting", "values"),
+    [
+        ("small_fc", "weight_decay", (0.5, 0.0)),
+        ("norm_fc", "weight_decay", (0.5, 0.0)),
+        ("norm_fc", "learning_rate", (1e-2, 1e-3)),
+    ],
+)
+def test_a_setting_may_follow_a_schedule(name, setting, values):
+    weights = WEIGHTS[name]
+    optimizer = weights.optimizer(**{setting: lambda step: jnp.where(step == 0, *values)})
+    state = optimizer.init(PARAMS)
+    for value in values:
+        expected, _ = weights.optimizer(**{setting: value}).update(GRADS, state, PARAMS)
+        updates, state = optimizer.update(GRADS, state, PARAMS)
+        for leaf, x in expected.items():
+            np.testing.assert_allclose(updates[leaf], x, rtol=1e-5, atol=1e-7)
+
+
+def test_a_schedule_of_a_setting_that_is_missing_is_refused():
+    with pytest.raises(ValueError, match="has no learning_rate"):
+        SMALL_FC.optimizer(learning_rate=lambda step: 1e-3)
 
 
 @learned_weights
@@ -558,7 +569,7 @@ def test_the_values_of_an_injected_schedule_do_not_warn():
 
 
 def test_a_learning_rate_by_position_is_refused_with_the_cure():
-    with pytest.raises(TypeError, match=r"optimizer\(0.001\).*no learning rate.*leave it out, or name"):
+    with pytest.raises(TypeError, match=r"optimizer\(0.001\).*no learning rate: leave it out"):
         SMALL_FC.optimizer(1e-3)
 
 

@@ -108,8 +108,8 @@ class NormFcSettings(settings.Alternative):
 
 
 def learning_rate(value: Any) -> Any:
-    """A positive number, or a schedule as it is. Raises ValueError."""
-    return value if callable(value) else settings.number(value, positive=True)
+    """A positive number. Raises ValueError."""
+    return settings.number(value, positive=True)
 
 
 def kernel(value: Any) -> str:
@@ -135,11 +135,8 @@ def shapes_of(learner: NormFcSettings) -> dict[str, tuple[int, ...]]:
 
 def check(learner: NormFcSettings) -> None:
     """Raise RecipeError for values that can't be."""
-    values = settings.fields(learner, "learner.")
-    if callable(learner.learning_rate):
-        values["learner.learning_rate"] = 1.0
     settings.check_numbers(
-        values,
+        settings.fields(learner, "learner."),
         at_least_one=("learner.hidden",),
         positive=("learner.learning_rate",),
         not_negative=("learner.weight_decay", "learner.adam_scale"),

@@ -28,6 +28,7 @@ Schedule: TypeAlias = Callable[[jax.Array], jax.Array]
 Make: TypeAlias = Callable[[PyTree], optax.GradientTransformation]  # φ -> its optimizer
 SMALLEST_SCALE = 0.02  # of a step_scale that is no mistake
 LARGEST_RATE = 0.1  # of a learning rate of norm_fc that is none
+SCHEDULED = "weight_decay", "learning_rate"  # settings that may be a schedule
 
 
 P = ParamSpec("P")
@@ -124,9 +125,9 @@ class Weights(NamedTuple):
         _check_kinds(requested | {"step_scale": step_scale})
         if not isinstance(freeze_unseen, bool | np.bool_):
             raise ValueError(f"freeze_unseen={freeze_unseen!r}; expected True or False.")
-        if callable(weight_decay):
-            architecture.deployed(self.learner, {"weight_decay": 0.0})  # whether it has one
-            requested["weight_decay"] = None
+        schedules = {name: requested[name] for name in SCHEDULED if callable(requested[name])}
+        architecture.deployed(self.learner, dict.fromkeys(schedules, 1.0))  # whether it has such settings
+        requested |= dict.fromkeys(schedules)
         if architecture.of(self.learner).fixed_size:
             warn_of_rate(learning_rate)
         requested["kernel"] = (
@@ -137,9 +138,9 @@ class Weights(NamedTuple):
         optional = {"mask": mask, "is_matrix": is_matrix, "state_dtype": state_dtype}
         given = {name: value for name, value in optional.items() if value is not None}
         architecture.check_arguments(learner, given)
-        given |= {"weight_decay": weight_decay} if callable(weight_decay) else {}
+        more = arrays | given | schedules
         where = axis_name, sharded_axis or 0
-        make = maker(learner, step_scale, *where, presented=True, freeze_unseen=freeze_unseen, more=arrays | given)
+        make = maker(learner, step_scale, *where, presented=True, freeze_unseen=freeze_unseen, more=more)
         return _in_default_numpy(optax.with_extra_args_support(make(self.meta_params)))
 
 
