@@ -85,11 +85,7 @@ class CustomBuildHook(BuildHookInterface):
 
 
 def absolute_links(text: str, repository: str, version: str) -> str:
-    """Markdown whose relative links and pictures lead to the files of a version in a repository.
-
-    >>> absolute_links("[use](docs/use.md#adamw) ![curves](a/b.svg) [paper](https://x.org)", "https://y.org/z", "1.0")
-    '[use](https://y.org/z/blob/v1.0/docs/use.md#adamw) ![curves](https://y.org/z/raw/v1.0/a/b.svg) [paper](https://x.org)'
-    """
+    """Markdown whose relative links and pictures lead to the files of a version in a repository."""
 
     def absolute(found: re.Match[str]) -> str:
         is_picture, words, target = found.groups()
