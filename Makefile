@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # More words for pytest, for instance: make test ARGS='-k replay'
 ARGS ?=
+# What a run's time goes to.
+DURATIONS := --durations=25 --durations-min=5
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -25,11 +27,11 @@ quickstart: $(INSTALLED) ## meta-train three optimizers on real data and compare
 	$(BIN)/lolo reproduce quick
 
 test: $(INSTALLED) ## unit, statistical and parity tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not torch and not browser and not gpu' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(DURATIONS) -m 'not slow and not torch and not browser and not gpu' $(ARGS)
 
 # LOLO_REQUIRE_ALL: a skipped test fails the run (tests/conftest.py).
 test-all: $(TORCH_INSTALLED) ## everything slow, and everything that needs PyTorch or an extra; nothing may be skipped
-	LOLO_REQUIRE_ALL=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow or torch' $(ARGS)
+	LOLO_REQUIRE_ALL=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(DURATIONS) -m 'slow or torch' $(ARGS)
 
 # Not in .venv, which holds the CPU builds: with the python of an environment that has JAX and PyTorch for CUDA.
 gpu-test: ## on a machine with an NVIDIA GPU: make gpu-test PYTHON=..., of an environment with 'lolo[cuda,torch,test]'

@@ -27,7 +27,10 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 LIBRARY = "lolo/kernels/_norm_fc.so"
 SOURCE = "lolo/kernels/norm_fc.cc"
 # Nothing of the build machine's processor: the source says which functions are for which.
-FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno")
+FLAGS = (
+    *("-std=gnu++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
+    *("-ffp-contract=fast", "-fno-math-errno"),
+)
 
 
 def compiler() -> list[str]:

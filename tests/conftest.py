@@ -6,8 +6,10 @@ import pathlib
 # Before anything imports jax or matplotlib: both read these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
-# Most of the time goes into compiling: what one test has compiled is there for the others, and for the next run.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+# Most of the time goes into compiling: what one test has compiled is there for the others, for the programs that they
+# start, which look below $LOLO_CACHE, and for the next run.
+os.environ.setdefault("LOLO_CACHE", str(pathlib.Path(__file__).parent.parent / ".pytest_cache"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["LOLO_CACHE"], "jax")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

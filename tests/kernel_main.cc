@@ -20,6 +20,36 @@ std::vector<float> array(int64_t size) {
   return x;
 }
 
+// One step of tensors of several kinds by so many threads. Returns: their new parameters.
+std::vector<std::vector<float>> stepped(int64_t form, int64_t threads) {
+  seed = 7;
+  const int64_t hidden = 8, shapes[][3] = {{VECTOR, 1, 300}, {FACTORED, 300, 400}, {ADAM, 1, 5000}, {FACTORED, 64, 65}, {VECTOR, 1, 30000}};
+  std::vector<std::vector<float>> held, params;
+  auto keep = [&](int64_t size) {
+    held.push_back(array(size));
+    for (float& x : held.back()) x *= x;
+    return held.back().data();
+  };
+  std::vector<Tensor> tensors;
+  for (auto [kind, a, b] : shapes) {
+    Tensor of = {};
+    of.kind = kind, of.outer = of.inner = 1, of.a = a, of.b = b, of.size = a * b, of.count = 3;
+    of.last_is_largest = of.baseline = of.in_place = 1, of.decay = 0.1f;
+    of.grad = keep(of.size), of.momentum = of.new_momentum = keep(3 * of.size), of.rms = of.new_rms = keep(of.size);
+    of.row = of.new_row = keep(3 * (kind == FACTORED ? a : of.size)), of.column = of.new_column = keep(3 * b);
+    params.push_back(array(of.size));
+    of.param = of.out = params.back().data();
+    tensors.push_back(of);
+  }
+  const Phi phi = {keep(30 * hidden), keep(hidden), keep(hidden * hidden), keep(hidden), keep(hidden), keep(1), hidden};
+  const Settings settings = {0.01f, 1.0f};
+  const int64_t largest[] = {120000, 30000, 64 * 65, 300};
+  int64_t floats = 0;
+  for (int64_t t = 0; t < threads && t < 4; t++) floats += largest[t];
+  if (lolo_norm_fc_step(form, tensors.data(), (int64_t)tensors.size(), &phi, &settings, keep(floats), threads)) params.clear();
+  return params;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -56,11 +86,16 @@ int main(int count, char** words) {
                   auto w2 = array(hidden), b2 = array(1);
                   const Phi phi = {w0.data(), b0.data(), w1.data(), b1.data(), w2.data(), b2.data(), hidden};
                   const Settings settings = {0.01f, 1.0f};
-                  if (lolo_norm_fc_step(form, &of, 1, &phi, &settings)) return 1;
+                  if (lolo_norm_fc_step(form, &of, 1, &phi, &settings, nullptr, 1)) return 1;
                   lolo_norm_fc_finish(form, &of, 1, &settings);
                   steps++;
                 }
               }
+  for (int64_t form = 0; form <= lolo_norm_fc_widest(); form++) {
+    const auto alone = stepped(form, 1);
+    for (int64_t threads : {2, 3, 9})
+      if (alone.empty() || stepped(form, threads) != alone) return 2;
+  }
   std::printf("%ld\n", steps);
   return 0;
 }

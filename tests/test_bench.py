@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from test_training import SMALL, small
 
-from lolo.bench import batch_speed, speed, timing
+from lolo.bench import batch_speed, parts_speed, speed, timing
 from lolo.cli import main as cli
 from lolo.files.settings import RecipeError
 from lolo.method import meta
@@ -96,6 +96,21 @@ def test_passes_and_steps_are_timed_in_one_process():
     times = timing.on_one_core(batch_speed.CHILD, 1, 8, 6, 4)
     assert {"passes at batch 128", "passes at batch 4,096", "adamw", "muon", "small_fc"} <= times.keys()
     assert sum(name.startswith("norm_fc") for name in times) == 2 and min(times.values()) > 0
+
+
+@pytest.mark.slow
+def test_parts_of_a_step_are_timed_in_one_process_and_compared_with_products():
+    times = timing.on_one_core(parts_speed.CHILD, 1, 40)
+    assert min(times.values()) > 0
+    lines = {line.what: line.value for line in parts_speed.lines(dict.fromkeys(times, 0.1), ", here", 1)}
+    assert lines["1M, here: the layers' products / step"] == pytest.approx(3)
+    assert lines["1M, here: arithmetic, step of small_fc"] == pytest.approx(32)
+
+
+def test_a_new_process_gets_the_variables_and_one_core_or_all():
+    code = "import json, os; print(json.dumps({os.environ['LOLO_TEST']: float(len(os.sched_getaffinity(0)))}))"
+    for call, cores in ((timing.on_one_core, 1), (timing.on_all_cores, parallel.cores())):
+        assert call(code, variables={"LOLO_TEST": "a word"}) == {"a word": cores}
 
 
 def test_numbers_are_written_with_their_machine_and_unknown_parts_refused(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """The command line: bad input is one line that names value and cure, exit status 2, and nothing half-written."""
 
 import dataclasses
+import os
+import pathlib
 import re
 
 import jax
@@ -246,3 +248,8 @@ def test_lists(capsys):
     assert "fashion-mlp" in run(capsys, "tasks")[1]
     assert "replay.threshold=1.0" in run(capsys, "recipes")[1]
     assert run(capsys, "weights")[0] == 0
+
+
+def test_programs_that_tests_start_find_what_tests_have_compiled():
+    """Two folders of compiled programs cost a run of all tests more than 2,000 compilations."""
+    assert environment.user_cache() / "jax" == pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])

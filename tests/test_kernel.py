@@ -247,6 +247,20 @@ def test_many_at_once_equal_one_after_the_other(form, many):
         assert distance(alone[0], jax.jit(lambda phi, p: loop(phi, "plain", p))(phis[k], params[k])[0]) < 1e-5
 
 
+def test_threads_that_share_the_tensors_change_no_bit(form):
+    """A call on one tensor has nothing to share, one on these has."""
+    shapes = {"w": (300, 400), "tall": (500, 90), "b": (4000,), "small": (7, 5)}
+    params, grads = draw(shapes, 3), draw(shapes, 4)
+    optimizer = make(orthogonal=False, weight_decay=0.1, is_matrix=lambda name, param: name != "b")
+    update = jax.jit(optimizer.update)
+    together = update(grads, optimizer.init(params), params)
+    for name in shapes:
+        (mine,), (grad,) = ([{name: x[name]}] for x in (params, grads))
+        updates, state = update(grad, optimizer.init(mine), mine)
+        np.testing.assert_array_equal(together[0][name], updates[name])
+        np.testing.assert_array_equal(together[1].momentum[name], state.momentum[name])
+
+
 def test_arguments_are_left_as_they_were():
     params, grads = draw(LAYER, 3), draw(LAYER, 4)
     state = make().init(params)

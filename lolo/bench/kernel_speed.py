@@ -1,4 +1,4 @@
-"""Speed of `norm_fc`'s CPU kernel at inference, in a process of one device on one core."""
+"""Speed of `norm_fc`'s CPU kernel at inference, in a process of one device, on one core and on all."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import optax
 
-from lolo.bench.timing import Line, interleaved, on_one_core, step_calls
+from lolo.bench.timing import Line, interleaved, on_all_cores, on_one_core, step_calls
 from lolo.kernels import library
 from lolo.optimizers import norm_fc
-from lolo.runtime import environment
+from lolo.runtime import environment, parallel
 
 SIDE = 1000  # of the matrices
 CHILD = """
@@ -31,10 +31,17 @@ def measure(with_torch: bool, matrices: Sequence[int] = (1, 10), rounds: int = 1
 
     with_torch: PyTorch's too.
     """
+    torch = "torch" if with_torch else ""
     for count, orthogonal in [(count, False) for count in matrices] + [(1, True)]:
-        words = [str(count), str(int(orthogonal)), str(rounds if count * (1 + 9 * orthogonal) < 10 else rounds // 2)]
-        times = on_one_core(CHILD, "torch" if with_torch else "", *words)
-        yield from lines(times, f"{count}M{', Newton-Schulz' if orthogonal else ''}", int(words[-1]))
+        n = rounds if count * (1 + 9 * orthogonal) < 10 else rounds // 2
+        one = on_one_core(CHILD, torch, count, int(orthogonal), n, 1)
+        yield from lines(one, f"{count}M{', Newton-Schulz' if orthogonal else ''}", n)
+        if count > 1 and not orthogonal:
+            cores = parallel.cores()
+            many = on_all_cores(CHILD, torch, count, 0, n, cores)
+            yield from lines(many, f"{count}M, {cores} cores", n)
+            for name in one:
+                yield Line(f"step on {count}M: {name}, {cores} cores / one", one[name] / many[name], "x")
 
 
 def lines(times: dict[str, float], what: str, rounds: int) -> Iterator[Line]:
@@ -46,12 +53,17 @@ def lines(times: dict[str, float], what: str, rounds: int) -> Iterator[Line]:
             yield Line(f"step on {what}: {ours} / {rival}", times[ours] / times[rival], "x")
 
 
-def child(torch_calls: Sequence[Callable[..., Any]], count: int, orthogonal: int, rounds: int) -> None:
-    """Measure in this process and print medians as JSON. torch_calls: functions that make PyTorch's calls."""
+def child(torch_calls: Sequence[Callable[..., Any]], count: int, orthogonal: int, rounds: int, threads: int) -> None:
+    """Measure in this process and print medians as JSON.
+
+    Args:
+      torch_calls: functions that make PyTorch's calls.
+      threads: of PyTorch; JAX takes the cores that the process has.
+    """
     environment.set_up(1)
     calls = jax_calls(count, bool(orthogonal))
     for make in torch_calls:
-        calls |= make(count, bool(orthogonal))
+        calls |= make(count, bool(orthogonal), threads)
     print(json.dumps(interleaved(calls, 0.0, rounds)))
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from lolo.bench import batch_speed, kernel_speed, textbook
+from lolo.bench import batch_speed, kernel_speed, parts_speed, textbook
 from lolo.bench.timing import Line, has_torch, interleaved
 from lolo.files import disk, jsonl, settings
 from lolo.method import meta
@@ -383,6 +383,7 @@ PARTS: dict[str, Callable[[], Iterable[Line]]] = {
     "use": bench_inference,
     "torch": bench_torch,
     "kernel": bench_kernel,
+    "parts": parts_speed.measure,
     "batches": batch_speed.measure,
     "start": bench_start_and_cores,
     "blocks": bench_blocks,

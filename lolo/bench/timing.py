@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -35,11 +36,19 @@ def has_torch() -> bool:
     return spec is not None and spec.origin is not None
 
 
-def on_one_core(code: str, *words: Any) -> dict[str, float]:
-    """What a new Python process, pinned to a core, prints last, as JSON: seconds by name."""
+def on_one_core(code: str, *words: Any, variables: Mapping[str, str] | None = None) -> dict[str, float]:
+    """What a new Python process, pinned to a core, prints last, as JSON: seconds by name.
+
+    variables: of the environment, beside the present ones.
+    """
     pinned = f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})\n{code}"
-    command = [sys.executable, "-c", pinned, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return on_all_cores(pinned, *words, variables=variables)
+
+
+def on_all_cores(code: str, *words: Any, variables: Mapping[str, str] | None = None) -> dict[str, float]:
+    """The same of a process that is not pinned."""
+    command, environment = [sys.executable, "-c", code, *map(str, words)], os.environ | dict(variables or {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     times: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return times
 

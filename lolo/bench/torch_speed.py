@@ -46,9 +46,9 @@ def parameters(size: str, device: str) -> list[Any]:
     return params
 
 
-def kernel_rivals(count: int, orthogonal: bool) -> dict[str, Callable[[], Any]]:
-    """Steps on matrices of 1,000 × 1,000, on one thread, for `kernel_speed`: norm_fc's, AdamW's or Muon's."""
-    torch.set_num_threads(1)
+def kernel_rivals(count: int, orthogonal: bool, threads: int) -> dict[str, Callable[[], Any]]:
+    """Steps on matrices of 1,000 × 1,000 for `kernel_speed`: norm_fc's, AdamW's or Muon's."""
+    torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
 
     def matrices() -> list[Any]:

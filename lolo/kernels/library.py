@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("_norm_fc.so")
-VERSION = 1  # of the library's functions and structs; one of another version is not used
+VERSION = 2  # of the library's functions and structs; one of another version is not used
 FORMS = ("portable", "avx2", "avx512")  # as the library numbers them, the narrowest first
 VARIABLE = "LOLO_KERNEL"
 OFF = ("0", "plain")
@@ -96,13 +96,18 @@ def path(kernel: str = "auto") -> str:
     return "plain" if chosen is None else f"kernel {chosen}"
 
 
-def step(form: str, tensors: list[Tensor], phi: Phi, settings: Settings) -> None:
-    """Moments of all tensors, and their new parameters, updates, or unfinished steps. Raises MemoryError."""
+def step(form: str, tensors: list[Tensor], phi: Phi, settings: Settings, steps: int = 0, threads: int = 1) -> None:
+    """Moments of all tensors, and their new parameters, updates, or unfinished steps. Raises MemoryError.
+
+    steps: the address of as many floats as the `threads` largest of the tensors whose `step` is null have entries.
+    threads: how many share the tensors, at most; results do not depend on it.
+    """
     library = load()
     assert library is not None
     array = (Tensor * len(tensors))(*tensors)
     number, count = ctypes.c_int64(FORMS.index(form)), ctypes.c_int64(len(tensors))
-    if library.lolo_norm_fc_step(number, array, count, ctypes.byref(phi), ctypes.byref(settings)):
+    others = ctypes.byref(phi), ctypes.byref(settings), ctypes.c_void_p(steps), ctypes.c_int64(threads)
+    if library.lolo_norm_fc_step(number, array, count, *others):
         raise MemoryError("norm_fc's kernel got no memory.")
 
 

@@ -3,18 +3,26 @@
 // The same function as lolo/optimizers/norm_fc.py, in four passes over a tensor: sums over rows and columns; moments
 // and sums of squares; network; update. Newton-Schulz stays with the framework, between `lolo_norm_fc_step`, which then
 // leaves the step, and `lolo_norm_fc_finish`. Compiled once for every width of vectors; the processor is asked at run
-// time. With LOLO_XLA the library holds handlers for XLA's FFI too.
+// time. Threads share the tensors of a step, never one tensor: results do not depend on how many there are. With
+// LOLO_XLA the library holds handlers for XLA's FFI too.
 
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 
+#include <algorithm>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 #ifdef LOLO_XLA
-#include <vector>
-
 #include "xla/ffi/api/ffi.h"
 #endif
 
@@ -28,6 +36,7 @@ enum Kind : int64_t { ADAM = 0, VECTOR = 1, FACTORED = 2 };  // VECTOR: through 
 
 constexpr int ENTRY_INPUTS = 18, MOST_UNITS = 16;
 constexpr long PIECE = 4096;  // entries
+constexpr int64_t ENTRIES_TO_SHARE = 1 << 17;  // of all tensors: a step of fewer ends before other threads have begun
 constexpr float DECAYS[3] = {0.9f, 0.99f, 0.999f};  // of momenta and of factored moments; Python has them as doubles
 constexpr float GAINS[3] = {(float)(1 - 0.9), (float)(1 - 0.99), (float)(1 - 0.999)};
 constexpr float RMS_DECAY = 0.95f, RMS_GAIN = (float)(1 - 0.95), GRADIENT_CLIP = 0.1f, LARGEST_GRADIENT = 16777216.0f;
@@ -49,7 +58,7 @@ struct Settings {
 struct Tensor {
   const float *grad, *param, *momentum, *rms, *row, *column;  // momentum, row and column: [3, ...]; on AdamW [1, ...]
   float *new_momentum, *new_rms, *new_row, *new_column;       // may be the old ones
-  float *step, *out;  // step: of the network, at first; may be `out` unless that is the parameter
+  float *step, *out;  // step: of the network, at first; may be `out` unless that is the parameter; null: `steps`
   int64_t kind, outer, a, inner, b, size;
   int64_t last_is_largest, baseline, unfinished, in_place;  // in_place: `out` gets the new parameter, not the update
   int64_t count;                                            // gradients so far, this one included
@@ -145,10 +154,83 @@ int64_t scratch_size(const Tensor* tensors, int64_t count) {
   return most * (MOST_UNITS + 3);
 }
 
+bool needs_step(const Tensor& of) { return of.kind != ADAM && !of.step; }
+
+// One step of the network. Held by every thread that takes part: one may begin when all is done.
+struct Work {
+  int64_t form, floats;
+  Tensor* tensors;
+  const Phi* phi;
+  const Settings* settings;
+  float* steps;                // for tensors without a place for their step
+  std::vector<int64_t> order;  // of tensors, the largest first
+  size_t next = 0, done = 0;
+  std::mutex mutex;
+  std::condition_variable changed;
+};
+
+void run(int64_t form, Tensor* tensors, int64_t count, const Phi& phi, const Settings& settings, float* scratch) {
+  (phi.hidden > 8 ? FORMS[form].step_wide : FORMS[form].step)(tensors, count, phi, settings, scratch);
+}
+
+// Take tensors until there are none.
+void take_part(Work& work, float* scratch) {
+  float* step = nullptr;
+  std::unique_lock<std::mutex> lock(work.mutex);
+  while (work.next < work.order.size()) {
+    Tensor& of = work.tensors[work.order[work.next++]];
+    // The first one is this thread's largest: what holds its step holds those of all that follow.
+    if (needs_step(of) && !step) step = work.steps, work.steps += of.size;
+    if (needs_step(of)) of.step = step;
+    lock.unlock();
+    run(work.form, &of, 1, *work.phi, *work.settings, scratch);
+    lock.lock();
+    if (++work.done == work.order.size()) work.changed.notify_all();
+  }
+}
+
+int64_t helpers_of(const Tensor* tensors, int64_t count, int64_t threads) {
+  int64_t entries = 0;
+  for (int64_t t = 0; t < count; t++) entries += tensors[t].size;
+  return entries < ENTRIES_TO_SHARE ? 0 : std::max<int64_t>(0, std::min(threads, count) - 1);
+}
+
+// start: has a function called by another thread, now, later, or never. Returns 0, or 1 where there is no memory.
+template <class Start>
+int64_t step_shared(int64_t form, Tensor* tensors, int64_t count, const Phi& phi, const Settings& settings, float* steps,
+                    int64_t helpers, Start start) {
+  const int64_t floats = scratch_size(tensors, count);
+  float* scratch = floats ? (float*)malloc(floats * sizeof(float)) : nullptr;
+  if (floats && !scratch) return 1;
+  if (helpers) {
+    auto work = std::make_shared<Work>();
+    work->form = form, work->floats = floats, work->tensors = tensors, work->phi = &phi, work->settings = &settings;
+    work->steps = steps;
+    for (int64_t t = 0; t < count; t++) work->order.push_back(t);
+    std::stable_sort(work->order.begin(), work->order.end(),
+                     [&](int64_t a, int64_t b) { return tensors[a].size > tensors[b].size; });
+    for (int64_t i = 0; i < helpers; i++)
+      start([work] {
+        float* own = work->floats ? (float*)malloc(work->floats * sizeof(float)) : nullptr;
+        if (own || !work->floats) take_part(*work, own);
+        free(own);
+      });
+    take_part(*work, scratch);
+    std::unique_lock<std::mutex> lock(work->mutex);
+    work->changed.wait(lock, [&] { return work->done == work->order.size(); });
+  } else {
+    for (int64_t t = 0; t < count; t++)
+      if (needs_step(tensors[t])) tensors[t].step = steps;
+    run(form, tensors, count, phi, settings, scratch);
+  }
+  free(scratch);
+  return 0;
+}
+
 }  // namespace
 
 // What lolo/kernels/library.py calls VERSION.
-EXPORT int64_t lolo_kernel_version() { return 1; }
+EXPORT int64_t lolo_kernel_version() { return 2; }
 
 // The number of the widest form that this processor runs: 0 portable, 1 AVX2, 2 AVX-512.
 EXPORT int64_t lolo_norm_fc_widest() {
@@ -160,14 +242,21 @@ EXPORT int64_t lolo_norm_fc_widest() {
   return 0;
 }
 
-// Returns 0, or 1 where there is no memory.
-EXPORT int64_t lolo_norm_fc_step(int64_t form, Tensor* tensors, int64_t count, const Phi* phi, const Settings* settings) {
-  const int64_t floats = scratch_size(tensors, count);
-  float* scratch = floats ? (float*)malloc(floats * sizeof(float)) : nullptr;
-  if (floats && !scratch) return 1;
-  (phi->hidden > 8 ? FORMS[form].step_wide : FORMS[form].step)(tensors, count, *phi, *settings, scratch);
-  free(scratch);
-  return 0;
+// steps: as many floats as the `threads` largest of the tensors without a place for their step have entries. Returns 0,
+// or 1 where there is no memory.
+EXPORT int64_t lolo_norm_fc_step(int64_t form, Tensor* tensors, int64_t count, const Phi* phi, const Settings* settings,
+                                 float* steps, int64_t threads) {
+  std::vector<std::thread> others;
+  auto start = [&](auto function) {
+    try {
+      others.emplace_back(function);
+    } catch (const std::system_error&) {  // the system has no more threads: the others do what there is
+    }
+  };
+  const int64_t helpers = helpers_of(tensors, count, threads);
+  const int64_t failed = step_shared(form, tensors, count, *phi, *settings, steps, helpers, start);
+  for (std::thread& other : others) other.join();
+  return failed;
 }
 
 EXPORT void lolo_norm_fc_finish(int64_t form, Tensor* tensors, int64_t count, const Settings* settings) {
@@ -210,8 +299,8 @@ Tensor shaped(const int64_t* words, float decay, int64_t count) {
 // Operands: gradients so far; [rate, adam_scale]; decays [T]; φ; of each tensor gradient, parameter, momenta, rms, and
 // with the network row, and column where there is one. Results: of each tensor the update, or the step if it is to be
 // orthogonalised, and the new moments.
-ffi::Error step_xla(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> words, int64_t hidden,
-                    int64_t form) {
+ffi::Error step_xla(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                    ffi::Span<const int64_t> words, int64_t hidden, int64_t form) {
   const int64_t count = (int64_t)words.size() / WORDS;
   const int64_t batch = (int64_t)args.get<ffi::AnyBuffer>(0)->element_count();
   std::vector<Tensor> tensors(count);
@@ -230,7 +319,10 @@ ffi::Error step_xla(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<
       if (of.kind == FACTORED) of.column = read.arg(), of.new_column = read.ret();
     }
     const Settings settings = {numbers[0], numbers[1]};
-    if (lolo_norm_fc_step(form, tensors.data(), count, &phi, &settings))
+    // In XLA's own pool, whose threads may all be busy: then this one does what there is.
+    const int64_t helpers = helpers_of(tensors.data(), count, pool.num_threads());
+    auto start = [&](auto function) { pool.Schedule(std::move(function)); };
+    if (step_shared(form, tensors.data(), count, phi, settings, nullptr, helpers, start))
       return ffi::Error(ffi::ErrorCode::kResourceExhausted, "norm_fc: no memory");
   }
   return ffi::Error::Success();
@@ -260,6 +352,7 @@ ffi::Error finish_xla(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Spa
 #pragma GCC visibility push(default)
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lolo_norm_fc_step_xla, step_xla,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<ffi::Span<const int64_t>>("tensors")

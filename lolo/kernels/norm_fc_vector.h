@@ -467,7 +467,7 @@ static void finish_adam(const Tensor& of, const Settings& settings) {
 static void step_all(Tensor* tensors, long count, const Phi& phi, const Settings& settings, float* scratch) {
   alignas(64) Network net;
   read_network(phi, net);
-  for (long t = 0; t < count; t++) {  // tensors are independent: here is where threads would share them
+  for (long t = 0; t < count; t++) {
     const Tensor& of = tensors[t];
     if (of.size == 0) continue;
     if (of.kind == ADAM) {

@@ -129,12 +129,14 @@ def step(
         waits = place is not None and place.factored and group["orthogonal"]
         unfinished = torch.empty(place.shape, dtype=torch.float32, device=space.device) if place and waits else None
         tensors.append(prepare(param, state[param], group, place, unfinished))
-    # The kernel finishes a tensor before it begins the next one, so that all may leave their step in one place.
-    common = space.take("step", max((t.entry.size for t in tensors if t.place and t.step is None), default=1))
     for tensor in tensors:
-        tensor.entry.step = (common if tensor.step is None else tensor.step).data_ptr()
+        tensor.entry.step = None if tensor.step is None else tensor.step.data_ptr()
+    # A thread finishes a tensor before it begins the next one, and leaves its steps in one place.
+    threads = min(torch.get_num_threads(), len(tensors))
+    sizes = sorted((t.entry.size for t in tensors if t.place and t.step is None), reverse=True)
+    steps = space.take("step", sum(sizes[:threads]) or 1)
     settings = library.Settings(float(group["lr"]), float(group["adam_scale"]))
-    library.step(form, [tensor.entry for tensor in tensors], pointers(phi), settings)
+    library.step(form, [tensor.entry for tensor in tensors], pointers(phi), settings, steps.data_ptr(), threads)
     for tensor in tensors:
         if tensor.step is not None and tensor.place is not None:
             done = orthogonalize(tensor.step.unsqueeze(0), tensor.place, tuple(tensor.param.shape)).contiguous()

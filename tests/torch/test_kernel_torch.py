@@ -139,6 +139,32 @@ def test_it_is_the_kernel_that_runs(monkeypatch):
     assert called == [len(SHAPES) - 1], "one call for all tensors with entries, none under kernel='plain'"
 
 
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("is_matrix", [None, True])
+def test_threads_that_share_the_tensors_change_no_bit(threads, is_matrix):
+    """Without Newton-Schulz, whose products are torch's."""
+    shapes = SHAPES | {"large": (300, 400), "long": (40_000,)}
+    file, moved = weights(orthogonal=False), []
+    for count in (1, 2, 3, 30):
+        params = draw(1, shapes)
+        optimizer = LoLO(params, file, is_matrix=is_matrix)
+        threads(count)
+        for seed in (2, 3):
+            give(params, seed)
+            optimizer.step()
+        moved.append(params)
+    for others in moved[1:]:
+        for ours, alone in zip(others, moved[0], strict=True):
+            torch.testing.assert_close(ours, alone, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_of_16_bits(monkeypatch, dtype):
     check(monkeypatch, draw(1, dtype=dtype), weights(orthogonal=False), step=2e-2)
