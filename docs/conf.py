@@ -1,15 +1,95 @@
-"""Sphinx: `make docs` builds the site from these Markdown files, without a network."""
+"""Sphinx: `make docs` builds the site from these Markdown files, without a network.
 
+The page of commands is written while the site is built, from the commands themselves.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import re
 from importlib import metadata
+
+from lolo.cli import main
 
 project = "LoLO"
 author = "The LoLO developers"
 release = metadata.version("lolo")
-extensions = ["myst_nb"]  # of MyST Markdown, and notebooks
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 nb_execution_mode = "off"  # `make notebook` runs them; what they show is stored in them
-myst_heading_anchors = 3
+myst_heading_anchors = 4
+autosummary_generate = False
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_mock_imports = ["torch", "triton"]  # neither is needed to build the site
 html_theme = "furo"
 html_title = f"LoLO {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 exclude_patterns = ["_build"]
-# Links to files of the repository, and to the README's pictures, are for readers of the source.
-suppress_warnings = ["myst.xref_missing"]
+python_maximum_signature_line_length = 80
+
+COMMANDS_PAGE = pathlib.Path(__file__).parent / "generated" / "commands.md"
+COMMANDS_INTRODUCTION = """# Commands
+
+Made from the commands themselves when this site is built: each section is what `lolo COMMAND --help` prints.
+"""
+DEEPER = {"train": ("lolo", "norm-fc"), "data": ("prepare", "list", "verify")}  # words that have a help of their own
+LISTS = ("recipes", "tasks", "weights")  # commands whose output is short and worth a place
+
+
+def printed(*words: str) -> str:
+    """What `lolo WORDS` prints, in a block of text under its command line."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        main.run(list(words))
+    return f"```text\n$ lolo {' '.join(words)}\n{output.getvalue().strip()}\n```\n"
+
+
+def write_commands(_: object) -> None:
+    """Write the page of all commands."""
+    os.environ["COLUMNS"] = "88"
+    parts = [COMMANDS_INTRODUCTION, printed("--help")]
+    for name in main.COMMANDS:
+        parts.append(f"## lolo {name}\n")
+        if name not in DEEPER or name == "data":
+            parts.append(printed(name, "--help"))
+        parts += [printed(name, word, "--help") for word in DEEPER.get(name, ())]
+        if name in LISTS:
+            parts.append(printed(name))
+    COMMANDS_PAGE.parent.mkdir(exist_ok=True)
+    COMMANDS_PAGE.write_text("\n".join(parts), encoding="utf-8")
+
+
+def as_rst(app: object, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Docstrings are written as Markdown has it, `name` for code; reStructuredText wants ``name`` and escapes."""
+    found: list[str] = []
+    in_example = False
+    for line in lines:
+        in_example = line.lstrip().startswith((">>>", "...")) or (in_example and bool(line.strip()))
+        if in_example:
+            found.append(line)
+            continue
+        words = re.split(r"(`[^`]+`)", line)
+        line = "".join(f"`{x}`" if x.startswith("`") else re.sub(r"([*|])", r"\\\1", x) for x in words)
+        head = re.match(r"(Returns|Raises): (.*)", line)
+        if head:
+            found += [f"**{head[1]}:** {head[2]}"]
+        elif found and re.match(r"\*\*(Returns|Raises):", last_start(found)) and line.startswith("  "):
+            found.append(line.strip())
+        else:
+            found.append(line)
+    lines[:] = found
+
+
+def last_start(lines: list[str]) -> str:
+    """The first line of the paragraph that `lines` end in."""
+    start = len(lines) - 1
+    while start > 0 and lines[start - 1].strip():
+        start -= 1
+    return lines[start]
+
+
+def setup(app: object) -> None:
+    app.connect("builder-inited", write_commands)
+    app.connect("autodoc-process-docstring", as_rst, priority=400)

@@ -51,12 +51,17 @@ def _by_name(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class Weights(NamedTuple):
-    """A meta-trained optimizer."""
+    """A meta-trained optimizer.
 
-    meta_params: dict[str, jax.Array]  # φ
-    learner: LearnerSettings  # its architecture
-    recipe: dict[str, Any]  # of its meta-training; {} if unknown
-    card: dict[str, Any]  # the model card: data, results, realised steps, limits
+    >>> weights = lolo.load("lolo-norm")
+    >>> isinstance(weights, lolo.Weights), weights.learner.name, weights.meta_params["w0"].shape
+    (True, 'norm_fc', (30, 8))
+    """
+
+    meta_params: dict[str, jax.Array]  #: φ
+    learner: LearnerSettings  #: its architecture
+    recipe: dict[str, Any]  #: of its meta-training; {} if unknown
+    card: dict[str, Any]  #: the model card: data, results, realised steps, limits
 
     def __repr__(self) -> str:
         numbers = sum(x.size for x in self.meta_params.values())
@@ -118,6 +123,11 @@ class Weights(NamedTuple):
         parameters that are cut over another axis and for gradients that were not averaged. Under jit, whole arrays may
         lie on several devices without a word here. Warns of a step_scale below 0.02, which looks like another
         optimizer's rate.
+
+        >>> schedule = optax.cosine_decay_schedule(2e-3, 10_000)
+        >>> optimizer = lolo.load("lolo-norm").optimizer(learning_rate=schedule, weight_decay=0.1)
+        >>> cosine = optax.cosine_decay_schedule(1.0, 10_000)
+        >>> optimizer = lolo.load().optimizer(step_decay=math.inf, step_scale=cosine)
         """
         check_scale(step_scale)
         requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
@@ -256,6 +266,14 @@ def load(
         that the weights were meta-trained with, by sha256. Such weights are refused without it.
 
     Raises disk.FileError, a ValueError, for anything that is not a complete weights file of a known version.
+
+    >>> weights = lolo.load()
+    >>> weights
+    Weights(small_fc, 2,402 numbers, meta-trained on fashion-mlp, T = 2,000)
+    >>> optimizer = weights.optimizer()
+    >>> params = {"weight": jnp.ones((3, 2))}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> params = optax.apply_updates(params, updates)
     """
     file = weights_file.read_weights(name_or_path)
     if code is not None and settings.is_own(file.learner.get("name")):
@@ -284,6 +302,10 @@ def save(path: Path | str, weights: Weights) -> None:
     """Write weights as one safetensors file with architecture, recipe and card in its metadata.
 
     A limit of inf is written as None, which means the same.
+
+    >>> lolo.save("mine.safetensors", lolo.load("lolo-small"))
+    >>> lolo.load("mine.safetensors")
+    Weights(small_fc, 2,402 numbers, meta-trained on fashion-mlp, T = 1,000)
     """
     learner = {name: None if x == math.inf else x for name, x in dataclasses.asdict(weights.learner).items()}
     weights_file.write_weights(

@@ -73,6 +73,12 @@ def small_fc(
       knowing, and for a mask of another tree; TypeError for leaves that are not arrays of real numbers.
 
     Entries that never had a gradient move too: padding rows, rows never looked up, pruned weights. See `freeze_unseen`.
+
+    >>> learner = lolo.small_fc()
+    >>> phi = learner.init(jax.random.key(0))
+    >>> sum(x.size for x in phi.values())
+    2402
+    >>> optimizer = learner.optimizer(phi)
     """
     shapes = spec.weight_shapes(hidden, learn_decays=learn_decays)
 

@@ -43,7 +43,10 @@ DTYPES_BY_NAME = {str(dtype): dtype for dtype in DTYPES}
 class LoLO(torch.optim.Optimizer):
     """The learned optimizer instead of `torch.optim.AdamW`, or of `torch.optim.Muon`.
 
-        optimizer = LoLO(model.parameters())
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> optimizer = LoLO(model.parameters())
+    >>> model(torch.ones(3, 4)).square().mean().backward()
+    >>> optimizer.step()
 
     The weights say which architecture it is. `small_fc` has no hyper-parameter to tune:
     θ ← θ − lr·λ1/√(1 + t/step_decay)·(d·exp(λ2·m) + weight_decay·θ), (d, m) the network's outputs for an entry (Eq. 7).
@@ -52,7 +55,8 @@ class LoLO(torch.optim.Optimizer):
     θ ← θ − lr·(step + weight_decay·θ). Vectors and scalars get AdamW (.9, .95, 1e-8) at lr·adam_scale, and so should
     embeddings and output layers, which you name:
 
-        optimizer = LoLO([{"params": hidden}, {"params": embedding_and_head, "is_matrix": False}], "mine.safetensors")
+    >>> groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "is_matrix": False}]
+    >>> optimizer = LoLO(groups, "lolo-norm", lr=1e-3)
 
     Args:
       params: parameters, named parameters or param groups; a group may have all settings below for itself. float32,
