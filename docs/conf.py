@@ -1,6 +1,7 @@
 """Sphinx: `make docs` builds the site from these Markdown files, without a network.
 
-The page of commands is written while the site is built, from the commands themselves.
+While the site is built, docs/generated gets a page of all commands, from the commands themselves, and a page for each
+report in experiments/.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import os
 import pathlib
 import re
 from importlib import metadata
+from typing import Any
 
 from lolo.cli import main
 
@@ -29,7 +31,9 @@ html_css_files = ["tables.css"]
 exclude_patterns = ["_build"]
 python_maximum_signature_line_length = 80
 
-COMMANDS_PAGE = pathlib.Path(__file__).parent / "generated" / "commands.md"
+DOCS = pathlib.Path(__file__).parent
+EXPERIMENTS = DOCS.parent / "experiments"
+GENERATED = DOCS / "generated"
 COMMANDS_INTRODUCTION = """# Commands
 
 Made from the commands themselves when this site is built: each section is what `lolo COMMAND --help` prints.
@@ -57,8 +61,32 @@ def write_commands(_: object) -> None:
         parts += [printed(name, word, "--help") for word in DEEPER.get(name, ())]
         if name in LISTS:
             parts.append(printed(name))
-    COMMANDS_PAGE.parent.mkdir(exist_ok=True)
-    COMMANDS_PAGE.write_text("\n".join(parts), encoding="utf-8")
+    GENERATED.mkdir(exist_ok=True)
+    (GENERATED / "commands.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def report_page(report: str) -> str:
+    """The name of the page of a report, given by its path in experiments/ without .md."""
+    return "report-" + re.sub(r"\W+", "-", report)
+
+
+def write_reports(_: object) -> None:
+    """Write a page for each report in experiments/, which includes it."""
+    for path in sorted(EXPERIMENTS.rglob("report*.md")):
+        report = path.relative_to(EXPERIMENTS).with_suffix("").as_posix()
+        include = f"```{{include}} ../../experiments/{report}.md\n:relative-images:\n:heading-offset: 1\n```"
+        text = f"---\norphan: true\n---\n\n# Report: {path.parent.relative_to(EXPERIMENTS)}\n\n{include}\n"
+        (GENERATED / f"{report_page(report)}.md").write_text(text, encoding="utf-8")
+
+
+def link_reports(_: object, name: str, source: list[str]) -> None:
+    """Links to reports in the repository become links to their pages on the site."""
+    up = "../" * name.count("/")
+    source[0] = re.sub(
+        r"\]\((?:\.\./)+experiments/([^)]*?report[^)/]*)\.md\)",
+        lambda link: f"]({up}generated/{report_page(link[1])}.md)",
+        source[0],
+    )
 
 
 def as_rst(app: object, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
@@ -90,6 +118,8 @@ def last_start(lines: list[str]) -> str:
     return lines[start]
 
 
-def setup(app: object) -> None:
+def setup(app: Any) -> None:
     app.connect("builder-inited", write_commands)
+    app.connect("builder-inited", write_reports)
+    app.connect("source-read", link_reports)
     app.connect("autodoc-process-docstring", as_rst, priority=400)
