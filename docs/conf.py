@@ -12,6 +12,8 @@ import re
 from importlib import metadata
 from typing import Any
 
+from sphinx.ext import autosummary
+
 from lolo.cli import main
 
 project = "LoLO"
@@ -71,12 +73,15 @@ def report_page(report: str) -> str:
 
 
 def write_reports(_: object) -> None:
-    """Write a page for each report in experiments/, which includes it."""
+    """Write a page for each report in experiments/: the same text, with the paths of its pictures."""
+    for page in GENERATED.glob("report-*.md"):
+        page.unlink()
     for path in sorted(EXPERIMENTS.rglob("report*.md")):
-        report = path.relative_to(EXPERIMENTS).with_suffix("").as_posix()
-        include = f"```{{include}} ../../experiments/{report}.md\n:relative-images:\n:heading-offset: 1\n```"
-        text = f"---\norphan: true\n---\n\n# Report: {path.parent.relative_to(EXPERIMENTS)}\n\n{include}\n"
-        (GENERATED / f"{report_page(report)}.md").write_text(text, encoding="utf-8")
+        folder = path.parent.relative_to(EXPERIMENTS).as_posix()
+        text = re.sub(r"^#", "##", path.read_text(encoding="utf-8"), flags=re.M)
+        text = re.sub(r"!\[(.*?)\]\(", rf"![\1](../../experiments/{folder}/", text)
+        page = GENERATED / f"{report_page(path.relative_to(EXPERIMENTS).with_suffix('').as_posix())}.md"
+        page.write_text(f"---\norphan: true\n---\n\n# Report: {folder}\n\n{text}", encoding="utf-8")
 
 
 def link_reports(_: object, name: str, source: list[str]) -> None:
@@ -87,6 +92,11 @@ def link_reports(_: object, name: str, source: list[str]) -> None:
         lambda link: f"]({up}generated/{report_page(link[1])}.md)",
         source[0],
     )
+
+
+def keep_intervals(_: object, name: str, source: list[str]) -> None:
+    """Numbers such as 0.12 ± 0.03 are not broken over two lines."""
+    source[0] = source[0].replace(" ± ", "\u00a0±\u00a0")
 
 
 def as_rst(app: object, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
@@ -119,7 +129,9 @@ def last_start(lines: list[str]) -> str:
 
 
 def setup(app: Any) -> None:
+    autosummary.WELL_KNOWN_ABBREVIATIONS += ("(Eq.", "Eq.")  # no ends of a sentence
     app.connect("builder-inited", write_commands)
     app.connect("builder-inited", write_reports)
     app.connect("source-read", link_reports)
+    app.connect("source-read", keep_intervals)
     app.connect("autodoc-process-docstring", as_rst, priority=400)

@@ -261,7 +261,7 @@ def load(
 
     Args:
       name_or_path: the name of shipped ones (`lolo weights` lists them), a path, or, with the extra `hub`,
-        "user/repo", "user/repo/file.safetensors" or "user/repo@revision/file.safetensors".
+        `"user/repo"`, `"user/repo/file.safetensors"` or `"user/repo@revision/file.safetensors"`.
       code: of weights whose architecture is a function of a user's own file, that function. Its file must be the one
         that the weights were meta-trained with, by sha256. Such weights are refused without it.
 
