@@ -93,7 +93,7 @@ class LoLO(torch.optim.Optimizer):
 
     Data parallel (DDP): gradients are averaged before the step, so every process makes the same update; nothing to set.
     Sharded parameters (FSDP2's `fully_shard`, DTensor): cut along axis 0, or replicated; the step is that of whole
-    tensors, and its state is divided as they are (docs/use.md has the collectives, checkpoints, and what was tested).
+    tensors, and its state is divided as they are (docs/several_devices.md has the collectives, checkpoints, and what was tested).
     The CPU kernel leaves tensors that are cut to torch's operations. All processes must step together, with gradients
     of the same parameters. FSDP1's flat parameters and DTensors placed otherwise are refused.
     `torch.compile` around a training step works; the optimizer's part runs as it is, uncompiled (a graph break, so
