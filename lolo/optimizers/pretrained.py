@@ -110,7 +110,7 @@ class Weights(NamedTuple):
             as advised for embeddings and output layers. None: all of two axes or more are matrices.
           state_dtype: of norm_fc, float32 or bfloat16, that of the momenta; None: float32.
           freeze_unseen: of small_fc, entries that never had a gradient do not move, by weight decay neither. Without
-            it padding rows, rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
+            it padding rows, rows never looked up, and masked weights drift: about 0.02 to 0.15 in 1,000 steps.
             Gradients below about 1e-22 count as none, since their squares are 0.
           kernel: of norm_fc, "auto" or "plain", as `lolo.norm_fc` has it; None: auto, whatever meta-training had.
 

@@ -175,8 +175,8 @@ def check_state(state: Any, params: PyTree) -> None:
 def freeze_unseen(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """small_fc under which entries that never had a gradient do not move, by weight decay neither.
 
-    The network has a small output for them too: without this, padding rows, rows that were never looked up and weights
-    behind a mask drift. Entries whose last gradient lies so far back that their second moment is 0 again stand still.
+    The network has a small output for them too: without this, padding rows, rows that were never looked up and masked
+    weights drift. Entries whose last gradient lies so far back that their second moment is 0 again do not move either.
     It reads the state, and fits `small_fc`'s own and that of `one_tree_per_moment`.
     """
     inner = optax.with_extra_args_support(optimizer)
