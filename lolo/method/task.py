@@ -76,11 +76,11 @@ class Task:
     score: Callable[[PyTree, PyTree, PyTree], dict[str, jax.Array]] = _static()
     size: int = _static()  #: number of examples
     batch: int = _static()  #: examples per inner step
-    loss_limit: float | None = _static()  #: losses enter the meta-gradient clipped to this; None: as they are
+    loss_limit: float | None = _static()  #: losses enter the meta-gradient clipped to this; None does not clip
     micro_batches: int = _static(1)  #: the gradient of a batch is computed in n equal parts, one after the other
     score_batch: int = _static(1000)  #: examples scored together
     score_examples: int = _static(10_000)  #: of the held-out split, scored on the way through a long run
-    stream: BatchStream | None = _static(None)  #: where segments come from; None: `data` is the whole split
+    stream: BatchStream | None = _static(None)  #: where segments come from; None if `data` is the complete split
 
     def __repr__(self) -> str:
         kind = "stream" if self.stream is not None else "resident data"

@@ -61,7 +61,7 @@ class Weights(NamedTuple):
     meta_params: dict[str, jax.Array]  #: φ
     learner: LearnerSettings  #: its architecture
     recipe: dict[str, Any]  #: of its meta-training; {} if unknown
-    card: dict[str, Any]  #: the model card: data, results, realised steps, limits
+    card: dict[str, Any]  #: the model card, with data, results, realised steps and limits
 
     def __repr__(self) -> str:
         numbers = sum(x.size for x in self.meta_params.values())
