@@ -201,9 +201,9 @@ def bench_command(argv: list[str]) -> int:
 
         Args:
           parts: update (our form against the textbook's), methods (LoLO against NAIVE), architectures (inner steps of
-            meta-training by architecture), use (a step in optax), torch (a step in PyTorch, if installed), start
-            (first step, cores), blocks (slots_per_block), growth (pairs, truncation, tasks, parameters); all if none is
-            named.
+            meta-training by architecture), use (a step in optax), batches (share of a training step, by batch size),
+            kernel (norm_fc's CPU kernel), torch (a step in PyTorch, if installed), start (first step, cores), blocks
+            (slots_per_block), growth (pairs, truncation, tasks, parameters); all if none is named.
           out: JSON file for the numbers; a picture of the growth goes beside it.
         """
         environment.set_up()
