@@ -5,6 +5,7 @@ report in experiments/.
 """
 
 import contextlib
+import inspect
 import io
 import os
 import pathlib
@@ -128,6 +129,15 @@ def last_start(lines: list[str]) -> str:
     return lines[start]
 
 
+def signature_of_torch(app: object, what: str, name: str, thing: Any, options: object, *signature: str) -> Any:
+    """The arguments of `lolo.torch.LoLO`, which its class hides while torch is mocked."""
+    if name != "lolo.torch.LoLO":
+        return signature
+    parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(bare)), None
+
+
 def setup(app: Any) -> None:
     autosummary.WELL_KNOWN_ABBREVIATIONS += ("(Eq.", "Eq.")  # no ends of a sentence
     app.connect("builder-inited", write_commands)
@@ -135,3 +145,4 @@ def setup(app: Any) -> None:
     app.connect("source-read", link_reports)
     app.connect("source-read", keep_intervals)
     app.connect("autodoc-process-docstring", as_rst, priority=400)
+    app.connect("autodoc-process-signature", signature_of_torch)
