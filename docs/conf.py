@@ -22,6 +22,7 @@ author = "The LoLO developers"
 release = metadata.version("lolo")
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 nb_execution_mode = "off"  # `make notebook` runs them; what they show is stored in them
+nb_render_markdown_format = "myst"  # tables, too
 myst_heading_anchors = 4
 autosummary_generate = False
 autodoc_member_order = "bysource"
