@@ -1,13 +1,18 @@
-"""Builds the CPU kernels where there is a C++ compiler; without one, or where it fails, the wheel is pure Python.
+"""What Hatch runs when it builds the package.
 
-$CXX names another compiler. LOLO_BUILD_KERNEL=0 builds none. The part for JAX needs the headers of XLA's FFI, which lie
-in jaxlib; without them the library serves PyTorch alone.
+It builds the CPU kernels where there is a C++ compiler; without one, or where it fails, the wheel is pure Python. $CXX
+names another compiler. LOLO_BUILD_KERNEL=0 builds none. The part for JAX needs the headers of XLA's FFI, which lie in
+jaxlib; without them the library serves PyTorch alone.
+
+$LOLO_REPOSITORY is the address of the repository's web page, as a release has it: it becomes the project's addresses,
+and README.md's links and pictures, which are relative, lead there. Without it there are none.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 LIBRARY = "lolo/kernels/_norm_fc.so"
 SOURCE = "lolo/kernels/norm_fc.cc"
@@ -76,3 +82,30 @@ class CustomBuildHook(BuildHookInterface):
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def absolute_links(text: str, repository: str, version: str) -> str:
+    """Markdown whose relative links and pictures lead to the files of a version in a repository."""
+
+    def absolute(found: re.Match[str]) -> str:
+        is_picture, words, target = found.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return found.group()
+        return f"{is_picture}[{words}]({repository}/{'raw' if is_picture else 'blob'}/v{version}/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", absolute, text)
+
+
+class CustomMetadataHook(MetadataHookInterface):
+    def update(self, metadata: dict[str, Any]) -> None:
+        text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        if repository := os.environ.get("LOLO_REPOSITORY", "").rstrip("/"):
+            version = metadata["version"]
+            text = absolute_links(text, repository, version)
+            metadata["urls"] = {
+                "Homepage": repository,
+                "Documentation": f"{repository}/tree/v{version}/docs",
+                "Changelog": f"{repository}/blob/v{version}/CHANGELOG.md",
+                "Issues": f"{repository}/issues",
+            }
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}

@@ -9,6 +9,7 @@ import pytest
 import lolo
 from lolo.cli.main import main
 from lolo.files.disk import FileError
+from lolo.optimizers import architecture, weights_file
 from lolo.race import (
     entrants,
     records,
@@ -64,7 +65,8 @@ def test_embeddings_and_output_layers_are_no_matrices():
 
 def test_muon_leaves_what_is_no_matrix_to_adamw():
     task = workloads.WORKLOADS["words"].task
-    entry = tuning.rival_of("muon", search.settings_of("muon")[0], task, 100)
+    name = tuning.rival("muon").name_of(search.settings_of(search.SPACES["muon"])[0])
+    ((entry,),) = (group.values() for group in tuning.together(candidates.read([name]), task, 100))
     params = {
         "embedding.weight": np.ones((4, 3)),
         "layers.0.weight": np.ones((3, 3)),
@@ -82,17 +84,37 @@ def test_what_a_workload_shares_with_meta_training_is_named():
     assert workloads.shared_with(of["small-batch"], ("fashion-conv",)) == []
 
 
-@pytest.mark.parametrize("kind", search.SPACES)
-def test_trials_fill_their_space_and_are_the_same_each_time(kind):
-    space, found = search.SPACES[kind], search.settings_of(kind)
-    assert found == search.settings_of(kind) and len(set(found)) == search.TRIALS
+SEARCHED = {kind: tuning.rival(kind) for kind in search.SPACES}
+SEARCHED |= {name: tuning.weights(name) for name in ("lolo-norm", "lolo-small")}
+
+
+@pytest.mark.parametrize("of", SEARCHED.values(), ids=SEARCHED)
+def test_trials_fill_their_space_and_are_the_same_each_time(of):
+    space, found = of.space, search.settings_of(of.space)
+    assert found == search.settings_of(space) and len(set(found)) == search.TRIALS
     for values, (low, high) in zip(zip(*found, strict=True), space[:3], strict=True):
         assert low * 0.999 <= min(values) < low * (high / low) ** 0.2
         assert low * (high / low) ** 0.8 < max(values) <= high * 1.001
     for setting in found:
-        named = candidates.read([tuning.name_of(kind, setting)])
-        (rival,) = named.values()
-        assert (rival.learning_rate, rival.weight_decay, rival.warmup) == setting
+        (named,) = candidates.read([of.name_of(setting)]).values()
+        if isinstance(named, candidates.NamedWeights):
+            learner, deployed = named.weights.learner, named.deployment
+            rate = deployed.step_scale if space.rate == "step_scale" else deployed.learner[space.rate]
+            assert (rate, deployed.learner["weight_decay"], deployed.warmup) == setting and learner.name
+            assert deployed.schedule == "warmup-cosine"
+        else:
+            assert (named.learning_rate, named.weight_decay, named.warmup) == setting
+
+
+def test_every_architecture_of_shipped_weights_has_a_space():
+    shipped = {lolo.load(name).learner.name for name in weights_file.shipped_weights()}
+    assert shipped <= set(search.SPACES_OF_WEIGHTS) <= set(architecture.ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ["adamw:1e-3", "muon:1e-3"])
+def test_only_weights_are_searched(name):
+    with pytest.raises(ValueError, match="the search is for weights; give --settings"):
+        tuning.weights(name)
 
 
 def test_one_setting_for_all_has_the_lowest_mean_rank_and_five_cover_what_it_misses():
@@ -232,13 +254,19 @@ def quiet(what, done, total, status):
     assert 0 <= done <= total
 
 
+def all_rivals():
+    return [tuning.rival(kind) for kind in search.SPACES]
+
+
 @pytest.mark.slow
 def test_a_whole_race_finds_the_best_rate_and_resumes(small, tmp_path):
-    found = stages.search_all(tmp_path, (), quiet)
+    found = stages.search_all(tmp_path, all_rivals(), (), quiet)
     assert len(found) == 2 * 3 * search.TRIALS
-    kind, setting = tuning.reference_of(found, "near")
+    (reference,) = candidates.read([tuning.reference_of(found, "near")]).values()
+    kind = reference.name.partition("-")[0]
     losses = {trial.learning_rate: trial.loss for trial in found if (trial.kind, trial.workload) == (kind, "near")}
-    assert setting.learning_rate == min(losses, key=losses.get) and min(losses.values()) < 0.01 < max(losses.values())
+    assert reference.learning_rate == min(losses, key=losses.get)
+    assert min(losses.values()) < 0.01 < max(losses.values())
     stages.set_targets(tmp_path, (), quiet)
     targets = tuning.read_targets(tmp_path)
     assert set(targets) == {(name, form) for name in ("near", "far") for form in (False, True)}
@@ -266,8 +294,29 @@ def test_a_whole_race_finds_the_best_rate_and_resumes(small, tmp_path):
     assert (tmp_path / stages.ROWS_FILE).read_bytes() == before  # made again, with the same bytes
 
 
+@pytest.mark.slow
+def test_the_settings_of_weights_are_searched_as_those_of_rivals_are(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "KEPT", tmp_path / "kept")
+    rivals = stages.search_all(tmp_path / "kept", all_rivals(), ("near",), quiet)
+    stages.set_targets(tmp_path / "kept", ("near",), quiet)
+    stages.race(tmp_path / "kept", stages.rivals(rivals)[:1], 1, ("near",), quiet)
+    words = ["race", "--optimizer", "lolo-norm", "--name", "mine", "--search", "--only", "near", "--seeds", "1"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    found = [trial for trial in records.read(tmp_path / stages.TRIALS_FILE, Trial) if trial.kind == "mine"]
+    assert len(found) == search.TRIALS
+    best = search.settings_of(search.SPACES_OF_WEIGHTS["norm_fc"])[np.argmin([trial.loss for trial in found])]
+    rows = [row for row in stages.read(tmp_path).rows if row.entrant == "mine"]
+    assert {row.optimizer for row in rows if row.held_out} == {tuning.weights("lolo-norm").name_of(best)}
+    assert len({row.optimizer for row in rows}) == 5
+    # Other weights under the same name have trials of their own.
+    new = [Trial("near", "mine", 1.0, 1.0, 1.0, 0.5)]
+    monkeypatch.setattr(tuning, "trials", lambda of, workload, on_steps: new)
+    other = tuning.weights("lolo-norm", "mine")._replace(contents="0" * 64)
+    assert stages.search_all(tmp_path, [other], ("near",), quiet) == new
+
+
 def test_one_optimizer_under_two_names_scores_equal(small, tmp_path):
-    stages.search_all(tmp_path, (), quiet)
+    stages.search_all(tmp_path, all_rivals(), (), quiet)
     stages.set_targets(tmp_path, (), quiet)
     names = stages.rivals(stages.read(tmp_path).trials)[0].optimizers
     field = [entrants.Entrant("adamw", names), entrants.Entrant("again", names)]

@@ -68,6 +68,23 @@ def test_a_study_refuses_runs_of_another_recipe(tmp_path, monkeypatch):
         studies.reproduce("tiny", tmp_path)
 
 
+def test_of_a_finished_meta_training_the_last_weights_are_enough(tmp_path, monkeypatch):
+    monkeypatch.setitem(definitions.STUDIES, "tiny", dataclasses.replace(TINY, meta_seeds=1))
+    studies.reproduce("tiny", tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    before = (run / "last.safetensors").read_bytes()
+    for file in run.rglob("*"):
+        if file.is_file() and file.name != "last.safetensors":
+            file.unlink()
+    monkeypatch.setattr(loop, "train", lambda *args: pytest.fail("meta-trained again"))
+    studies.reproduce("tiny", tmp_path)
+    assert (run / "last.safetensors").read_bytes() == before
+    other = dataclasses.replace(TINY, meta_seeds=1, fixed=(*TINY.fixed, ("outer.lr", 0.5)))
+    monkeypatch.setitem(definitions.STUDIES, "tiny", other)
+    with pytest.raises(RunError, match=r"another recipe \(outer.lr differ\)"):
+        studies.reproduce("tiny", tmp_path)
+
+
 def test_a_study_does_not_overwrite_an_evaluation(tmp_path, monkeypatch):
     monkeypatch.setitem(definitions.STUDIES, "tiny", TINY)
     rows, _ = comparisons.evaluate(candidates.read(["adam:0.1"]), "quadratic", 100, 1)

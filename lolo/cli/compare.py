@@ -11,8 +11,9 @@ from lolo.bench import speed
 from lolo.cli.arguments import call
 from lolo.cli.progress import logged_warnings, print_or_show, progress_display
 from lolo.files import settings as files_settings
-from lolo.race import entrants, stages, workloads
+from lolo.race import entrants, stages, tuning, workloads
 from lolo.race import report as race_report
+from lolo.race import search as race_search
 from lolo.runtime import environment, interrupt
 from lolo.runtime.streams import log
 from lolo.studies import candidates, comparison_report, comparisons, definitions, evaluation_folder, studies
@@ -94,6 +95,7 @@ def race_command(argv: list[str]) -> int:
     def race_(
         optimizer: str = "",
         settings: tuple[str, ...] = (),
+        search: bool = False,
         name: str = "",
         only: tuple[str, ...] = (),
         seeds: int = entrants.SEEDS,
@@ -114,6 +116,8 @@ def race_command(argv: list[str]) -> int:
             parameter) that is false for embeddings and output layers.
           settings: of the optimizer, up to five, as they stand after its name: lr=0.01 lr=0.03. All workloads get the
             same; the first is the one of the self-tuning rules.
+          search: find five settings of the optimizer, which must be weights, as those of the rivals were found: twenty
+            trials on every workload, on validation data.
           name: what the optimizer is called in tables and pictures; default: as --optimizer has it.
           only: these workloads: mlp, convolution, resnet, vit, transformer, gru, autoencoder, words, finetuning,
             small-batch.
@@ -130,15 +134,21 @@ def race_command(argv: list[str]) -> int:
             files_settings.pick(workloads.WORKLOADS, "workload", workload)
         if seeds < 1:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
-        if (settings or name) and not optimizer:
-            raise ValueError("--settings and --name are of --optimizer: give one.")
+        if (settings or search or name) and not optimizer:
+            raise ValueError("--settings, --search and --name are of --optimizer: give one.")
+        if settings and search:
+            raise ValueError("--search finds the settings: leave out --settings.")
         environment.set_up()
         with logged_warnings():
             mine = [entrants.entrant(optimizer, settings, name, code)] if optimizer else []
+            searched = [tuning.weights(optimizer, name, code)] if search else []
+        if from_scratch:
+            searched += [tuning.rival(kind) for kind in race_search.SPACES]
         if dry_run and transfer:
             raise ValueError("--dry-run is for a race; leave out --transfer.")
         if dry_run:
-            print(stages.outlook(mine, seeds, only, out, from_scratch))
+            count = race_search.FIVE if search else sum(len(one.optimizers) for one in mine)
+            print(stages.outlook(count, len(searched), seeds, only, out, from_scratch))
             return 0
         stop = interrupt.Stop()
         with progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
@@ -146,8 +156,10 @@ def race_command(argv: list[str]) -> int:
             if transfer:
                 print(stages.transfer_rates(out, transfer, on_progress))
                 return 0
+            found = stages.search_all(out, searched, only, on_progress) if searched else []
+            if search:
+                mine = [entrants.searched(searched[0], found)]
             if from_scratch:
-                stages.search_all(out, only, on_progress)
                 stages.set_targets(out, only, on_progress)
             rivals = stages.rivals(stages.read(out).trials)
             field = [*(rivals if from_scratch else ()), *mine]

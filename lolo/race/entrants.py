@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lolo.evaluation import long_runs
@@ -33,7 +33,7 @@ class Entrant:
 
 def rival(kind: str, found: Sequence[records.Trial]) -> Entrant:
     """A rival with the settings that the search found."""
-    return Entrant(kind, tuple(tuning.names_of(found, kind)))
+    return Entrant(kind, tuple(tuning.names_of(found, tuning.rival(kind))))
 
 
 def entrant(optimizer: str, settings: Sequence[str] = (), name: str = "", code: Sequence[Path] = ()) -> Entrant:
@@ -48,9 +48,17 @@ def entrant(optimizer: str, settings: Sequence[str] = (), name: str = "", code: 
     """
     separator = "," if ":" in optimizer.rpartition(".py:")[2] else ":"
     names = tuple(f"{optimizer}{separator}{words}" for words in settings) or (optimizer,)
-    found = candidates.read(names, code=code)
-    recipe = {task for named in found.values() for task in meta_tasks(named)}
-    return Entrant(name or optimizer, names, tuple(sorted(recipe)), tuple(code))
+    return _entrant(name or optimizer, names, code)
+
+
+def searched(of: tuning.Searched, found: Sequence[records.Trial]) -> Entrant:
+    """Weights with the settings that the search found."""
+    return _entrant(of.name, tuning.names_of(found, of), of.code)
+
+
+def _entrant(name: str, optimizers: Sequence[str], code: Sequence[Path]) -> Entrant:
+    recipe = {task for named in candidates.read(optimizers, code=code).values() for task in meta_tasks(named)}
+    return Entrant(name, tuple(optimizers), tuple(sorted(recipe)), tuple(code))
 
 
 def meta_tasks(named: Named) -> tuple[str, ...]:
@@ -82,7 +90,7 @@ def run_on(
     missing = [name for name in named if not is_complete(rows[name], workload, seeds, name == of.optimizers[0])]
     for held_out, names in ((False, missing), (True, [name for name in missing if name == of.optimizers[0]])):
         of_task = task_of(workload, held_out), workloads.WORKLOADS[workload].steps
-        for group in together(named, names, *of_task):
+        for group in tuning.together({name: named[name] for name in names}, *of_task):
             for name, made in _rows(of, workload, held_out, group, seeds, on_steps).items():
                 rows[name] = [*(row for row in rows[name] if row.held_out != held_out), *made]
     for name in missing:
@@ -108,18 +116,6 @@ def task_of(workload: str, held_out: bool) -> str:
     """The task of a workload, or of its held-out form."""
     of = workloads.WORKLOADS[workload]
     return workloads.variant_of(of) if held_out else of.task
-
-
-def together(
-    named: Mapping[str, Named], names: Sequence[str], task: str, steps: int
-) -> list[dict[str, long_runs.Candidate]]:
-    """Candidates that share a compiled program, in groups."""
-    groups: dict[object, dict[str, long_runs.Candidate]] = {}
-    for name in names:
-        splits, is_matrix = workloads.splits_of(task), workloads.matrices_of(task)
-        entry = candidates.candidate(named[name], splits, steps, is_matrix=is_matrix)
-        groups.setdefault((entry.make, entry.scored), {})[name] = entry
-    return list(groups.values())
 
 
 def _rows(

@@ -1,4 +1,4 @@
-"""The search for rivals' settings: the same quasi-random trials on every workload."""
+"""The search for an optimizer's settings: the same quasi-random trials on every workload."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FIVE = 5  # settings of an optimizer under the tuned rules
 
 
 class Setting(NamedTuple):
-    """The numbers of a rival that the search varies."""
+    """The numbers of an optimizer that the search varies."""
 
-    learning_rate: float
+    learning_rate: float  # or what stands for it: `Space.rate`
     weight_decay: float
     warmup: float  # share of the steps
 
@@ -30,6 +30,8 @@ class Space(NamedTuple):
     weight_decay: tuple[float, float] = (1e-3, 0.5)  # log-uniform; decoupled unless said otherwise
     warmup: tuple[float, float] = (0.02, 0.1)  # uniform
     schedule: str = "warmup-cosine"
+    rate: str = "learning_rate"  # of weights: the setting that multiplies their step
+    fixed: str = ""  # of weights: further settings, the same in all trials
 
 
 SPACES: dict[str, Space] = {
@@ -43,21 +45,21 @@ SPACES: dict[str, Space] = {
 }
 """Rivals in the race."""
 
+SPACES_OF_WEIGHTS: dict[str, Space] = {
+    "norm_fc": Space((1e-4, 3e-2)),
+    "small_fc": Space((0.1, 10.0), rate="step_scale", fixed="step_decay=inf"),
+}
+"""What the search draws from for weights, by architecture."""
+
 REFERENCES = ("adamw", "nadamw", "nesterov")  # the best of these sets a workload's target
 
 
-def name_of(kind: str) -> str:
-    """A rival with its schedule, as `lolo eval` names it: "adamw-warmup-cosine"."""
-    return f"{kind}-{SPACES[kind].schedule}"
+def settings_of(space: Space, count: int = TRIALS) -> list[Setting]:
+    """The trials of an optimizer: a scrambled Halton sequence over its space, with three digits.
 
-
-def settings_of(kind: str, count: int = TRIALS) -> list[Setting]:
-    """The trials of a rival: a scrambled Halton sequence over its space, with three digits.
-
-    >>> len(settings_of("adamw"))
+    >>> len(settings_of(SPACES["adamw"]))
     20
     """
-    space = SPACES[kind]
     points = qmc.Halton(3, rng=np.random.default_rng(SEARCH_SEED)).random(count)
 
     def log_uniform(share: float, bounds: tuple[float, float]) -> float:

@@ -15,6 +15,7 @@ from lolo.race.records import KEPT, RaceRow, StepTime, Target, TransferRow, Tria
 from lolo.race.results import Form
 from lolo.runtime import interrupt, parallel
 from lolo.studies import plots
+from lolo.studies.rows import slug
 
 TRIALS_FILE, ROWS_FILE, TRANSFER_FILE = "trials.jsonl.gz", "rows.jsonl.gz", "transfer.jsonl.gz"
 TARGETS_FILE, TIMES_FILE = "targets.jsonl", "step-times.jsonl"
@@ -68,16 +69,27 @@ class Steps:
         self.on_progress(self.what, self.done, self.total, "steps")
 
 
-def search_all(out: Path, only: Sequence[str], on_progress: interrupt.OnProgress) -> list[Trial]:
-    """Every rival's trials on every workload; those in `out` are not made again."""
+def search_all(
+    out: Path, optimizers: Sequence[tuning.Searched], only: Sequence[str], on_progress: interrupt.OnProgress
+) -> list[Trial]:
+    """All trials of these optimizers on every workload; those in `out` are not made again.
+
+    Returns: all that `out` then has. Trials of other weights under a name that is searched are not among them.
+    """
     chosen = only or tuple(workloads.WORKLOADS)
-    parts = {(name, kind): out / "trials" / f"{name}-{kind}.jsonl" for name in chosen for kind in search.SPACES}
+    parts = {
+        (name, of): out / "trials" / f"{name}-{slug(of.name)[-120:]}{of.contents and '-' + of.contents[:8]}.jsonl"
+        for name in chosen
+        for of in optimizers
+    }
     missing = {place: file for place, file in parts.items() if not file.exists()}
     total = sum(tuning.steps_of_search(workloads.WORKLOADS[name]) * search.TRIALS for name, _ in missing)
-    steps = Steps(total, "searching the rivals' settings", on_progress)
-    for (name, kind), file in missing.items():
-        records.write(file, tuning.trials(name, kind, steps))
-    found = [trial for file in sorted((out / "trials").glob("*.jsonl")) for trial in records.read(file, Trial)]
+    steps = Steps(total, "searching settings", on_progress)
+    for (name, of), file in missing.items():
+        records.write(file, tuning.trials(of, name, steps))
+    names, files = {of.name for of in optimizers}, sorted((out / "trials").glob("*.jsonl"))
+    of_files = {file: records.read(file, Trial) for file in files}
+    found = [t for file, made in of_files.items() for t in made if file in parts.values() or t.kind not in names]
     records.write(out / TRIALS_FILE, found)
     return found
 
@@ -153,8 +165,11 @@ def rivals(trials: Sequence[Trial]) -> list[Entrant]:
     return [entrants.rival(kind, trials) for kind in search.SPACES]
 
 
-def outlook(mine: Sequence[Entrant], seeds: int, only: Sequence[str], out: Path, from_scratch: bool) -> str:
-    """What a race would run, in words: workloads with their targets, and the number of training steps."""
+def outlook(mine: int, searched: int, seeds: int, only: Sequence[str], out: Path, from_scratch: bool) -> str:
+    """What a race would run, in words: workloads with their targets, and the number of training steps.
+
+    mine: settings of an entrant, 0 for none. searched: optimizers whose settings are searched.
+    """
     targets, lines = tuning.read_targets(source_of(out)), []
     for name in only or workloads.WORKLOADS:
         of = workloads.WORKLOADS[name]
@@ -162,9 +177,11 @@ def outlook(mine: Sequence[Entrant], seeds: int, only: Sequence[str], out: Path,
         losses = " and ".join(f"{loss:.4f}" for loss in known) or "not set yet"
         lines.append(f"{name}: {of.task}, held out {workloads.variant_of(of)}, {of.steps:,} steps, targets {losses}")
     steps = sum(workloads.WORKLOADS[name].steps for name in only or workloads.WORKLOADS)
-    runs = sum(len(entrant.optimizers) + 1 for entrant in mine)
+    runs = (mine + 1) * bool(mine)
     if from_scratch:
         runs += len(search.SPACES) * (search.FIVE + 1)
-        lines.append(f"search: {len(search.SPACES)} rivals, {search.TRIALS} trials each on every workload")
+    if searched:
+        trials = f"{search.TRIALS} trials on every workload"
+        lines.append(f"search: {searched} optimizers, {trials}, {searched * search.TRIALS * steps * 3 // 4:,} steps")
     lines.append(f"race: {runs * seeds} runs on every workload, {runs * seeds * steps:,} training steps in all")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import numpy as np
 
 from lolo.evaluation import rivals
 from lolo.optimizers import architecture
-from lolo.race import entrants, tuning
+from lolo.race import tuning
 from lolo.race.records import TransferRow
 from lolo.studies import candidates, evaluation_folder
 from lolo.studies.plots import pyplot
@@ -58,7 +58,7 @@ def run(optimizer: str, on_steps: tuning.OnSteps) -> list[TransferRow]:
     names, rows, contents = names_of(optimizer), [], contents_of(optimizer)
     for width, depth in itertools.product(WIDTHS, DEPTHS):
         task = task_of(width, depth)
-        for group in entrants.together(candidates.read(names), names, task, STEPS):
+        for group in tuning.together(candidates.read(names), task, STEPS):
             curves = tuning.run(task, list(group.values()), range(SEEDS), STEPS, on_steps)
             losses = curves.held_loss[:, -1].reshape(len(group), SEEDS)
             for name, mine in zip(group, losses, strict=True):

@@ -1,17 +1,19 @@
-"""The search for rivals' settings and the targets that come from it, on validation data alone."""
+"""The search for optimizers' settings and the targets that come from it, on validation data alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from lolo.evaluation import long_runs, rivals
+from lolo.evaluation import long_runs
 from lolo.files.disk import FileError
 from lolo.race import records, search, workloads
 from lolo.race.records import Target, Trial
 from lolo.race.workloads import Workload
+from lolo.studies import candidates, evaluation_folder
 
 TARGET_SEEDS = tuple(range(1_000_010, 1_000_015))  # evaluation seeds of the runs that set a target
 
@@ -37,9 +39,53 @@ def run(
     )
 
 
-def rival_of(kind: str, setting: search.Setting, task: str, steps: int) -> long_runs.Candidate:
-    """A rival with the numbers of a trial."""
-    return rivals.rival(search.name_of(kind), setting.learning_rate, steps, *setting[1:], workloads.matrices_of(task))
+class Searched(NamedTuple):
+    """An optimizer whose settings are searched."""
+
+    name: str  # what its trials are called: a rival's kind, or an entrant's name
+    space: search.Space
+    name_of: Callable[[search.Setting], str]  # the optimizer with these numbers, as `lolo eval` names it
+    contents: str = ""  # sha256 of its φ
+    code: tuple[Path, ...] = ()  # files that may be run, of weights whose architecture is a user's function
+
+
+def rival(kind: str) -> Searched:
+    """A rival of `search.SPACES`.
+
+    >>> rival("muon").name_of(search.Setting(0.001, 0.1, 0.02))
+    'muon-warmup-cosine:0.001,weight_decay=0.1,warmup=0.02'
+    """
+    space = search.SPACES[kind]
+
+    def name_of(setting: search.Setting) -> str:
+        rate, decay, warmup = setting
+        return f"{kind}-{space.schedule}:{rate:g},weight_decay={decay:g},warmup={warmup:g}"
+
+    return Searched(kind, space, name_of)
+
+
+def weights(optimizer: str, name: str = "", code: Sequence[Path] = ()) -> Searched:
+    """Weights, as `lolo eval` names them. Raises ValueError for what is none, or of an architecture without a space.
+
+    >>> weights("lolo-norm").name_of(search.Setting(0.001, 0.1, 0.02))
+    'lolo-norm:schedule=warmup-cosine,learning_rate=0.001,weight_decay=0.1,warmup=0.02'
+    """
+    (named,) = candidates.read([optimizer], code=code).values()
+    if not isinstance(named, candidates.NamedWeights):
+        raise ValueError(f"{optimizer}: the search is for weights; give --settings instead.")
+    architecture = named.weights.learner.name
+    if architecture not in search.SPACES_OF_WEIGHTS:
+        known = ", ".join(search.SPACES_OF_WEIGHTS)
+        raise ValueError(f"{optimizer}: the search knows weights of {known}, not of {architecture}; give --settings.")
+    space = search.SPACES_OF_WEIGHTS[architecture]
+    start = f"{optimizer}{',' if ':' in optimizer.rpartition('.py:')[2] else ':'}schedule={space.schedule}"
+
+    def name_of(setting: search.Setting) -> str:
+        rate, decay, warmup = setting
+        words = [start, space.fixed, f"{space.rate}={rate:g}", f"weight_decay={decay:g}", f"warmup={warmup:g}"]
+        return ",".join(filter(None, words))
+
+    return Searched(name or optimizer, space, name_of, evaluation_folder.phi_digest(named.weights), tuple(code))
 
 
 def steps_of_search(workload: Workload) -> int:
@@ -47,41 +93,44 @@ def steps_of_search(workload: Workload) -> int:
     return round(workload.steps * workloads.SHARE_OF_TARGET)
 
 
-def trials(name: str, kind: str, on_steps: OnSteps, count: int = search.TRIALS) -> list[Trial]:
-    """All trials of a rival on a workload."""
-    workload = workloads.WORKLOADS[name]
-    settings, steps = search.settings_of(kind, count), steps_of_search(workload)
-    entries = [rival_of(kind, setting, workload.task, steps) for setting in settings]
-    curves = run(workload.task, entries, [search.TRIAL_SEED], steps, on_steps)
-    return [
-        Trial(name, kind, *setting, round(float(loss), 6))
-        for setting, loss in zip(settings, curves.held_loss[:, -1], strict=True)
-    ]
+def together(named: Mapping[str, candidates.Named], task: str, steps: int) -> list[dict[str, long_runs.Candidate]]:
+    """Candidates that share a compiled program, in groups."""
+    groups: dict[object, dict[str, long_runs.Candidate]] = {}
+    splits, is_matrix = workloads.splits_of(task), workloads.matrices_of(task)
+    for name, one in named.items():
+        entry = candidates.candidate(one, splits, steps, is_matrix=is_matrix)
+        groups.setdefault((entry.make, entry.scored), {})[name] = entry
+    return list(groups.values())
 
 
-def losses_of(found: Sequence[Trial], kind: str) -> dict[str, list[float]]:
-    """workload -> loss of each trial of a rival, in the order of `search.settings_of`."""
+def trials(of: Searched, workload: str, on_steps: OnSteps, count: int = search.TRIALS) -> list[Trial]:
+    """All trials of an optimizer on a workload."""
+    task, steps = workloads.WORKLOADS[workload].task, steps_of_search(workloads.WORKLOADS[workload])
+    named = {of.name_of(setting): setting for setting in search.settings_of(of.space, count)}
+    losses: dict[str, float] = {}
+    for group in together(candidates.read(list(named), code=of.code), task, steps):
+        curves = run(task, list(group.values()), [search.TRIAL_SEED], steps, on_steps)
+        losses |= dict(zip(group, curves.held_loss[:, -1].tolist(), strict=True))
+    return [Trial(workload, of.name, *setting, round(losses[name], 6)) for name, setting in named.items()]
+
+
+def losses_of(found: Sequence[Trial], name: str) -> dict[str, list[float]]:
+    """workload -> loss of each trial of an optimizer, in the order of `search.settings_of`."""
     losses: dict[str, list[float]] = {}
     for trial in found:
-        if trial.kind == kind:
+        if trial.kind == name:
             losses.setdefault(trial.workload, []).append(trial.loss)
     return losses
 
 
-def names_of(found: Sequence[Trial], kind: str) -> list[str]:
-    """The five settings of a rival, as `lolo eval` names them, that of the self-tuning rules first."""
-    settings = search.settings_of(kind)
-    return [name_of(kind, settings[i]) for i in search.five_for_all(losses_of(found, kind))]
+def names_of(found: Sequence[Trial], of: Searched) -> list[str]:
+    """The five settings of an optimizer, as `lolo eval` names them, that of the self-tuning rules first."""
+    settings = search.settings_of(of.space)
+    return [of.name_of(settings[i]) for i in search.five_for_all(losses_of(found, of.name))]
 
 
-def name_of(kind: str, setting: search.Setting) -> str:
-    """A rival with its settings, as `lolo eval` names it."""
-    rate, decay, warmup = setting
-    return f"{search.name_of(kind)}:{rate:g},weight_decay={decay:g},warmup={warmup:g}"
-
-
-def reference_of(found: Sequence[Trial], workload: str) -> tuple[str, search.Setting]:
-    """The best trial of the reference optimizers on a workload. Raises FileError where trials are missing."""
+def reference_of(found: Sequence[Trial], workload: str) -> str:
+    """The best trial of the reference optimizers on a workload, by name. Raises FileError where trials are missing."""
     best: tuple[float, str, int] | None = None
     for kind in search.REFERENCES:
         losses = losses_of(found, kind).get(workload)
@@ -91,16 +140,17 @@ def reference_of(found: Sequence[Trial], workload: str) -> tuple[str, search.Set
         best = min(filter(None, (best, (losses[place], kind, place))))
     assert best is not None
     _, kind, place = best
-    return kind, search.settings_of(kind)[place]
+    return rival(kind).name_of(search.settings_of(search.SPACES[kind])[place])
 
 
 def target(found: Sequence[Trial], workload: str, held_out: bool, on_steps: OnSteps) -> Target:
     """A workload's target, or that of its held-out form: the reference of the workload, run again on five seeds."""
-    of, (kind, setting) = workloads.WORKLOADS[workload], reference_of(found, workload)
+    of, reference = workloads.WORKLOADS[workload], reference_of(found, workload)
     task, steps = workloads.variant_of(of) if held_out else of.task, steps_of_search(of)
-    curves = run(task, [rival_of(kind, setting, task, steps)], TARGET_SEEDS, steps, on_steps)
+    (group,) = together(candidates.read([reference]), task, steps)
+    curves = run(task, list(group.values()), TARGET_SEEDS, steps, on_steps)
     losses = [round(float(loss), 6) for loss in curves.held_loss[:, -1]]
-    return Target(task, float(np.median(losses)), name_of(kind, setting), losses)
+    return Target(task, float(np.median(losses)), reference, losses)
 
 
 def read_targets(folder: Path) -> dict[tuple[str, bool], Target]:

@@ -24,7 +24,7 @@ def write_report(
     note: str = "",
     pictures: Sequence[str] = (),
 ) -> str:
-    """Rows, table, pictures and a short report in `out`, named after the task. Returns the table.
+    """Rows, pictures and a short report with the table in `out`, named after the task. Returns the table.
 
     `pictures`: further ones for the report, Markdown.
     """
@@ -68,5 +68,4 @@ def write_report(
     ]
     report = "\n\n".join(filter(None, paragraphs)) + "\n"
     disk.write_bytes(out / f"report-{name}.md", report.encode())
-    disk.write_bytes(out / f"table-{name}.md", (text + "\n").encode())
     return text

@@ -1,7 +1,7 @@
 """Optimizers compared on a task: their rows, kept as they come, and the report on them.
 
-A comparison's folder holds rows (`rows-TASK.jsonl`), what is known about them (`about-TASK.json`), table, report and
-pictures, named alike; `parts/` keeps the rows of each optimizer as they come, `spent.jsonl` the time that each piece
+A comparison's folder holds rows (`rows-TASK.jsonl`), what is known about them (`about-TASK.json`), report and pictures,
+named alike; `parts/` keeps the rows of each optimizer as they come, `spent.jsonl` the time that each piece
 of work took.
 """
 

@@ -54,8 +54,8 @@ def meta_train(
     def progress(p: loop.Progress) -> None:
         on_progress(what, p.step, p.total, f"loss {p.task_loss:.3f} α {p.alpha:.2f} K {p.start_step:.0f}")
 
-    if (run / "recipe.json").is_file():
-        changed = settings.diff(run_folder.read_recipe(run), recipe)
+    if there := recipe_in(run):
+        changed = settings.diff(there, recipe)
         if changed:
             raise RunError(f"{run} holds another recipe ({', '.join(changed)} differ); give another --out.")
         if finished(run, recipe):
@@ -70,8 +70,16 @@ def meta_train(
     return run / "last.safetensors"
 
 
+def recipe_in(run: Path) -> Recipe | None:
+    """The recipe of a meta-training: of its folder, or of its last weights where nothing else was kept; or None."""
+    if (run / "recipe.json").is_file():
+        return run_folder.read_recipe(run)
+    weights = run / "last.safetensors"
+    return recipes.from_dict(weights_file.read_weights(weights).recipe) if weights.is_file() else None
+
+
 def finished(run: Path, recipe: Recipe) -> bool:
-    """Whether a run's last weights are those of its last outer step. Its checkpoints and log may be gone by then."""
+    """Whether a run's last weights are those of its last outer step. Nothing else of it need be there by then."""
     path = run / "last.safetensors"
     return path.is_file() and weights_file.read_weights(path).card.get("outer_step") == recipe.outer.steps
 
@@ -184,12 +192,13 @@ def picture_meta_losses(file: Path, task: str, runs: dict[tuple[str, int], Path]
     """
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for (method, _), run in runs.items():
-        recipe, rows = run_folder.read_recipe(run), [row for row in run_log.log_rows(run) if "task_loss" in row]
-        per_update = recipe.unroll.truncation * recipe.unroll.truncations_per_update
-        inner_steps = 2 * recipe.estimator.pairs * len(recipe.tasks) * per_update
+        rows = [row for row in run_log.log_rows(run) if "task_loss" in row]
         whole = len(rows) // META_LOSS_WINDOW * META_LOSS_WINDOW
         if not whole:
             continue
+        recipe = run_folder.read_recipe(run)
+        per_update = recipe.unroll.truncation * recipe.unroll.truncations_per_update
+        inner_steps = 2 * recipe.estimator.pairs * len(recipe.tasks) * per_update
         seconds = inner_steps / float(np.median([row["inner_steps_per_second"] for row in rows]))
         ends = np.arange(META_LOSS_WINDOW, whole + 1, META_LOSS_WINDOW)
         losses = np.array([run_log.mean_task_loss(rows[end - META_LOSS_WINDOW : end]) for end in ends])
