@@ -79,7 +79,7 @@ notebook: $(DOCS_INSTALLED) ## run the notebook of the documentation again, with
 	cd docs && ../$(BIN)/jupyter execute --inplace first_optimizer.ipynb
 
 clean: ## remove caches and built files; .venv and runs stay
-	rm -rf dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist build docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lolo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: made last, so that an interrupted installation starts again.

@@ -61,7 +61,7 @@ def train(
     group, DifferError and ProcessGroupError too.
 
     >>> small = {"outer.steps": 2, "unroll.length": 20, "unroll.truncation": 10, "validation.every": 0}
-    >>> result = train("lolo", task="quadratic", **small)
+    >>> result = lolo.train("lolo", task="quadratic", **small)
     >>> result.weights
     Weights(small_fc, 2,402 numbers, meta-trained on quadratic, T = 2)
     """
@@ -125,7 +125,8 @@ def compare(
 
     Raises ValueError, FileError.
 
-    >>> compare({"mine": optax.sgd(0.1), "AdamW": "adamw:1e-2"}, "quadratic", steps=100, seeds=2).rows[0].optimizer
+    >>> comparison = lolo.compare({"mine": optax.sgd(0.1), "AdamW": "adamw:1e-2"}, "quadratic", steps=100, seeds=2)
+    >>> comparison.rows[0].optimizer
     'mine'
     """
     if not optimizers:

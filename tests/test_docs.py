@@ -12,7 +12,7 @@ from lolo.data import prepare
 from lolo.optimizers import interop
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "studies").glob("*.md"))]
 
 
 def blocks(page):
@@ -76,12 +76,58 @@ def test_the_notebook_s_code_runs(monkeypatch):
     assert {row.optimizer for row in names["comparison"].rows} == {"mine", "AdamW", "Muon"}
 
 
+def links(page):
+    """The files that a page links to."""
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+    return [page.parent / target for target in targets]
+
+
 def test_pages_link_to_what_is_there():
     for page in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target in links(page):
+            assert target.exists(), f"{page.name} links to {target}"
 
 
 def test_every_page_is_in_the_contents():
-    listed = (ROOT / "docs" / "index.md").read_text().split("toctree}")[1].split()
-    assert {page.stem for page in PAGES} - {"index"} <= set(listed)
+    for contents in (ROOT / "docs" / "index.md", ROOT / "docs" / "studies" / "index.md"):
+        listed = re.findall(
+            r"^[\w/]+$", "".join(re.findall(r"```{toctree}(.*?)```", contents.read_text(), re.DOTALL)), re.M
+        )
+        assert {page.stem for page in PAGES if page.parent == contents.parent} - {"index"} <= set(listed)
+
+
+def claims():
+    """Rows of the table in results.md: the claim, its number, the verdict, the page that has it."""
+    rows = re.findall(
+        r"^\| (.+?) \| (.*?) \| ([✓~✗]) \| \[.*?\]\((.*?)\) \|$", (ROOT / "docs" / "results.md").read_text(), re.M
+    )
+    return [pytest.param(*row, id=row[0]) for row in rows]
+
+
+INTERVAL = re.compile(r"([−+-]?)([\d,.]+) ± ([\d.]+)")
+
+
+def intervals(text):
+    return {(sign.replace("−", "-"), value, half) for sign, value, half in INTERVAL.findall(text)}
+
+
+@pytest.mark.parametrize(("claim", "number", "verdict", "where"), claims())
+def test_a_claim_is_short_agrees_with_its_number_and_stands_on_a_page_with_files_behind_it(
+    claim, number, verdict, where
+):
+    page = ROOT / "docs" / where
+    assert len(re.findall(r"[\w`'.-]*\w[\w`'.-]*", claim)) <= 12
+    reports = [target for target in links(page) if ROOT / "experiments" in target.resolve().parents]
+    assert reports
+    texts = [page.read_text(), *(report.read_text() for report in reports if report.suffix == ".md")]
+    assert intervals(number) <= intervals("".join(texts))
+    for sign, value, half in intervals(number):
+        if sign and float(half) < float(value):
+            assert verdict == {"-": "✓", "+": "✗"}[sign]
+        elif sign:
+            assert verdict == "~"
+
+
+def test_losses_stand_first():
+    verdicts = [parameter.values[2] for parameter in claims()]
+    assert len(verdicts) > 40 and verdicts == sorted(verdicts, key="✗~✓".index)

@@ -10,7 +10,8 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+DOCS = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "studies").glob("*.md"))]
+PAGES = [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 SOURCES = sorted((ROOT / "lolo").rglob("*.py"))
 NAME = re.compile(r"(?<![\w/.])lolo(?:\.[A-Za-z_]\w*)+")
 PATH = re.compile(r"(?<![\w/.])lolo/[\w/]+(?:\.\w+)?")

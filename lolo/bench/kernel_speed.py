@@ -27,7 +27,7 @@ kernel_speed.child(calls, *map(int, sys.argv[2:]))
 
 
 def measure(with_torch: bool, matrices: Sequence[int] = (1, 10), rounds: int = 15) -> Iterator[Line]:
-    """Steps on so many matrices without Newton-Schulz, and on one with it, beside their rivals.
+    """Steps on several matrices without Newton-Schulz, and on one with it, beside their rivals.
 
     with_torch: PyTorch's too.
     """

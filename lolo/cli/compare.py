@@ -40,16 +40,16 @@ def eval_command(argv: list[str]) -> int:
         adds these.
 
         Args:
-          optimizers: weights or rivals. Weights: a name of `lolo weights`, or a file, with other deployment settings
-            FILE:clock_limit=10000,weight_decay=0.1,step_scale=2,step_decay=3000 or FILE:schedule=cosine,
-            FILE:freeze_unseen=true, where entries that never had a gradient stand still, or as they were before
-            meta-training, FILE:untrained=true. Rivals: adamw:1e-3, or adamw:grid for its best learning
-            rate, picked on other seeds (adamw:wide-grid tries weight decay 0.1 too); likewise adam, nadamw, sgdm,
-            nesterov, lion, muon, schedule-free and prodigy. Schedules, of all: adamw:1e-3,schedule=cosine (or
-            adamw-cosine:1e-3), FILE:schedule=cosine; likewise rsqrt (over √(1 + t/3000)), warmup, warmup-cosine and
-            wsd (warm-up, constant, down to 0 in the last fifth). A warm-up takes 2 % of the steps:
-            muon:1e-3,schedule=warmup-cosine,warmup=0.05. Your own: path.py:function, or path.py:function:lr=0.01, a
-            function that returns an optax optimizer; if it has an argument steps, it gets the number of steps.
+          optimizers: weights, rivals, or your own. Weights are a name of `lolo weights` or a file; settings follow
+            a colon: FILE:step_scale=2,step_decay=3000,weight_decay=0.1,clock_limit=10000. FILE:freeze_unseen=true
+            does not move entries that never had a gradient; FILE:untrained=true is φ before meta-training. Rivals are
+            adamw, adam, nadamw, sgdm, nesterov, lion, muon, schedule-free and prodigy. adamw:1e-3 has one learning
+            rate; adamw:grid has the best of several, picked on other seeds; adamw:wide-grid tries weight decay 0.1
+            too. All take a schedule: adamw:1e-3,schedule=cosine (or adamw-cosine:1e-3), FILE:schedule=cosine. Others
+            are rsqrt (over √(1 + t/3000)), warmup, warmup-cosine and wsd (warm-up, constant, down to 0 in the last
+            fifth). A warm-up takes 2 % of the steps, unless it is set: muon:1e-3,schedule=warmup-cosine,warmup=0.05.
+            Your own is path.py:function or path.py:function:lr=0.01, a function that returns an optax optimizer. An
+            argument named steps gets the number of steps.
           task: a name of `lolo tasks`, or path.py:function.
           steps: inner steps of each run.
           seeds: runs per optimizer.
@@ -213,9 +213,9 @@ def bench_command(argv: list[str]) -> int:
 
         Args:
           parts: update (our form against the textbook's), methods (LoLO against NAIVE), architectures (inner steps of
-            meta-training by architecture), use (a step in optax), torch (a step in PyTorch, if installed), start
-            (first step, cores), blocks (slots_per_block), growth (pairs, truncation, tasks, parameters); all if none is
-            named.
+            meta-training by architecture), use (a step in optax), batches (share of a training step, by batch size),
+            kernel (norm_fc's CPU kernel), torch (a step in PyTorch, if installed), start (first step, cores), blocks
+            (slots_per_block), growth (pairs, truncation, tasks, parameters); all if none is named.
           out: JSON file for the numbers; a picture of the growth goes beside it.
         """
         environment.set_up()

@@ -48,7 +48,7 @@ COMMANDS: dict[str, Command] = {
     "data": Command(
         "prepare NAME --to DIR", "read a data set once: ImageNet-32, FineWeb, IDX, text, ...", "lolo.cli.data"
     ),
-    "recipes": Command("", "the recipes, and the fields in which they differ", "lolo.cli.show"),
+    "recipes": Command("", "the recipes, and how each differs from LoLO", "lolo.cli.show"),
     "tasks": Command("", "the tasks", "lolo.cli.show"),
     "weights": Command("", "the weights inside the package", "lolo.cli.show"),
 }

@@ -27,7 +27,7 @@ class ProgressDisplay:
         self.progress = progress
         self.bars: dict[str, Any] = {}
         self.tenths: dict[str, int] = {}
-        self.began: dict[str, tuple[float, int]] = {}  # when each was first heard of, and what was done then
+        self.began: dict[str, tuple[float, int]] = {}  # when each was first reported, and what was done then
 
     def __call__(self, what: str, done: int, total: int, word: str) -> None:
         if self.progress is None:

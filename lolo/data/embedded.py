@@ -82,7 +82,9 @@ def fashion_mnist() -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     Returns: for each of `SPLITS` the images, uint8 [N, 64] in rows of 8 pixels, and the labels, uint8 [N] in
     0..9; N = 57,000, 3,000 and 10,000. Cached and read-only: copy before you change them.
 
-        images, labels = fashion_mnist()["train"]
+    >>> images, labels = embedded.fashion_mnist()["train"]
+    >>> images.shape
+    (57000, 64)
 
     Reference: Xiao, Rasul, Vollgraf, "Fashion-MNIST", 2017.
     """
@@ -99,7 +101,11 @@ def fashion_mnist() -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
 
 @functools.lru_cache(maxsize=1)
 def books() -> tuple[Book, ...]:
-    """The books in the file's order. Each is complete and in one split only."""
+    """The books in the file's order. Each is complete and in one split only.
+
+    >>> [book.year for book in embedded.books()][0] < 1930
+    True
+    """
     content = json.loads(lzma.decompress(read_verified(BOOKS_FILE)))
     return tuple(Book(**entry) for entry in content["books"])
 
@@ -128,8 +134,10 @@ def books_symbols() -> dict[str, NDArray[np.uint8]]:
     Returns: for each of `SPLITS` uint8 [n] in 0..47; 47 stands for any character outside `books_alphabet()`.
     Cached and read-only: copy before you change them.
 
-        train = books_symbols()["train"]
-        "".join((books_alphabet() + "?")[symbol] for symbol in train[:40])
+    >>> symbols = embedded.books_symbols()["train"]
+    >>> text = "".join((embedded.books_alphabet() + "?")[symbol] for symbol in symbols[:40])
+    >>> len(text)
+    40
     """
     symbol_of = np.full(0x110000, SYMBOLS - 1, np.uint8)  # one entry for each code point of Unicode
     symbol_of[_code_points(books_alphabet())] = np.arange(SYMBOLS - 1)

@@ -10,6 +10,14 @@ class DataError(ValueError):
 
     Files are treated as untrusted: whatever is wrong with one, readers raise this and nothing else. The message
     names the file, the byte or row where that applies, what was expected, and what to do.
+
+    >>> from lolo.data import DataError
+    >>> from lolo.data.prepare import open_prepared
+    >>> try:
+    ...     open_prepared(Path("nothing"))
+    ... except DataError as error:
+    ...     print("prepare it first")
+    prepare it first
     """
 
     @classmethod

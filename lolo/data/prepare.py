@@ -75,6 +75,12 @@ def prepare(name: str, source: Path | None, target: Path, on_progress: OnBytes =
     Returns: the manifest.
     Raises:
         DataError: the source is not what its format says, or the target holds something else.
+
+    >>> Path("book.txt").write_text("It was a dark and stormy night.\\n" * 100)
+    3200
+    >>> manifest = prepare("characters", Path("book.txt"), Path("prepared/characters"))
+    >>> manifest["name"]
+    'characters'
     """
     if name not in PLANS:
         raise DataError(f"No data set is called {name!r}; {did_you_mean(name, PLANS)}")
@@ -305,6 +311,10 @@ def open_prepared(target: Path) -> dict[str, dict[str, np.memmap]]:
 
     Raises:
         DataError: an array is missing, or not what the manifest says.
+
+    >>> manifest = prepare("books", None, Path("prepared/books"))
+    >>> open_prepared(Path("prepared/books"))["train"]["tokens"].dtype
+    dtype('uint16')
     """
     splits: dict[str, dict[str, np.memmap]] = {}
     for (split, name), array in _arrays(read_manifest(target)):
@@ -319,6 +329,10 @@ def verify(target: Path, on_progress: OnBytes = _silent) -> dict[str, Any]:
 
     Raises:
         DataError: names the first file that is damaged or missing.
+
+    >>> manifest = prepare("books", None, Path("prepared/books"))
+    >>> verify(Path("prepared/books")) == manifest
+    True
     """
     manifest = read_manifest(target)
     arrays = [array for _, array in _arrays(manifest)]
@@ -339,6 +353,10 @@ def list_prepared(folder: Path) -> list[Prepared]:
 
     Raises:
         DataError: there is no such folder.
+
+    >>> manifest = prepare("books", None, Path("prepared/books"))
+    >>> [prepared.name for prepared in list_prepared(Path("prepared")) if not prepared.problem]
+    ['books']
     """
     if not folder.is_dir():
         raise DataError.at(folder, "there is no such folder", "give the one that holds prepared data")

@@ -250,7 +250,14 @@ def compare(
     on_steps: Callable[[int], None] = lambda steps: None,
     window: int = WINDOW,
 ) -> list[Row]:
-    """Every candidate on every seed, from the same inits and batches. `held`: which split is scored."""
+    """Every candidate on every seed, from the same inits and batches. `held`: which split is scored.
+
+    >>> from lolo.evaluation.long_runs import Candidate
+    >>> sgd = Candidate("sgd", None, optax.sgd, 0.1)  # the row's name, no meta-seed, and the optimizer optax.sgd(0.1)
+    >>> rows = lolo.evaluate("quadratic", tasks.quadratic(), [sgd], seeds=[0, 1], steps=100)
+    >>> [(row.optimizer, row.steps) for row in rows]
+    [('sgd', 100), ('sgd', 100)]
+    """
     rows: list[Row] = []
     by_make: dict[tuple[Make, Scored], list[Candidate]] = {}
     for candidate in candidates:

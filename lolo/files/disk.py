@@ -26,7 +26,14 @@ HASH_CHUNK_BYTES = 16 << 20
 
 
 class FileError(ValueError):
-    """A file that can't be used: names the file, what was expected, and what to do."""
+    """A file that can't be used: names the file, what was expected, and what to do.
+
+    >>> try:
+    ...     lolo.load("missing.safetensors")
+    ... except lolo.FileError as error:
+    ...     print(str(error)[:45])
+    missing.safetensors: no such weights file. Gi
+    """
 
 
 def sync(folder: Path) -> None:

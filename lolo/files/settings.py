@@ -18,7 +18,14 @@ NONE: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class RecipeError(ValueError):
-    """A recipe that can't be built; says which field, which value, and what to do."""
+    """A recipe that can't be built; says which field, which value, and what to do.
+
+    >>> try:
+    ...     lolo.build(lolo.with_field(lolo.LOLO, "unroll.truncation", 30))
+    ... except lolo.RecipeError as error:
+    ...     print(error)
+    unroll.length=1000 must be a multiple of unroll.truncation=30; try 990.
+    """
 
 
 NAME = re.compile(r"(?:(?P<path>.+?\.py):)?(?P<function>[\w-]+)(?::(?P<settings>[^@]*))?(?:@(?P<sha256>[0-9a-f]{64}))?")
@@ -97,6 +104,12 @@ def with_field(recipe: S, name: str, value: Any) -> S:
     """The recipe with one field, named by its dotted name, set to `value`.
 
     The name of another alternative changes the type of its section, whose fields then have their defaults.
+
+    >>> recipe = lolo.with_field(lolo.LOLO, "outer.steps", 200)
+    >>> recipe.outer.steps
+    200
+    >>> lolo.with_field(recipe, "learner.name", "norm_fc").learner.hidden
+    8
     """
     if name not in fields(recipe):
         raise unknown_field(recipe, name)

@@ -21,10 +21,15 @@ EstimatorState = Any
 
 
 class Estimator(NamedTuple):
-    """A rule for the direction, written for one pair and vmapped over pairs where it is used."""
+    """A rule for the direction, written for one pair and vmapped over pairs where it is used.
 
-    init: Callable[[jax.Array, PyTree], EstimatorState]  # key, meta_params -> state, at each unroll's start
-    sample: Callable[[jax.Array, EstimatorState], tuple[PyTree, PyTree, EstimatorState]]  # -> noise, direction, state
+    >>> estimator = lolo.pes(sigma=0.01, pairs=4)
+    >>> isinstance(estimator, lolo.Estimator), estimator.pairs
+    (True, 4)
+    """
+
+    init: Callable[[jax.Array, PyTree], EstimatorState]  #: key, meta_params -> state, at each unroll's start
+    sample: Callable[[jax.Array, EstimatorState], tuple[PyTree, PyTree, EstimatorState]]  #: -> noise, direction, state
     sigma: float
     pairs: int
 
@@ -46,7 +51,13 @@ def no_noise_yet(key: Key[Array, ""], meta_params: PyTree) -> EstimatorState:
 
 
 def es(sigma: float = 0.01, pairs: int = 8) -> Estimator:
-    """Truncated evolution strategies: fresh noise each truncation, credited to that noise only (biased)."""
+    """Truncated evolution strategies: fresh noise each truncation, credited to that noise only (biased).
+
+    >>> estimator = lolo.es(sigma=0.01, pairs=4)
+    >>> noise, direction, state = estimator.sample(jax.random.key(1), {"w": jnp.zeros(3)})
+    >>> bool(jnp.all(noise["w"] == direction["w"]))
+    True
+    """
 
     def sample(key: Key[Array, ""], state: EstimatorState) -> tuple[PyTree, PyTree, EstimatorState]:
         noise = gaussian(key, state, sigma)
@@ -56,7 +67,13 @@ def es(sigma: float = 0.01, pairs: int = 8) -> Estimator:
 
 
 def pes(sigma: float = 0.01, pairs: int = 8) -> Estimator:
-    """Persistent evolution strategies: fresh noise each truncation, credited to the sum since the unroll began."""
+    """Persistent evolution strategies: fresh noise each truncation, credited to the sum since the unroll began.
+
+    >>> estimator = lolo.pes(sigma=0.01, pairs=4)
+    >>> state = estimator.init(jax.random.key(0), {"w": jnp.zeros(3)})
+    >>> noise, direction, state = estimator.sample(jax.random.key(1), state)
+    >>> noise, direction, state = estimator.sample(jax.random.key(2), state)  # direction: the sum of both noises
+    """
 
     def sample(key: Key[Array, ""], state: EstimatorState) -> tuple[PyTree, PyTree, EstimatorState]:
         noise = gaussian(key, state, sigma)
@@ -67,7 +84,15 @@ def pes(sigma: float = 0.01, pairs: int = 8) -> Estimator:
 
 
 def nres(sigma: float = 0.01, pairs: int = 8) -> Estimator:
-    """Noise-reuse evolution strategies: one noise for the whole unroll."""
+    """Noise-reuse evolution strategies: one noise for the whole unroll.
+
+    >>> estimator = lolo.nres(sigma=0.01, pairs=4)
+    >>> state = estimator.init(jax.random.key(0), {"w": jnp.zeros(3)})
+    >>> first, _, state = estimator.sample(jax.random.key(1), state)
+    >>> second, _, state = estimator.sample(jax.random.key(2), state)
+    >>> bool(jnp.all(first["w"] == second["w"]))
+    True
+    """
 
     def init(key: Key[Array, ""], meta_params: PyTree) -> EstimatorState:
         return gaussian(key, meta_params, sigma)
@@ -95,6 +120,10 @@ def antithetic_gradient(
     Returns: leaves [*shape]: the mean over valid steps of Δ · direction / (2σ²); 0 if no step is valid.
 
     The paper prints a sum over n; we take the mean, so that clipping does not depend on the unroll's length.
+
+    >>> deltas, directions = jnp.ones((1, 2, 5)), {"w": jnp.ones((1, 2, 3))}
+    >>> lolo.antithetic_gradient(deltas, directions, sigma=1.0)
+    {'w': Array([0.5, 0.5, 0.5], dtype=float32)}
     """
     if valid is None:
         valid = jnp.ones_like(deltas, dtype=bool)

@@ -123,7 +123,13 @@ def first_params(learned: LearnedOptimizer, seed_key: Key[Array, ""]) -> PyTree:
 
 
 def meta_init(setup: Setup, tasks: tuple[Task, ...], seed_key: Key[Array, ""], meta_params: PyTree = None) -> MetaState:
-    """The state before the first outer step. `meta_params` continues from other weights; None draws new ones."""
+    """The state before the first outer step. `meta_params` continues from other weights; None draws new ones.
+
+    >>> setup = lolo.build(lolo.with_field(lolo.LOLO, "learner.name", "sgd"))
+    >>> state = lolo.meta_init(setup, (tasks.quadratic().train,), jax.random.key(0))
+    >>> sorted(state.meta_params)
+    ['log_learning_rate', 'momentum_logit']
+    """
     key_run = jax.random.split(seed_key)[1]
     if meta_params is None:
         meta_params = first_params(setup.learned, seed_key)
@@ -333,7 +339,15 @@ def finite(records: StepRecord) -> Bool[Array, "*steps"]:
 def meta_step(
     setup: Setup, tasks: tuple[Task, ...], state: MetaState, shards: Shards = ALONE
 ) -> tuple[MetaState, Metrics]:
-    """One outer step: collect, fuse, update (Algorithm 1, from its first line to its last)."""
+    """One outer step: collect, fuse, update (Algorithm 1, from its first line to its last).
+
+    >>> setup = lolo.build(lolo.with_field(lolo.LOLO, "learner.name", "sgd"))
+    >>> problems = (tasks.quadratic().train,)
+    >>> state = lolo.meta_init(setup, problems, jax.random.key(0))
+    >>> state, metrics = jax.jit(lambda state: lolo.meta_step(setup, problems, state))(state)
+    >>> metrics.tasks.task_loss.shape  # one loss for each task
+    (1,)
+    """
     t = state.outer_step
     alpha_mix, alpha_loss = setup.alpha_mix(t), setup.alpha_loss(t)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), t)

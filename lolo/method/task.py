@@ -13,7 +13,14 @@ from lolo.trees import PyTree
 
 
 class TaskError(ValueError):
-    """A task that can't be found or used; says which, and what to do."""
+    """A task that can't be found or used; says which, and what to do.
+
+    >>> try:
+    ...     tasks.resolve("fashion-mpl")
+    ... except lolo.TaskError as error:
+    ...     print(error)
+    unknown task 'fashion-mpl'; did you mean 'fashion-mlp'? Your own: path.py:function.
+    """
 
 
 @runtime_checkable
@@ -51,22 +58,29 @@ class Task:
     """One inner problem on one split of its data. The arrays in `data` are leaves; all else is static.
 
     Another split, or the next segment of a stream, is the same Task with other leaves.
+
+    >>> task = tasks.quadratic().train
+    >>> isinstance(task, lolo.Task)
+    True
+    >>> params, stats = task.init(jax.random.key(0))
+    >>> batch = task.examples(task.data, jnp.arange(task.batch))
+    >>> loss, stats = task.loss(params, stats, batch, jax.random.key(1))
     """
 
-    data: PyTree  # arrays; leaves [examples, ...] unless the task says otherwise
-    init: Callable[[jax.Array], tuple[PyTree, PyTree]] = _static()  # key -> params, stats
-    examples: Callable[[PyTree, jax.Array], PyTree] = _static()  # data, indices [B] -> batch
+    data: PyTree  #: arrays; leaves [examples, ...] unless the task says otherwise
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]] = _static()  #: key -> params, stats
+    examples: Callable[[PyTree, jax.Array], PyTree] = _static()  #: data, indices [B] -> batch
+    #: params, stats, batch, key -> loss [], stats; the mean over the batch
     loss: Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]] = _static()
-    # params, stats, batch, key -> loss [], stats; the mean over the batch
+    #: params, stats, batch -> means over the batch by name; "loss" is always there
     score: Callable[[PyTree, PyTree, PyTree], dict[str, jax.Array]] = _static()
-    # params, stats, batch -> means over the batch by name; "loss" is always there
-    size: int = _static()  # number of examples
-    batch: int = _static()  # examples per inner step
-    loss_limit: float | None = _static()  # losses enter the meta-gradient clipped to this; None: as they are
-    micro_batches: int = _static(1)  # the gradient of a batch is computed in n equal parts, one after the other
-    score_batch: int = _static(1000)  # examples scored together
-    score_examples: int = _static(10_000)  # of the held-out split, scored on the way through a long run
-    stream: BatchStream | None = _static(None)  # where segments come from; None: `data` is the whole split
+    size: int = _static()  #: number of examples
+    batch: int = _static()  #: examples per inner step
+    loss_limit: float | None = _static()  #: losses enter the meta-gradient clipped to this; None does not clip
+    micro_batches: int = _static(1)  #: the gradient of a batch is computed in n equal parts, one after the other
+    score_batch: int = _static(1000)  #: examples scored together
+    score_examples: int = _static(10_000)  #: of the held-out split, scored on the way through a long run
+    stream: BatchStream | None = _static(None)  #: where segments come from; None if `data` is the complete split
 
     def __repr__(self) -> str:
         kind = "stream" if self.stream is not None else "resident data"
@@ -84,7 +98,13 @@ class Task:
 
 
 class Splits(NamedTuple):
-    """The same problem on data that never mix: meta-training, choices, and the one final report."""
+    """The same problem on data that never mix: meta-training, choices, and the one final report.
+
+    >>> isinstance(tasks.fashion_mlp(), lolo.Splits)
+    True
+    >>> tasks.fashion_mlp().validation.size
+    3000
+    """
 
     train: Task
     validation: Task

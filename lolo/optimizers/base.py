@@ -29,10 +29,17 @@ MetaParams: TypeAlias = dict[str, jax.Array]
 
 
 class LearnedOptimizer(NamedTuple):
-    """An architecture: how φ is drawn, and the optimizer that a φ is."""
+    """An architecture: how φ is drawn, and the optimizer that a φ is.
 
-    init: Callable[[jax.Array], PyTree]  # key -> meta_params
-    optimizer: Callable[[PyTree], optax.GradientTransformation]  # meta_params -> optimizer
+    >>> def init(key):
+    ...     return {"log_rate": jnp.float32(-3.0)}
+    >>> def optimizer(phi):
+    ...     return optax.sign_sgd(jnp.exp(phi["log_rate"]))
+    >>> learner = lolo.LearnedOptimizer(init, optimizer)
+    """
+
+    init: Callable[[jax.Array], PyTree]  #: key -> meta_params
+    optimizer: Callable[[PyTree], optax.GradientTransformation]  #: meta_params -> optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +59,14 @@ SGD_SHAPES: dict[str, tuple[int, ...]] = {"log_learning_rate": (), "momentum_log
 
 
 def learned_sgd() -> LearnedOptimizer:
-    """SGD with momentum whose log learning rate and logit of momentum are the two meta-parameters."""
+    """SGD with momentum whose log learning rate and logit of momentum are the two meta-parameters.
+
+    >>> learner = lolo.learned_sgd()
+    >>> phi = learner.init(jax.random.key(0))
+    >>> sorted(phi)
+    ['log_learning_rate', 'momentum_logit']
+    >>> optimizer = learner.optimizer(phi)
+    """
 
     def init(key: jax.Array) -> MetaParams:
         return {"log_learning_rate": jnp.log(jnp.float32(0.1)), "momentum_logit": jnp.zeros((), jnp.float32)}

@@ -57,6 +57,11 @@ def import_learned_optimization(path: str | Path) -> Arrays:
         outer levels (also a checkpoint's `params`) and the three decay offsets may be missing.
 
     Returns: float32 arrays by our names. Raises disk.FileError, and ImportError where msgpack is not installed.
+
+    >>> lolo.interop.export_learned_optimization(lolo.load().meta_params, "theta.state")
+    >>> phi = lolo.interop.import_learned_optimization("theta.state")
+    >>> phi["w0"].shape
+    (39, 32)
     """
     tree = _read_msgpack(Path(path))
     top = _descend(tree, "params")
@@ -78,6 +83,8 @@ def export_learned_optimization(meta_params: Mapping[str, Any], path: str | Path
         optimizer expects the entries; loaders of the later code, which has none, want False.
 
     Raises ValueError for arrays that are no `small_fc`, or with_decays=False where decays were learned.
+
+    >>> lolo.interop.export_learned_optimization(lolo.load().meta_params, "theta.state")
     """
     arrays = _checked(dict(meta_params), "meta_params")
     decays = {name: arrays[name] for name in spec.DECAY_OFFSETS if name in arrays}
@@ -100,6 +107,10 @@ def import_pylo(path: str | Path) -> Arrays:
     """Meta-parameters of a PyLO checkpoint in safetensors: `network.{input,linear_0,output}.{weight,bias}`.
 
     PyLO keeps decays in its optimizer, not in this file: there are none to read. Raises disk.FileError.
+
+    >>> lolo.interop.export_pylo(lolo.load().meta_params, "pylo.safetensors")
+    >>> phi = lolo.interop.import_pylo("pylo.safetensors")
+    >>> optimizer = lolo.small_fc().optimizer(jax.tree.map(jnp.asarray, phi))
     """
     tensors, _ = unpack(_read(Path(path)), str(path))
     expected = [f"{layer}.{part}" for layer in PYLO_LAYERS for part in ("weight", "bias")]
@@ -117,6 +128,8 @@ def export_pylo(meta_params: Mapping[str, Any], path: str | Path) -> None:
 
     Raises ValueError for arrays that are no `small_fc`, and for learned decays that are not zero: the file has no place
     for them.
+
+    >>> lolo.interop.export_pylo(lolo.load().meta_params, "pylo.safetensors")
     """
     arrays = _checked(dict(meta_params), "meta_params")
     if any(arrays[name].any() for name in spec.DECAY_OFFSETS if name in arrays):
@@ -142,8 +155,10 @@ def import_celo2(path: str | Path) -> Arrays:
 
     Returns: float32 arrays by our names. Raises FileError.
 
-    >>> phi = import_celo2("celo2.safetensors")  # doctest: +SKIP
-    >>> optimizer = norm_fc(baseline="none").optimizer(phi)  # doctest: +SKIP
+    >>> celo2 = lolo.norm_fc(baseline="none")
+    >>> lolo.interop.export_celo2(celo2.init(jax.random.key(0)), "celo2.safetensors")
+    >>> phi = lolo.interop.import_celo2("celo2.safetensors")
+    >>> optimizer = celo2.optimizer(jax.tree.map(jnp.asarray, phi))
     """
     tensors = _read_celo2(path)
     arrays = {"w0": np.concatenate([tensors[name] for name in CELO2_GROUPS])}
@@ -161,6 +176,9 @@ def export_celo2(meta_params: Mapping[str, Any], path: str | Path, unused_from: 
         from it is then written back bit for bit. None: zeros.
 
     Raises FileError, a ValueError, for arrays that are no `norm_fc`.
+
+    >>> phi = lolo.norm_fc(baseline="none").init(jax.random.key(0))
+    >>> lolo.interop.export_celo2(phi, "celo2.safetensors")
     """
     arrays = {name: np.asarray(array) for name, array in meta_params.items()}
     hidden = arrays["w1"].shape[0] if "w1" in arrays and arrays["w1"].ndim == 2 else 1

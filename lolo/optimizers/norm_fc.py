@@ -132,7 +132,7 @@ def norm_fc(
       shape, for complex parameters, for a state that was made with another is_matrix, and inside shard_map as
       `small_fc` does; TypeError for leaves that are not arrays of real numbers.
 
-    >>> learner = norm_fc(learning_rate=optax.cosine_decay_schedule(1e-3, 1000), weight_decay=0.1)
+    >>> learner = lolo.norm_fc(learning_rate=optax.cosine_decay_schedule(1e-3, 1000), weight_decay=0.1)
     >>> optimizer = learner.optimizer(learner.init(jax.random.key(0)))
     >>> params = {"weight": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
     >>> updates, state = optimizer.update(params, optimizer.init(params), params)

@@ -83,7 +83,7 @@ def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def hidden_of(numbers: int) -> int:
-    """The width of the hidden layers of a φ with so many numbers.
+    """The width of the hidden layers of a φ, from how many numbers it has.
 
     >>> hidden_of(329)
     8

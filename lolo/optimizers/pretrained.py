@@ -51,12 +51,17 @@ def _by_name(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class Weights(NamedTuple):
-    """A meta-trained optimizer."""
+    """A meta-trained optimizer.
 
-    meta_params: dict[str, jax.Array]  # φ
-    learner: LearnerSettings  # its architecture
-    recipe: dict[str, Any]  # of its meta-training; {} if unknown
-    card: dict[str, Any]  # the model card: data, results, realised steps, limits
+    >>> weights = lolo.load("lolo-norm")
+    >>> isinstance(weights, lolo.Weights), weights.learner.name, weights.meta_params["w0"].shape
+    (True, 'norm_fc', (30, 8))
+    """
+
+    meta_params: dict[str, jax.Array]  #: φ
+    learner: LearnerSettings  #: its architecture
+    recipe: dict[str, Any]  #: of its meta-training; {} if unknown
+    card: dict[str, Any]  #: the model card, with data, results, realised steps and limits
 
     def __repr__(self) -> str:
         numbers = sum(x.size for x in self.meta_params.values())
@@ -105,7 +110,7 @@ class Weights(NamedTuple):
             as advised for embeddings and output layers. None: all of two axes or more are matrices.
           state_dtype: of norm_fc, float32 or bfloat16, that of the momenta; None: float32.
           freeze_unseen: of small_fc, entries that never had a gradient do not move, by weight decay neither. Without
-            it padding rows, rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
+            it padding rows, rows never looked up, and masked weights drift: about 0.02 to 0.15 in 1,000 steps.
             Gradients below about 1e-22 count as none, since their squares are 0.
           kernel: of norm_fc, "auto" or "plain", as `lolo.norm_fc` has it; None: auto, whatever meta-training had.
 
@@ -118,6 +123,11 @@ class Weights(NamedTuple):
         parameters that are cut over another axis and for gradients that were not averaged. Under jit, whole arrays may
         lie on several devices without a word here. Warns of a step_scale below 0.02, which looks like another
         optimizer's rate.
+
+        >>> schedule = optax.cosine_decay_schedule(2e-3, 10_000)
+        >>> optimizer = lolo.load("lolo-norm").optimizer(learning_rate=schedule, weight_decay=0.1)
+        >>> cosine = optax.cosine_decay_schedule(1.0, 10_000)
+        >>> optimizer = lolo.load().optimizer(step_decay=math.inf, step_scale=cosine)
         """
         check_scale(step_scale)
         requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
@@ -251,11 +261,19 @@ def load(
 
     Args:
       name_or_path: the name of shipped ones (`lolo weights` lists them), a path, or, with the extra `hub`,
-        "user/repo", "user/repo/file.safetensors" or "user/repo@revision/file.safetensors".
+        `"user/repo"`, `"user/repo/file.safetensors"` or `"user/repo@revision/file.safetensors"`.
       code: of weights whose architecture is a function of a user's own file, that function. Its file must be the one
         that the weights were meta-trained with, by sha256. Such weights are refused without it.
 
     Raises disk.FileError, a ValueError, for anything that is not a complete weights file of a known version.
+
+    >>> weights = lolo.load()
+    >>> weights
+    Weights(small_fc, 2,402 numbers, meta-trained on fashion-mlp, T = 2,000)
+    >>> optimizer = weights.optimizer()
+    >>> params = {"weight": jnp.ones((3, 2))}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> params = optax.apply_updates(params, updates)
     """
     file = weights_file.read_weights(name_or_path)
     if code is not None and settings.is_own(file.learner.get("name")):
@@ -284,6 +302,10 @@ def save(path: Path | str, weights: Weights) -> None:
     """Write weights as one safetensors file with architecture, recipe and card in its metadata.
 
     A limit of inf is written as None, which means the same.
+
+    >>> lolo.save("mine.safetensors", lolo.load("lolo-small"))
+    >>> lolo.load("mine.safetensors")
+    Weights(small_fc, 2,402 numbers, meta-trained on fashion-mlp, T = 1,000)
     """
     learner = {name: None if x == math.inf else x for name, x in dataclasses.asdict(weights.learner).items()}
     weights_file.write_weights(

@@ -73,6 +73,12 @@ def small_fc(
       knowing, and for a mask of another tree; TypeError for leaves that are not arrays of real numbers.
 
     Entries that never had a gradient move too: padding rows, rows never looked up, pruned weights. See `freeze_unseen`.
+
+    >>> learner = lolo.small_fc()
+    >>> phi = learner.init(jax.random.key(0))
+    >>> sum(x.size for x in phi.values())
+    2402
+    >>> optimizer = learner.optimizer(phi)
     """
     shapes = spec.weight_shapes(hidden, learn_decays=learn_decays)
 
@@ -169,8 +175,8 @@ def check_state(state: Any, params: PyTree) -> None:
 def freeze_unseen(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """small_fc under which entries that never had a gradient do not move, by weight decay neither.
 
-    The network has a small output for them too: without this, padding rows, rows that were never looked up and weights
-    behind a mask drift. Entries whose last gradient lies so far back that their second moment is 0 again stand still.
+    The network has a small output for them too: without this, padding rows, rows that were never looked up and masked
+    weights drift. Entries whose last gradient lies so far back that their second moment is 0 again do not move either.
     It reads the state, and fits `small_fc`'s own and that of `one_tree_per_moment`.
     """
     inner = optax.with_extra_args_support(optimizer)

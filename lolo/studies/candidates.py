@@ -39,7 +39,7 @@ class DeploymentSettings:
     schedule: str = "constant"  # and this besides: a name in `schedules.SCHEDULES`
     warmup: float = schedules.WARMUP  # share of the steps in which the schedule rises, if it does
     untrained: bool = False  # the φ that the meta-training began with, in the same frame
-    freeze_unseen: bool = False  # whether entries that never had a gradient stand still
+    freeze_unseen: bool = False  # whether entries that never had a gradient do not move
 
     @property
     def words(self) -> str:

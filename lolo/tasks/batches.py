@@ -103,7 +103,7 @@ def from_batches(
     Raises TaskError: no batches, batches that can't be read twice, or that come in another order the second time.
 
     >>> batches = [(np.ones((4, 3), np.float32), np.zeros(4, np.float32))] * 5
-    >>> splits = from_batches(batches, batches, batches,
+    >>> splits = lolo.from_batches(batches, batches, batches,
     ...     init=lambda key: jnp.zeros(3), loss=lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2))
     >>> splits.train
     Task(20 examples, batch 4, stream)

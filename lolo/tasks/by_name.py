@@ -69,6 +69,9 @@ def pin(name: str, folders: Sequence[Path] = HERE) -> str:
     """The name that a recipe stores: `path.py:function` gets the file's sha256, named tasks stay as they are.
 
     folders: where a relative path is looked for; of a pinned name, the first file with its sha256 is taken.
+
+    >>> tasks.pin("fashion-mlp"), "fashion-mlp" in tasks.TASKS
+    ('fashion-mlp', True)
     """
     with _task_errors():
         own = user_code.parse(name, "task", folders)
@@ -84,6 +87,9 @@ def resolve(name: str, folders: Sequence[Path] = HERE) -> Splits:
 
     The file and its function may import modules of the file's folder; its losses, which are traced later, may not: put
     such imports at the top of the file. folders: see `pin`.
+
+    >>> tasks.resolve("fashion-mlp:batch=32").train
+    Task(57,000 examples, batch 32, resident data)
     """
     pin(name, folders)
     return _build(name, outline=False, folders=folders)
@@ -93,6 +99,9 @@ def outline(name: str) -> Splits:
     """The splits of a task's name with shapes instead of arrays; tasks on prepared data need no data for it.
 
     Leaves are `jax.ShapeDtypeStruct`.
+
+    >>> tasks.outline("fashion-mlp").train.data[0]
+    ShapeDtypeStruct(shape=(57000, 64), dtype=uint8)
     """
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _build(name, outline=True))
 

@@ -34,6 +34,19 @@ def classification(
       batch: examples per inner step.
       sizes: number of examples in each split.
       more: further fields of `Task`, the same for every split.
+
+    >>> x = np.random.default_rng(0).standard_normal((60, 20)).astype(np.float32)
+    >>> y = (x[:, 0] > 0).astype(np.int32)
+    >>> splits = lolo.classification(
+    ...     {"train": (x[:40], y[:40]), "validation": (x[40:50], y[40:50]), "test": (x[50:], y[50:])},
+    ...     models.mlp((20, 16, 2)),
+    ...     lambda data, indices: (data[0][indices], data[1][indices]),
+    ...     classes=2,
+    ...     batch=8,
+    ...     sizes={"train": 40, "validation": 10, "test": 10},
+    ... )
+    >>> splits.train
+    Task(40 examples, batch 8, resident data)
     """
 
     def loss(params: PyTree, stats: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:

@@ -22,14 +22,27 @@ Stats = dict[str, jax.Array]
 
 
 class Model(NamedTuple):
-    """A model as two functions. `training` is a Python bool, static under `jax.jit`."""
+    """A model as two functions. `training` is a Python bool, static under `jax.jit`.
 
-    init: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> params, stats
-    apply: Callable[..., tuple[jax.Array, PyTree]]  # params, stats, inputs, training -> outputs, stats
+    >>> model = models.mlp((64, 32, 10))
+    >>> isinstance(model, models.Model)
+    True
+    >>> params, stats = model.init(jax.random.key(0))
+    >>> logits, stats = model.apply(params, stats, jnp.ones((5, 64)), training=True)
+    >>> logits.shape
+    (5, 10)
+    """
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]  #: key -> params, stats
+    apply: Callable[..., tuple[jax.Array, PyTree]]  #: params, stats, inputs, training -> outputs, stats
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean softmax cross-entropy in nats, in float32. logits: [..., C], labels: [...] int in [0, C). Returns: []."""
+    """Mean softmax cross-entropy in nats, in float32. logits: [..., C], labels: [...] int in [0, C). Returns: [].
+
+    >>> models.cross_entropy(jnp.zeros((5, 10)), jnp.zeros(5, jnp.int32)).round(4)
+    Array(2.3026, dtype=float32)
+    """
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, labels[..., None].astype(jnp.int32), axis=-1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
@@ -44,6 +57,10 @@ def mlp(widths: Sequence[int], dtype: jax.typing.DTypeLike = jnp.float32) -> Mod
     Weights are normal, cut at ±2σ with σ = 1/√fan_in and no correction of the variance; biases are 0.
     `mlp((3072, 128, 128, 128, 1000))` is the paper's network for 32×32 ImageNet: 555,368 parameters.
     `dtype` is that of activations and matrix products; parameters and outputs stay float32.
+
+    >>> params, stats = models.mlp((64, 32, 10)).init(jax.random.key(0))
+    >>> {name: x.shape for name, x in params.items()}
+    {'layers.0.weight': (64, 32), 'layers.0.bias': (32,), 'layers.1.weight': (32, 10), 'layers.1.bias': (10,)}
     """
     widths = tuple(widths)
     if len(widths) < 2 or min(widths) < 1:
@@ -63,6 +80,11 @@ def char_mlp(symbols: int = 48, context: int = 8, embedding: int = 8, widths: Se
     """The next symbol from the `context` before it: their embeddings, N(0, 1), side by side into an MLP.
 
     Inputs: int [B, context] in [0, symbols). Outputs: logits [B, symbols]. `widths` are the hidden ones.
+
+    >>> model = models.char_mlp(symbols=48, context=8)
+    >>> params, stats = model.init(jax.random.key(0))
+    >>> model.apply(params, stats, jnp.zeros((5, 8), jnp.int32))[0].shape
+    (5, 48)
     """
     layers = (context * embedding, *widths, symbols)
 
@@ -149,6 +171,11 @@ def resnet18(
     ones, with decay 0.9 and the unbiased variance, as PyTorch keeps them. Names and initial values (He normal by
     fan-out; the last layer uniform within ±1/√fan_in) are torchvision's.
     Reference: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016.
+
+    >>> model = models.resnet18(10, stem="cifar", width=8)
+    >>> params, stats = jax.eval_shape(model.init, jax.random.key(0))
+    >>> params["conv1.weight"].shape
+    (3, 3, 3, 8)
     """
     if stem not in ("imagenet", "cifar"):
         raise ValueError(f'resnet18(stem={stem!r}) knows the stems "imagenet" and "cifar".')
@@ -259,7 +286,12 @@ GPT_INIT_STD = 0.02
 
 
 class GPTSize(NamedTuple):
-    """The arguments of `gpt` that make a named model: `gpt(**GPT_SIZES["gpt2-mini"]._asdict())`."""
+    """The arguments of `gpt` that make a named model: `gpt(**GPT_SIZES["gpt2-mini"]._asdict())`.
+
+    >>> models.GPT_SIZES["gpt2-mini"]
+    GPTSize(layers=6, heads=6, width=192, context=1024, vocabulary=50257)
+    >>> model = models.gpt(**models.GPTSize(layers=2, heads=2, width=32)._asdict())
+    """
 
     layers: int
     heads: int
@@ -299,6 +331,11 @@ def gpt(
       dtype: of activations and matrix products; parameters, LayerNorm's arithmetic and logits stay float32.
       attention: which code `jax.nn.dot_product_attention` runs; "cudnn" needs an NVIDIA GPU and bfloat16.
     Reference: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
+
+    >>> model = models.gpt(vocabulary=48, context=32, layers=1, heads=2, width=16)
+    >>> params, stats = jax.eval_shape(model.init, jax.random.key(0))
+    >>> jax.eval_shape(model.apply, params, stats, jnp.zeros((5, 32), jnp.int32))[0].shape
+    (5, 32, 48)
     """
     if width % heads:
         raise ValueError(f"gpt(width={width}) must be a multiple of heads={heads}; try width={width // heads * heads}.")

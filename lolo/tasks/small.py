@@ -40,7 +40,11 @@ def parse_widths(words: str) -> tuple[int, ...]:
 
 @functools.cache
 def fashion_mlp(widths: str = "32-32", batch: int = 128) -> Splits:
-    """Fashion-MNIST at 8×8 → 32 → 32 → 10, batch 128; 3,466 parameters."""
+    """Fashion-MNIST at 8×8 → 32 → 32 → 10, batch 128; 3,466 parameters.
+
+    >>> tasks.fashion_mlp(widths="64-64").train
+    Task(57,000 examples, batch 128, resident data)
+    """
     return fashion(models.mlp((64, *parse_widths(widths), 10)), batch)
 
 
@@ -99,7 +103,11 @@ def pick_next(context: int) -> Callable[[jax.Array, jax.Array], tuple[jax.Array,
 
 @functools.cache
 def books_mlp(widths: str = "32-32", batch: int = 128) -> Splits:
-    """The next character of English books from the 8 before it: embeddings of 8, → 32 → 32 → 48, batch 128."""
+    """The next character of English books from the 8 before it: embeddings of 8, → 32 → 32 → 48, batch 128.
+
+    >>> tasks.books_mlp(batch=64).train.batch
+    64
+    """
     data = embedded.books_symbols()
     return classification(
         data,
@@ -147,7 +155,12 @@ def next_symbols(model: models.Model, context: int, batch: int) -> Splits:
 
 @functools.cache
 def quadratic(dimensions: int = 8) -> Splits:
-    """½ mean_i h_i (θ_i − x_i)² with noisy targets x ~ N(0, 0.1²) and h from 0.5 to 2: the smallest task, for tests."""
+    """½ mean_i h_i (θ_i − x_i)² with noisy targets x ~ N(0, 0.1²) and h from 0.5 to 2: the smallest task, for tests.
+
+    >>> params, stats = tasks.quadratic(dimensions=3).train.init(jax.random.key(0))
+    >>> jax.tree.map(jnp.shape, params)
+    {'x': (3,)}
+    """
     curvature = jnp.linspace(0.5, 2.0, dimensions)
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:

@@ -43,7 +43,10 @@ DTYPES_BY_NAME = {str(dtype): dtype for dtype in DTYPES}
 class LoLO(torch.optim.Optimizer):
     """The learned optimizer instead of `torch.optim.AdamW`, or of `torch.optim.Muon`.
 
-        optimizer = LoLO(model.parameters())
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> optimizer = LoLO(model.parameters())
+    >>> model(torch.ones(3, 4)).square().mean().backward()
+    >>> optimizer.step()
 
     The weights say which architecture it is. `small_fc` has no hyper-parameter to tune:
     θ ← θ − lr·λ1/√(1 + t/step_decay)·(d·exp(λ2·m) + weight_decay·θ), (d, m) the network's outputs for an entry (Eq. 7).
@@ -52,7 +55,8 @@ class LoLO(torch.optim.Optimizer):
     θ ← θ − lr·(step + weight_decay·θ). Vectors and scalars get AdamW (.9, .95, 1e-8) at lr·adam_scale, and so should
     embeddings and output layers, which you name:
 
-        optimizer = LoLO([{"params": hidden}, {"params": embedding_and_head, "is_matrix": False}], "mine.safetensors")
+    >>> groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "is_matrix": False}]
+    >>> optimizer = LoLO(groups, "lolo-norm", lr=1e-3)
 
     Args:
       params: parameters, named parameters or param groups; a group may have all settings below for itself. float32,
@@ -66,7 +70,7 @@ class LoLO(torch.optim.Optimizer):
       step_decay: of `small_fc`: steps after which updates have shrunk by √2; None: as shipped, math.inf: never.
       maximize: climb instead of descend.
       freeze_unseen: of `small_fc`: entries that never had a gradient do not move, by weight decay neither. Without it
-        padding rows, rows never looked up, and weights behind a mask drift: about 0.02 to 0.15 in 1,000 steps.
+        padding rows, rows never looked up, and masked weights drift: about 0.02 to 0.15 in 1,000 steps.
         Gradients below about 1e-22 count as none, since their squares are 0.
         (`norm_fc` gives such entries no step; weight decay reaches them.)
       adam_scale: of `norm_fc`: AdamW's learning rate in units of lr; None: as shipped.
@@ -89,7 +93,7 @@ class LoLO(torch.optim.Optimizer):
 
     Data parallel (DDP): gradients are averaged before the step, so every process makes the same update; nothing to set.
     Sharded parameters (FSDP2's `fully_shard`, DTensor): cut along axis 0, or replicated; the step is that of whole
-    tensors, and its state is divided as they are (docs/use.md has the collectives, checkpoints, and what was tested).
+    tensors, and its state is divided as they are (docs/several_devices.md: collectives, checkpoints, what was tested).
     The CPU kernel leaves tensors that are cut to torch's operations. All processes must step together, with gradients
     of the same parameters. FSDP1's flat parameters and DTensors placed otherwise are refused.
     `torch.compile` around a training step works; the optimizer's part runs as it is, uncompiled (a graph break, so

@@ -175,7 +175,12 @@ def unroll_schedules(unroll: recipes.UnrollSettings, total: int) -> dict[str, Dr
 
 
 def build(recipe: recipes.Recipe) -> meta.Setup:
-    """The functions and sizes of a recipe. Runs the files of its own parts. Raises RecipeError, UserCodeError."""
+    """The functions and sizes of a recipe. Runs the files of its own parts. Raises RecipeError, UserCodeError.
+
+    >>> setup = lolo.build(lolo.LOLO)
+    >>> setup.estimator.pairs
+    8
+    """
     recipe = own_parts.load(recipe)
     check(recipe)
     unroll, given, total, pairs = recipe.unroll, recipe.imitation, recipe.outer.steps, recipe.estimator.pairs

@@ -28,7 +28,16 @@ from lolo.training.run_folder import RunError
 
 
 class DivergedError(RuntimeError):
-    """Every pair had non-finite numbers for too many outer steps in a row."""
+    """Every pair had non-finite numbers for too many outer steps in a row.
+
+    >>> small = {"outer.steps": 2, "unroll.length": 20, "unroll.truncation": 10, "validation.every": 0}
+    >>> wild = {"learner.step_mult": 1e30, "outer.max_bad_steps": 1}
+    >>> try:
+    ...     lolo.train("naive", task="quadratic", **small, **wild)
+    ... except lolo.DivergedError as error:
+    ...     print(error.exit_status)
+    4
+    """
 
     exit_status = 4  # of `lolo`
 
@@ -102,6 +111,11 @@ def resume(out: Path | str, how: How | None = None, *, tasks: dict[str, Splits] 
 
     Raises RunError: no run there, no complete checkpoint, other tasks, or recipe.json is not the checkpoint's;
     LoggerError. With a process group, as `train`.
+
+    >>> small = {"outer.steps": 2, "unroll.length": 20, "unroll.truncation": 10, "validation.every": 0}
+    >>> result = lolo.train("lolo", "runs/a", task="quadratic", **small, **{"learner.name": "sgd"})
+    >>> lolo.resume("runs/a").step  # finished before, so it only reads the weights
+    2
     """
     folder, how = Path(out), how or How()
     recipe = run_folder.read_recipe(folder)

@@ -95,7 +95,12 @@ class ValidationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One meta-training. Equal recipes and versions give equal φ on the same kind of device, byte for byte."""
+    """One meta-training. Equal recipes and versions give equal φ on the same kind of device, byte for byte.
+
+    >>> recipe = lolo.Recipe(tasks=("books-mlp",), seed=3)
+    >>> lolo.LOLO.replay.threshold, lolo.BC_ONLY.replay.threshold, lolo.NAIVE.imitation.alpha_loss
+    (0.1, 1.0, 'one')
+    """
 
     tasks: tuple[str, ...] = ("fashion-mlp",)  # names of `lolo tasks`, or path.py:function
     learner: LearnerSettings = settings.alternatives(SmallFcSettings(), architecture.settings_types)

@@ -25,7 +25,14 @@ def checkpoints(run: Path) -> list[int]:
 
 
 class RunError(ValueError):
-    """A run folder that can't be used as asked; says which, and what to do."""
+    """A run folder that can't be used as asked; says which, and what to do.
+
+    >>> try:
+    ...     lolo.resume("nowhere")
+    ... except lolo.RunError as error:
+    ...     print(error)
+    nowhere holds no run: there is no recipe.json. Start one with `lolo train RECIPE --out nowhere`.
+    """
 
 
 def read_recipe(run: Path) -> Recipe:
