@@ -73,7 +73,7 @@ def picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             values = style.drawable(np.array([getattr(row, field) for row in judged_rows if row.optimizer == label]))
             lines.append(style.Line(label, np.array(x), values.mean(0), values.min(0), values.max(0)))
         style.draw_lines(axis, lines)
-        style.step_axis(axis, x[0], x[-1])
+        style.step_axis(axis, float(x[0]), float(x[-1]))
         if max(line.y.max() for line in lines) > 10 * min(line.y.min() for line in lines):
             style.log_axis(axis)
         axis.set_ylabel("cross entropy (nats)")

@@ -50,7 +50,7 @@ def curves(
         if unroll is not None:
             marks.append(unroll)
             style.mark_unroll(axis, unroll)
-        style.step_axis(axis, min(marks), max(marks))
+        style.step_axis(axis, float(min(marks)), float(max(marks)))
         axis.set_ylabel(headline.loss_in_words(rows))
         later = min(unroll or math.inf, steps[-1] / 10) / 2
         axis.set_ylim(*style.limits(values[:, np.searchsorted(steps, later) :]))
@@ -156,7 +156,9 @@ def start_steps(counts_of: Mapping[str, Counts]) -> Any:
         axis.plot(x, np.where(y > 0, y, np.nan), drawstyle="steps-post", label=label, **look[label])
     style.log_axis(axis)
     axis.set(xlabel="start step K of an unroll", ylabel="share of unrolls")
-    style.explain(axis, f"where unrolls began in meta-training, bins of {width:g} steps")
+    axis.locator_params(axis="x", nbins=5)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    style.explain(axis, f"where unrolls began, in bins of {width:g} steps")
     style.name_lines(axis, lambda label: words[label])
     return figure
 
