@@ -20,9 +20,10 @@ def redraw(folder: Path) -> list[str]:
         rows = load_rows(path)
         if rows[0].steps < 200:  # a curve has a point for every 100
             continue
-        about_file = folder / f"about-{file_name(rows[0].task)}.json"
+        name = file_name(rows[0].task)
+        about_file = folder / f"about-{name}.json"
         about = disk.read_json(about_file) if about_file.is_file() else {}
-        links = comparison_report.draw(folder, rows, about.get("unroll"), about.get("weights") or {})
+        links = comparison_report.draw(folder, name, rows, about.get("unroll"), about.get("weights") or {})
         drawn += [re.search(r"\((.*)\)$", link)[1] for link in links]
     for name in drawn:
         (folder / name).with_suffix(".png").unlink(missing_ok=True)

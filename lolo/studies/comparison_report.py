@@ -38,7 +38,7 @@ def write_report(
     about = {"command": command, "note": note, "unroll": unroll, **environment.provenance()}
     kept = {label: {"sha256": evaluation_folder.phi_digest(w), "card": w.card} for label, w in weights.items()}
     disk.write_json(out / f"about-{name}.json", disk.json_safe({**about, "weights": kept}))
-    pictures = [*draw(out, rows, unroll, kept), *pictures]
+    pictures = [*draw(out, name, rows, unroll, kept), *pictures]
     diverged = sum(row.diverged for row in rows)
     paragraphs = [
         f"# {names.task_in_words(task)}, {rows[0].steps:,} inner steps",
@@ -59,12 +59,14 @@ def write_report(
     return text
 
 
-def draw(out: Path, rows: Sequence[Row], unroll: int | None, kept: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Write the pictures of rows, named after their task. Returns them as Markdown.
+def draw(
+    out: Path, name: str, rows: Sequence[Row], unroll: int | None, kept: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Write the pictures of rows, KIND-`name`.svg. Returns them as Markdown.
 
     unroll: of the weights' meta-training, if all have one. kept: sha256 and card of the weights, by label.
     """
-    name, pictures = file_name(rows[0].task), {"curves": plots.curves(rows, unroll)}
+    pictures = {"curves": plots.curves(rows, unroll)}
     if len({row.optimizer for row in rows}) > headline.FEW:
         pictures = {"finals": plots.finals(rows), **pictures}
     starts = plots.starts_by_method(

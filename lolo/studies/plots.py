@@ -101,7 +101,7 @@ def finals(rows: Sequence[Row]) -> Any:
             if np.isfinite(mine).any():
                 axis.plot([np.nanmin(mine), np.nanmax(mine)], [height, height], color=colour, linewidth=width / 2)
                 axis.plot(np.nanmean(mine), height, "o", color=colour, markerfacecolor=fill, markersize=2 + 1.5 * width)
-        place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}
+        place = {"xycoords": ("axes fraction", "data"), "va": "center"}
         weight = "bold" if label == ours else "normal"
         axis.annotate(style.fill(names.in_words(label), 60), (0.01, height + 0.32), fontweight=weight, **place)
     axis.set_xlim(*style.limits(np.concatenate(list(values.values()))))
@@ -135,8 +135,9 @@ def starts_by_method(kept: Mapping[str, tuple[str, Counts]]) -> dict[str, Counts
 def start_steps(counts_of: Mapping[str, Counts]) -> Any:
     """Histogram of the start steps that meta-training realised, by label. Equal histograms are one line."""
     counts_of = {label: counts for label, counts in counts_of.items() if counts[1].sum() > 0}
-    largest = max(float(values.max()) for values, _ in counts_of.values())
-    width = bin_width(largest)
+    known = np.unique(np.concatenate([values for values, _ in counts_of.values()]))
+    largest = float(known[-1])
+    width = max(bin_width(largest), float(np.diff(known).min(initial=np.inf)) if len(known) > 1 else 0.0)
     edges = width * np.arange(int(largest // width) + 2)
     groups: dict[tuple[float, ...], list[str]] = {}
     for label, (values, weights) in counts_of.items():

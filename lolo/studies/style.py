@@ -62,7 +62,7 @@ SETTINGS: Any = {
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
-    "axes.titlesize": 9.5,
+    "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -251,11 +251,11 @@ def mark_unroll(axis: Any, steps: int) -> None:
     """A dotted vertical line at the length of the unroll in meta-training, and its name."""
     axis.axvline(steps, color=INK, linestyle=":", linewidth=1)
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-    axis.annotate("unroll in\nmeta-training", (steps, 0.99), (4, 0), va="top", fontsize=9, **place)
+    axis.annotate("unroll in\nmeta-training", (steps, 0.99), (4, 0), va="top", **place)
 
 
 GAP = 0.07  # between the axis and the names, in axis widths; a short line leads across
-NAME_WIDTH = 16  # characters
+NAME_WIDTH = 15  # characters
 
 
 def name_lines(axis: Any, words: Callable[[str], str] = names.in_words) -> list[Any]:
@@ -265,7 +265,7 @@ def name_lines(axis: Any, words: Callable[[str], str] = names.in_words) -> list[
     for line in lines:
         name = fill(words(line.get_label()), NAME_WIDTH)
         bold = "bold" if line.get_linewidth() > 2 and len(lines) > 1 else "normal"
-        texts.append(axis.text(1 + GAP, 0.5, name, transform=axis.transAxes, va="center", fontsize=9, fontweight=bold))
+        texts.append(axis.text(1 + GAP, 0.5, name, transform=axis.transAxes, va="center", fontweight=bold))
     if not texts:
         return texts
     axis.figure.get_layout_engine().execute(axis.figure)  # now sizes are known
