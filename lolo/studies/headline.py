@@ -86,7 +86,7 @@ def compared(name: str, theirs: str, low: float, high: float) -> str:
     "LoLO and AdamW can't be told apart (difference 0.005, 95 % CI −0.010 to 0.020)"
     """
     mean, half = (low + high) / 2, (high - low) / 2
-    digits = min(max(-math.floor(math.log10(half)), 2), 8) if half > 0 else 4
+    digits = min(max(-math.floor(math.log10(half)), 2), 8) if half > 0 else 3
 
     def number(value: float, more: int = 0) -> str:
         return f"{value:.{digits + more}f}".replace("-", "−")

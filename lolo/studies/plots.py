@@ -222,7 +222,7 @@ def meta_training(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> An
 def growth(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Any:
     """Time of an outer step (ms) against each thing that it grows with; the dotted line is proportional growth."""
     most = max(curves, key=lambda what: _slope(curves[what]))
-    title = f"Twice the {most}, {2 ** _slope(curves[most]):.1f} times the time of an outer step; nothing costs more"
+    title = f"Twice the {most}, {2 ** _slope(curves[most]):.1f} times the time of an outer step: the most of these"
     figure, axes = style.panels(len(curves), title, height=2.4, columns=2)
     for axis, (what, points) in zip(axes, curves.items(), strict=True):
         x, y = np.array(points).T
