@@ -32,7 +32,7 @@ class TrainResult(loop.Result):
 
     def plot(self) -> Any:
         """A matplotlib figure of the losses in meta-training against the outer step."""
-        return plots.closed(plots.meta_training(self.rows, str(self.weights)))
+        return plots.meta_training(self.rows, self.weights.recipe["tasks"])
 
 
 def train(
@@ -98,8 +98,7 @@ class Comparison:
 
     def plot(self) -> Any:
         """A matplotlib figure of train and held-out loss against the step."""
-        first = self.rows[0]
-        return plots.closed(plots.curves(self.rows, None, f"{first.task}, {first.steps:,} steps"))
+        return plots.curves(self.rows)
 
     def __repr__(self) -> str:
         return self.table()

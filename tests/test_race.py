@@ -281,7 +281,7 @@ def test_a_whole_race_finds_the_best_rate_and_resumes(small, tmp_path):
     assert all(t.seconds > 0 for t in race.step_times) and len(race.step_times) == 4
     # Each row is what `lolo eval` would say of that optimizer's run: its end, by hand.
     text = report.write(race, tmp_path, field, "lolo race")
-    assert "bad rate" in text and {"profile-tuned.png", "curves-self-tuning.png"} <= {
+    assert "bad rate" in text and {"profile-tuned.svg", "curves-self-tuning.svg"} <= {
         f.name for f in tmp_path.iterdir()
     }
 
@@ -354,7 +354,7 @@ def test_learning_rates_are_tried_on_transformers_of_several_sizes(monkeypatch, 
     for name, value in sizes.items():
         monkeypatch.setattr(transfer, name, value)
     words = ["race", "--out", str(tmp_path), "--transfer", "adamw", "lolo-small"]
-    assert main(words) == 0 and (tmp_path / "transfer.png").stat().st_size > 10_000
+    assert main(words) == 0 and (tmp_path / "transfer.svg").stat().st_size > 10_000
     assert capsys.readouterr().err.count("step_scale=0.001 is no learning rate") == 1
     rows = records.read(tmp_path / stages.TRANSFER_FILE, records.TransferRow)
     names, losses = transfer.grid(rows, "adamw")

@@ -19,10 +19,11 @@ from lolo.evaluation import long_runs, statistics
 from lolo.files import disk, jsonl, settings
 from lolo.files.disk import FileError
 from lolo.optimizers import weights_file
-from lolo.report import charts, markup
-from lolo.report.page import MAX_OPTIMIZERS, build, format_value, train_command
+from lolo.report import charts, markup, meta_training
+from lolo.report.meta_training import format_value, train_command
+from lolo.report.page import build
 from lolo.runtime import environment
-from lolo.studies import comparison_report, tables
+from lolo.studies import comparison_report, plots, style, tables
 from lolo.studies.rows import save_rows
 from lolo.training import doctor, loop, recipes, run_log
 from lolo.training.run_folder import RunError
@@ -185,7 +186,8 @@ def test_a_study_and_an_evaluation_say_what_the_table_says(tmp_path):
     for line in tables.cells(make_rows(), "lolo"):
         assert " ".join(" ".join(line).split()) in said
     assert "books-mlp, 400 inner steps" in said and "Meta-trainings" in said and "6 of 6 outer steps done" in said
-    assert "the unroll in meta-training, 200 steps" in said and "lolo eval books-mlp" in said
+    labels = [value for _, name, value in page.attributes if name == "aria-label"]
+    assert any("the unroll in meta-training, 200 steps" in label for label in labels) and "lolo eval books-mlp" in said
     shutil.rmtree(tmp_path / "study" / "runs")
     (tmp_path / "study" / "about-books.json").unlink()
     said = assert_complete_in_itself(build([tmp_path / "study"])).said()
@@ -255,33 +257,26 @@ def test_the_command_that_is_shown_makes_the_same_recipe(tmp_path, monkeypatch):
     assert asked == [recipe]
 
 
+def picture(*curves):
+    """One chart of curves [n]."""
+    lines = [style.Line(f"curve {i}", np.arange(1, len(y) + 1), np.array(y, float)) for i, y in enumerate(curves)]
+    return charts.curves("loss", lines, "step", "loss")
+
+
 def test_numbers_that_are_not_finite_or_huge_are_gaps():
-    y = np.array([1.0, math.nan, math.inf, 2.0, 1e300, -1e200])
-    picture = charts.curves("loss", [charts.Series("a", np.arange(1, 7), y)], "step", "loss")
-    assert "<path" in picture and "NaN" not in picture and "inf" not in picture.split("aria-label")[0]
-    nothing = charts.curves("loss", [charts.Series("a", np.arange(2), np.full(2, math.nan))], "step", "loss")
+    drawn = picture([1.0, math.nan, math.inf, 2.0, 1e300, -1e200])
+    assert "<path" in drawn and "NaN" not in drawn and "inf" not in drawn.split("aria-label")[0]
+    nothing = picture([math.nan, math.nan])
     assert "no finite number" in nothing and "<svg" not in nothing
-    assert "no finite number" in charts.histogram("starts", {"": (np.array([]), np.array([]))}, "K")
-    assert "<svg" in charts.histogram("starts", {"": (np.array([0.0, 1e12]), np.ones(2))}, "K")
+    assert "no finite number" in meta_training.start_histogram({"": (np.array([]), np.array([]))})
+    assert "<svg" in meta_training.start_histogram({"": (np.array([0.0, 1e12]), np.ones(2))})
 
 
 def test_a_single_point_is_a_dot():
     def marks(y):
-        picture = charts.curves("loss", [charts.Series("a", np.arange(len(y)), np.array(y))], "step", "loss")
-        return len(re.findall("<use [^>]*--series-1", picture))
+        return len(re.findall(f"<use [^>]*{style.OTHERS[0]}", picture(y)))
 
-    assert marks([math.nan, 1.0]) == 1 and marks([1.0] * 31) == 0
-
-
-def test_a_long_curve_is_thinned_to_means_with_their_range():
-    x = np.arange(1000)
-    thin = charts.thin(charts.Series("a", x, np.where(x % 2, 3.0, 1.0)))
-    assert len(thin.x) == charts.MAX_POINTS and thin.x[-1] == 999
-    assert abs(thin.y.mean() - 2) < 0.02 and (thin.low == 1).all() and (thin.high == 3).all()
-
-
-def test_no_two_of_32_series_look_alike():
-    assert len({(charts.colour(i), charts.dash(i)) for i in range(MAX_OPTIMIZERS)}) == MAX_OPTIMIZERS
+    assert marks([math.nan, 1.0]) == 1 and marks([1.0] * (style.FEW_POINTS + 1)) == 0
 
 
 def change(path, edit):
@@ -342,16 +337,36 @@ def test_optimizers_without_a_common_seed_are_shown_without_a_difference(tmp_pat
     assert "no\u00a0pairs" in build([tmp_path])
 
 
-def test_more_optimizers_than_can_be_told_apart_are_an_error(tmp_path):
-    save_rows(tmp_path / "rows-a.jsonl", make_rows(labels=tuple(map(str, range(33)))))
-    with pytest.raises(FileError, match="33 optimizers"):
-        build([tmp_path])
+def test_of_many_optimizers_a_few_are_drawn_and_all_are_in_the_table(tmp_path):
+    labels = ("lolo", *(f"adamw {rate}" for rate in range(1, 40)), "muon 0.1")
+    save_rows(tmp_path / "rows-a.jsonl", make_rows(labels=labels))
+    page = Page(build([tmp_path]))
+    (train, _) = [value for _, name, value in page.attributes if name == "aria-label" and "loss of" in value]
+    assert train.startswith("Train loss of 3 of 41 optimizers") and "LoLO, AdamW 1, Muon 0.1" in train
+    assert all(label in page.said() for label in labels)
+
+
+def test_verdicts_come_first_then_comparisons_then_meta_trainings_and_their_health(tmp_path):
+    make_run(tmp_path / "a run", "mine.py:easy@" + 64 * "0")
+    make_study(tmp_path / "study")
+    shutil.rmtree(tmp_path / "study" / "runs")
+    text = build([tmp_path / "a run", tmp_path / "study"])
+    said = Page(text).said()
+    verdict = "books-mlp, 400 inner steps: Train loss: LoLO ends 1.000 below AdamW"
+    order = ["LoLO report", "Verdict", verdict, "not measured", "Means, and differences", "Meta-training of", "Health"]
+    places = [said.find(words) for words in order if words != "not measured"]
+    assert -1 not in places and places == sorted(places)
+    headlines = re.findall("<h[1-6]>.*?</h[1-6]>|<title>.*?</title>", text)
+    assert len(headlines) > 5 and not any(re.search("[0-9a-f]{12}", words) for words in headlines)
+    assert "@" + 64 * "0" in said  # in the recipe, which has to name it
 
 
 @pytest.mark.parametrize("examples", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_damaged_json_raises_nothing_but_the_documented_errors(tmp_path, monkeypatch, examples):
     """Values of every file replaced at random: the page is whole, or the error is one of ours."""
-    monkeypatch.setattr(charts, "inline", lambda draw, label: markup.Html(""))  # the slow part
+    monkeypatch.setattr(charts, "inline", lambda drawn, label: markup.Html(""))
+    for module, name in ((charts, "panel"), (plots, "curves"), (plots, "start_steps")):  # the slow part
+        monkeypatch.setattr(module, name, lambda *args: None)
     generator = random.Random(examples)
     values = [None, True, -1, 0, 1.5, 10**25, 1e308, "", "nan", "inf", [], {}, [[]], {"a": 1}, ["a"], "\ud800<"]
     make_study(tmp_path)

@@ -20,7 +20,7 @@ TEXTS = """() => [...document.querySelectorAll('h1, h2, h3, p, li, a, caption, t
 
 PICTURES = """() => [...document.querySelectorAll('svg[role=img]')].map(svg => {
   const box = svg.getBoundingClientRect();
-  const lines = [...svg.querySelectorAll('path')].filter(p => p.style.stroke.includes('--series'));
+  const lines = [...svg.querySelectorAll('path')].filter(p => parseFloat(getComputedStyle(p).strokeWidth) >= 1.5);
   return {label: svg.ariaLabel, width: box.width, height: box.height,
     texts: svg.querySelectorAll('text').length,
     lines: lines.map(p => ({colour: getComputedStyle(p).stroke, length: p.getTotalLength()}))}; })"""

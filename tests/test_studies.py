@@ -52,7 +52,7 @@ def test_a_study_continues_where_it_was_stopped_and_reports_all_of_it(tmp_path, 
     report = (tmp_path / "report-quadratic.md").read_text()
     assert tables["quadratic"] in report and "The smallest study. Meta-training took 0.0" in report
     for picture in ("curves", "start-steps"):
-        assert (tmp_path / f"{picture}-quadratic.png").stat().st_size > 5000 and f"{picture}-quadratic.png" in report
+        assert (tmp_path / f"{picture}-quadratic.svg").stat().st_size > 5000 and f"{picture}-quadratic.svg" in report
     named = candidates.read([tmp_path / "runs/quadratic-lolo-T3-seed1/last.safetensors", "adamw:1e-2"])
     again, _ = comparisons.evaluate(named, "quadratic", 100, 2)
     expected = [r for r in found if (r.optimizer, r.meta_seed) in (("lolo", 1), ("adamw 0.01", None))]
@@ -121,8 +121,8 @@ def test_parts_of_a_study_share_their_meta_trainings(tmp_path, monkeypatch):
         "| lolo replay.read=pop",
     }
     report = (tmp_path / "b" / "report-quadratic.md").read_text()
-    assert "Meta-training took 0.0" in report and "(meta-loss-quadratic.png)" in report
-    assert (tmp_path / "b" / "meta-loss-quadratic.png").is_file()
+    assert "Meta-training took 0.0" in report and "(meta-loss-quadratic.svg)" in report
+    assert (tmp_path / "b" / "meta-loss-quadratic.svg").is_file()
 
 
 def test_meta_losses_are_pictured_against_the_median_time_of_a_step(tmp_path, monkeypatch):
@@ -132,15 +132,15 @@ def test_meta_losses_are_pictured_against_the_median_time_of_a_step(tmp_path, mo
     monkeypatch.setattr(plots, "meta_losses", lambda runs, title: seen.update(runs) or draw(runs, title))
     loop.train(small("lolo"), tmp_path / "run")
     rows = run_log.log_rows(tmp_path / "run")
-    studies.picture_meta_losses(tmp_path / "a.png", "quadratic", {("lolo", 0): tmp_path / "run"})
+    studies.picture_meta_losses(tmp_path / "a.svg", "quadratic", {("lolo", 0): tmp_path / "run"})
     [(hours, losses)] = seen["lolo"]
     pace = np.median([row["inner_steps_per_second"] for row in rows])
     np.testing.assert_allclose(hours, np.array([2, 4, 6, 8]) * 2 * 2 * 10 / pace / 3600)
     np.testing.assert_allclose(losses, np.mean([row["task_loss"] for row in rows], axis=1).reshape(4, 2).mean(axis=1))
-    assert (tmp_path / "a.png").stat().st_size > 5000
+    assert (tmp_path / "a.svg").stat().st_size > 5000
     (tmp_path / "run" / "log.jsonl").unlink()  # logs of finished runs need not be kept
-    studies.picture_meta_losses(tmp_path / "b.png", "quadratic", {("lolo", 0): tmp_path / "run"})
-    assert not (tmp_path / "b.png").exists()
+    studies.picture_meta_losses(tmp_path / "b.svg", "quadratic", {("lolo", 0): tmp_path / "run"})
+    assert not (tmp_path / "b.svg").exists()
 
 
 def test_an_unknown_part_of_a_study_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from lolo.evaluation.statistics import Row
 from lolo.files import disk, jsonl
 from lolo.runtime import environment
-from lolo.studies import plots
+from lolo.studies import headline, style
 
 WINDOW = 100  # steps of every mean of train losses
 LIMIT = 1.2  # the last mean may be this many times the smallest running one
@@ -45,26 +47,41 @@ def judged(train: np.ndarray, held: dict[int, float]) -> dict[str, Any]:
     }
 
 
-def picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Train and held-out loss against the step, one line a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    colours = dict(zip(dict.fromkeys(row["optimizer"] for row in rows), plots.COLOURS, strict=False))
+def as_rows(rows: list[dict[str, Any]], title: str) -> list[Row]:
+    """As pictures and findings take them."""
+    found = []
     for row in rows:
-        style = {"color": colours[row["optimizer"]], "linewidth": 1.2, "label": row["optimizer"]}
-        axes[0].plot(WINDOW * np.arange(1, len(row["train_curve"]) + 1), row["train_curve"], **style)
-        axes[1].plot([int(step) for step in row["held_curve"]], list(row["held_curve"].values()), **style)
-    for axis, name in zip(axes, (f"train loss (mean of {WINDOW} steps, nats)", "held-out loss (nats)"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="step", ylabel=name)
-        axis.grid(True, which="both", alpha=0.2)
-    handles = {line.get_label(): line for line in axes[0].get_lines()}
-    axes[0].legend(handles.values(), handles, fontsize=8, frameon=False)
-    figure.suptitle(title)
-    plots.save_figure(figure, path)
+        label = re.sub(r" \(.*\)", "", row["optimizer"].replace(", weight decay ", " weight_decay=")).lower()
+        last, lowest, held = row["last_100"], row["smallest_100"], row["held_last"]
+        curves = row["train_curve"], list(row["held_curve"].values())
+        steps, lost = WINDOW * len(curves[0]), not row["finite"]
+        found.append(Row(title, label, None, row["seed"], steps, last, lowest, held, {"loss": held}, lost, *curves))
+    return found
+
+
+@style.styled
+def picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Train and held-out loss against the step, mean and range over seeds."""
+    judged_rows, held_steps = as_rows(rows, title), [int(step) for step in rows[0]["held_curve"]]
+    labels = list(dict.fromkeys(row.optimizer for row in judged_rows))
+    finding = headline.sentence(judged_rows, labels, "held_loss")
+    figure, axes = style.panels(2, f"Held-out loss: {finding}")
+    steps = WINDOW * np.arange(1, len(rows[0]["train_curve"]) + 1)
+    for axis, field, x in zip(axes, ("train_curve", "held_curve"), (steps, held_steps), strict=True):
+        lines = []
+        for label in labels:
+            values = style.drawable(np.array([getattr(row, field) for row in judged_rows if row.optimizer == label]))
+            lines.append(style.Line(label, np.array(x), values.mean(0), values.min(0), values.max(0)))
+        style.draw_lines(axis, lines)
+        style.step_axis(axis, float(x[0]), float(x[-1]))
+        if max(line.y.max() for line in lines) > 10 * min(line.y.min() for line in lines):
+            style.log_axis(axis)
+        axis.set_ylabel("cross entropy (nats)")
+    style.explain(axes[0], title, f"train loss, means of {WINDOW} steps; bands: range over seeds")
+    style.explain(axes[1], "held-out loss")
+    for axis in axes:
+        style.name_lines(axis)
+    style.save_figure(figure, path)
 
 
 def experiment(run: Run, learned: Make, adamw: Make, name: str, title: str, seeds: int) -> None:
@@ -100,4 +117,4 @@ def experiment(run: Run, learned: Make, adamw: Make, name: str, title: str, seed
         print({key: value for key, value in rows[-1].items() if not key.endswith("curve")}, flush=True)
         lines = "".join(jsonl.json_line(row) + "\n" for row in (about, *rows))
         disk.write_bytes(options.out / f"{name}.jsonl", lines.encode())
-    picture(rows, title, options.out / f"{name}.png")
+    picture(rows, title, options.out / f"{name}.svg")

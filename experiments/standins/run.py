@@ -27,7 +27,7 @@ from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
 from lolo.files import disk
 from lolo.runtime import environment
-from lolo.studies import candidates, plots
+from lolo.studies import candidates, plots, style
 from lolo.studies.rows import save_rows, slug
 from lolo.tasks import by_name
 
@@ -127,7 +127,7 @@ def write_reports(out: Path, names: list[str], optimizers: list[str], command: s
         rows = [Row(**part["row"]) for part in found]
         save_rows(out / f"rows-{name}.jsonl", rows)
         if all(part["window"] == WINDOW for part in found):
-            plots.save_figure(plots.curves(rows, None, name), out / f"curves-{name}.png")
+            style.save_figure(plots.curves(rows), out / f"curves-{name}.svg")
         for part, row in zip(found, rows, strict=True):
             pace, memory = part["seconds_per_step"], part["peak_memory_mb"]
             speed = f"{pace:.3f} | {part['batch'] / pace:.0f}" if pace else "– | –"
@@ -138,7 +138,7 @@ def write_reports(out: Path, names: list[str], optimizers: list[str], command: s
         parts[name] = found
     about = parts[names[0]][0]["provenance"]
     lines += ["", *(f"- {name}: `{JOBS[name].task}`" for name in names), ""]
-    lines += [f"![curves](curves-{name}.png)\n" for name in names if (out / f"curves-{name}.png").is_file()]
+    lines += [f"![curves](curves-{name}.svg)\n" for name in names if (out / f"curves-{name}.svg").is_file()]
     lines.append(
         f"Command: `{command}`. Versions: {about['versions']}. Commit: {about['commit']}. Machine: "
         f"{about['machine']['device']}, {about['machine']['cores']} cores."

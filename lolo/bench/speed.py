@@ -32,7 +32,7 @@ from lolo.method.task import Splits, Task
 from lolo.optimizers import norm_fc, norm_fc_kernel, small_fc
 from lolo.runtime import parallel
 from lolo.runtime.environment import peak_memory_mb, provenance
-from lolo.studies import plots
+from lolo.studies import plots, style
 from lolo.tasks import models
 from lolo.tasks.classification import classification
 from lolo.training import recipes
@@ -406,7 +406,7 @@ def run(parts: Sequence[str], out: Path | None, log: Callable[[str], None] = pri
         disk.write_json(out, json.loads(jsonl.json_line({**about, **provenance()})))
         grown = growth_curves(lines)
         if grown:
-            plots.save_figure(plots.growth(grown), out.with_suffix(".png"))
+            style.save_figure(plots.growth(grown), out.with_suffix(".svg"))
     return lines
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,70 +10,76 @@ import numpy as np
 from lolo.race import results, scores
 from lolo.race.records import Target
 from lolo.race.results import Form, Standing
-from lolo.studies.plots import COLOURS, STYLES, pyplot
+from lolo.studies import headline, names, style
+from lolo.studies.style import Line, styled
 
 
-def look_of(standings: Sequence[Standing]) -> dict[str, dict[str, Any]]:
-    """Colour and style of each entrant's line, the same in all pictures."""
-    return {
-        of.entrant: {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
-        for i, of in enumerate(standings)
-    }
+def few(standings: Sequence[Standing]) -> list[Standing]:
+    """Those that pictures show, the best first: ours, and the best of the others."""
+    ours = names.reference([of.entrant for of in standings])
+    others = [of for of in standings if of.entrant != ours][: headline.FEW - 1]
+    return [of for of in standings if of.entrant == ours or of in others]
 
 
-def profiles(standings: Sequence[Standing], look: Mapping[str, dict[str, Any]], title: str) -> Any:
+def finding(standings: Sequence[Standing], rules: str) -> str:
+    """Who is first under these rules, by how much, and where ours is."""
+    ours = names.reference([of.entrant for of in standings])
+    first, *rest = standings
+
+    def scored(of: Standing) -> str:
+        return f"{names.in_words(of.entrant)} ({of.profile.mean:.2f})"
+
+    found = f"{rules.capitalize()} rules: {scored(first)} has the highest profile score"
+    if rest and not rest[0].profile.mean + rest[0].profile.half < first.profile.mean - first.profile.half:
+        found = f"{rules.capitalize()} rules: {scored(first)} and {scored(rest[0])} lead, too close to tell apart"
+    place = next(i for i, of in enumerate(standings) if of.entrant == ours)
+    if place > 1:
+        found += f"; {scored(standings[place])} is {place + 1} of {len(standings)}"
+    return found
+
+
+@styled
+def profiles(standings: Sequence[Standing], rules: str) -> Any:
     """The share of the workloads that each optimizer finishes within τ times the best steps, and seconds."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True, sharey=True)
-    factors = np.linspace(1, scores.FARTHEST, 301)
+    drawn = [of.entrant for of in few(standings)]
+    look, factors = style.looks(drawn), np.linspace(1, scores.FARTHEST, 301)
+    figure, axes = style.panels(2, finding(standings, rules))
     for axis, unit in zip(axes, ("steps", "seconds"), strict=True):
         forms = [form for form in standings[0].steps if unit == "steps" or not form[1]]
         times = np.array([[getattr(of, unit)[form] for form in forms] for of in standings])
-        known = ~np.isnan(times).any(axis=1)
-        for of, shares in zip(np.array(standings, object)[known], scores.profile(times[known], factors), strict=True):
-            axis.plot(factors, shares, linewidth=1.5, label=of[0], **look[of[0]])
-        axis.set(xlabel=f"τ: times the best {unit} to the target", xlim=(1, scores.FARTHEST), ylim=(-0.02, 1.02))
-        axis.grid(True, alpha=0.2)
-    axes[0].set_ylabel("share of workloads finished")
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    figure.suptitle(title)
+        known = np.flatnonzero(~np.isnan(times).any(axis=1))
+        shares = dict(zip(known, scores.profile(times[known], factors), strict=True))
+        lines = [Line(standings[i].entrant, factors, y) for i, y in shares.items() if standings[i].entrant in drawn]
+        style.draw_lines(axis, lines, look)
+        axis.set(xlim=(1, scores.FARTHEST), ylim=(-0.02, 1.02), ylabel="share of workloads finished")
+        axis.set_xlabel(f"τ: times the best {unit} to the target")
+    for axis in axes:
+        style.name_lines(axis)
     return figure
 
 
-def curves(chosen: Mapping[str, results.RowsByForm], targets: Mapping[Form, Target], look: Mapping[str, Any]) -> Any:
+@styled
+def curves(
+    chosen: Mapping[str, results.RowsByForm], targets: Mapping[Form, Target], standings: Sequence[Standing], rules: str
+) -> Any:
     """Validation loss of every workload against the step, means over seeds; the target is the dotted line."""
-    plt = pyplot()
+    drawn = [of.entrant for of in few(standings)]
+    look = style.looks(drawn)
     forms = sorted({form for mine in chosen.values() for form in mine if not form[1]})
-    columns = min(len(forms), 4)
-    rows = math.ceil(len(forms) / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.4 * columns, 2.8 * rows + 0.6), constrained_layout=True, squeeze=False
-    )
-    for axis in axes.flat[len(forms) :]:
-        axis.axis("off")
-    for axis, form in zip(axes.flat, forms, strict=False):
-        ends = []
-        for entrant, mine in chosen.items():
-            if form in mine and entrant in look:
-                mean = np.mean([row.curve for row in mine[form]], axis=0)
-                steps = mine[form][0].steps * np.arange(1, len(mean) + 1) / len(mean)
-                axis.plot(
-                    steps, np.where(np.isfinite(mean), mean, np.nan), linewidth=1.2, label=entrant, **look[entrant]
-                )
-                ends.append(mean[len(mean) // 5 :])
-        target = targets[form].loss
-        axis.axhline(target, color="black", linestyle=":", linewidth=1)
-        finite = np.concatenate(ends)[np.isfinite(np.concatenate(ends))]
-        high = float(np.quantile(finite, 0.9)) if finite.size else 2 * target
-        low = min(float(finite.min()), target) if finite.size else target
-        axis.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
-        axis.set_title(form[0], fontsize=10)
-        axis.grid(True, alpha=0.2)
-    for axis in axes[:, 0]:
+    figure, axes = style.panels(len(forms), finding(standings, rules), height=2.6)
+    for axis, form in zip(axes, forms, strict=True):
+        lines, ends, target = [], [np.array([targets[form].loss])], targets[form].loss
+        for entrant in drawn:
+            mean = np.mean([row.curve for row in chosen[entrant][form]], axis=0)
+            steps = chosen[entrant][form][0].steps * np.arange(1, len(mean) + 1) / len(mean)
+            lines.append(Line(entrant, steps, mean))
+            ends.append(mean[len(mean) // 5 :])
+        style.draw_lines(axis, lines, look)
+        axis.axhline(target, color=style.INK, linestyle=":", linewidth=1)
+        axis.set_ylim(*style.limits(np.concatenate(ends)))
         axis.set_ylabel("validation loss")
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+        style.explain(axis, f"{form[0]}; dotted: the target")
+    axes[-1].set_xlabel("training step")
+    for axis in axes:
+        style.name_lines(axis)
     return figure

@@ -16,7 +16,7 @@ from lolo.race.records import Target
 from lolo.race.results import Form, Standing
 from lolo.race.stages import Race
 from lolo.runtime import environment
-from lolo.studies import plots
+from lolo.studies import style
 from lolo.studies.tables import markdown
 
 Table = list[list[str]]
@@ -106,12 +106,11 @@ def write(race: Race, out: Path, field: Sequence[Entrant], command: str) -> str:
     for rules in results.RULES:
         standings = results.standings(race.rows, race.targets, rules, times)
         chosen = results.rows_that_count(race.rows, rules, race.targets)
-        look = pictures.look_of(standings)
         order = [of.entrant for of in standings]
         seeds = standings[0].profile.n
-        picture = f"profile-{rules}.png"
-        plots.save_figure(pictures.profiles(standings, look, f"{rules} rules"), out / picture)
-        plots.save_figure(pictures.curves(chosen, race.targets, look), out / f"curves-{rules}.png")
+        picture = f"profile-{rules}.svg"
+        style.save_figure(pictures.profiles(standings, rules), out / picture)
+        style.save_figure(pictures.curves(chosen, race.targets, standings, rules), out / f"curves-{rules}.svg")
         table = markdown(scores_table(standings))
         shown.append(f"{rules} rules, {seeds} seeds\n\n{table}")
         incomplete = sorted(set(chosen) - set(order))
@@ -123,7 +122,7 @@ def write(race: Race, out: Path, field: Sequence[Entrant], command: str) -> str:
             f"![profiles]({picture})",
             "Median steps to the target:",
             markdown(steps_table(standings)),
-            f"![validation curves](curves-{rules}.png)",
+            f"![validation curves](curves-{rules}.svg)",
             "Test loss at the end:",
             markdown(losses_table(chosen, race.targets, order)),
         ]

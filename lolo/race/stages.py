@@ -14,7 +14,7 @@ from lolo.race.entrants import Entrant
 from lolo.race.records import KEPT, RaceRow, StepTime, Target, TransferRow, Trial
 from lolo.race.results import Form
 from lolo.runtime import interrupt, parallel
-from lolo.studies import plots
+from lolo.studies import style
 from lolo.studies.rows import slug
 
 TRIALS_FILE, ROWS_FILE, TRANSFER_FILE = "trials.jsonl.gz", "rows.jsonl.gz", "transfer.jsonl.gz"
@@ -152,8 +152,8 @@ def transfer_rates(out: Path, optimizers: Sequence[str], on_progress: interrupt.
     for name in missing:
         rows += transfer.run(name, steps)
         records.write(file, rows)
-    picture = out / "transfer.png"
-    plots.save_figure(transfer.picture([row for row in rows if row.entrant in optimizers]), picture)
+    picture = out / "transfer.svg"
+    style.save_figure(transfer.picture([row for row in rows if row.entrant in optimizers]), picture)
     return picture
 
 

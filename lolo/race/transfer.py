@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,9 @@ from lolo.evaluation import rivals
 from lolo.optimizers import architecture
 from lolo.race import tuning
 from lolo.race.records import TransferRow
-from lolo.studies import candidates, evaluation_folder
-from lolo.studies.plots import pyplot
+from lolo.studies import candidates, evaluation_folder, style
+from lolo.studies.names import in_words
+from lolo.studies.style import styled
 
 WIDTHS, DEPTHS, STEPS, SEEDS = (32, 64, 128), (1, 2, 4), 800, 2
 RATES = (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
@@ -80,29 +80,28 @@ def grid(rows: Sequence[TransferRow], optimizer: str) -> tuple[list[str], np.nda
     return names, table.reshape(-1, len(names))
 
 
+@styled
 def picture(rows: Sequence[TransferRow]) -> Any:
     """One panel per optimizer: how far each rate is above the best one of its model; the best is marked."""
-    plt = pyplot()
     optimizers = list(dict.fromkeys(row.entrant for row in rows))
-    figure, axes = plt.subplots(
-        1,
-        len(optimizers),
-        figsize=(3.6 * len(optimizers) + 1, 3.8),
-        constrained_layout=True,
-        squeeze=False,
-        sharey=True,
-    )
+    found = {optimizer: grid(rows, optimizer) for optimizer in optimizers}
+    losses = [np.where(np.isfinite(table), table, np.inf) for _, table in found.values()]
+    best = [table.argmin(axis=1) for table in losses]
+    words = [f"{in_words(name)} {np.ptp(of)}" for name, of in zip(optimizers, best, strict=True)]
+    title = f"Steps of the grid between the best rates of {len(best[0])} models: {', '.join(words)}"
+    figure, axes = style.panels(len(optimizers), title, height=3.2)
     models = [f"{width} × {depth}" for width, depth in itertools.product(WIDTHS, DEPTHS)]
-    for axis, optimizer in zip(axes[0], optimizers, strict=True):
-        names, losses = grid(rows, optimizer)
-        above = losses - np.nanmin(np.where(np.isfinite(losses), losses, np.nan), axis=1, keepdims=True)
-        shown = axis.imshow(np.where(np.isfinite(above), above, 1.0), cmap="viridis_r", vmin=0, vmax=0.3, aspect="auto")
-        best = np.nanargmin(np.where(np.isfinite(above), above, np.inf), axis=1)
-        axis.plot(best, np.arange(len(best)), "o", color="#EE6677", markersize=6)
+    for axis, optimizer, table, lowest in zip(axes, optimizers, losses, best, strict=True):
+        names = found[optimizer][0]
+        with np.errstate(invalid="ignore"):
+            above = table - table.min(axis=1, keepdims=True)
+        drawn = axis.imshow(np.where(np.isfinite(above), above, 1.0), cmap="cividis_r", vmin=0, vmax=0.3, aspect="auto")
+        axis.plot(lowest, np.arange(len(lowest)), "o", color="#c52929", markersize=7)
         axis.set_xticks(range(len(names)), [name.rpartition("=")[2].rpartition(":")[2] for name in names], rotation=45)
         axis.set_yticks(range(len(models)), models)
-        axis.set_title(Path(optimizer.partition(":")[0]).stem, fontsize=10)
+        axis.grid(False)
         axis.set_xlabel("learning rate" if "step_scale" not in names[0] else "step_scale")
-    axes[0, 0].set_ylabel("width × depth")
-    figure.colorbar(shown, ax=axes[0].tolist(), label="validation loss above the model's best (nats)")
+        axis.set_ylabel("width × depth")
+        style.explain(axis, in_words(optimizer))
+    figure.colorbar(drawn, ax=axes, location="bottom", label="validation loss above the model's best (nats)")
     return figure

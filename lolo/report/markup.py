@@ -17,19 +17,14 @@ MAX_TEXT = 2_000  # characters of one piece of text; the rest is cut
 _FORBIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
 NAME = "picture-"  # how names inside an <svg> begin; `page` makes them differ from picture to picture
-COLOURS = 8  # --series-1 to --series-8 of STYLE
 
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #ffffff; --ink: #1b1f24; --faint: #59616b; --line: #d0d5db; --shade: #f3f5f7; --link: #0b5cad;
-  --good: #1a6b2d; --look: #a33a00;
-  --series-1: #2f6ba8; --series-2: #c8344a; --series-3: #1f7a30; --series-4: #8a6d00;
-  --series-5: #0b7f95; --series-6: #9a2b6c; --series-7: #b35000; --series-8: #6b6b6b; }
+  --good: #1a6b2d; --look: #a33a00; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #14171c; --ink: #e6e9ed; --faint: #a5adb8; --line: #3a414b; --shade: #1d2127; --link: #7db4f0;
-  --good: #6fd07f; --look: #ffab5e;
-  --series-1: #7db4f0; --series-2: #ff8a96; --series-3: #6fd07f; --series-4: #e0c75a;
-  --series-5: #66ccee; --series-6: #e08fc0; --series-7: #ffab5e; --series-8: #b8b8b8; } }
+  --good: #6fd07f; --look: #ffab5e; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
 main { max-width: 76rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
@@ -49,8 +44,7 @@ th, td { text-align: left; vertical-align: top; padding: 0.25rem 0.7rem 0.25rem 
 .charts { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
 figure { margin: 0; max-width: 36rem; } figure > svg { display: block; width: 100%; height: auto; }
 figcaption { font-weight: 600; }
-svg text { fill: currentColor; } .legend { list-style: none; margin: 0.3rem 0 0; padding: 0; font-size: 0.875rem; }
-.legend li { display: inline-block; margin-right: 1rem; } .legend svg { vertical-align: middle; margin-right: 0.4rem; }
+svg text { fill: currentColor !important; } .verdict { font-size: 1.1rem; }
 .findings { padding-left: 0; list-style: none; } .findings > li { margin-bottom: 0.5rem; }
 .good { color: var(--good); } .look { color: var(--look); } .faint { color: var(--faint); }
 details { border-top: 1px solid var(--line); padding: 0.4rem 0; } summary { cursor: pointer; font-weight: 600; }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
 from lolo.files import disk
 from lolo.optimizers import pretrained
 from lolo.runtime import environment
-from lolo.studies import evaluation_folder, plots, tables
+from lolo.studies import evaluation_folder, headline, names, plots, style, tables
 from lolo.studies.rows import file_name, save_rows
 
 
@@ -33,29 +35,14 @@ def write_report(
     text = tables.table(rows)
     unrolls = {w.recipe["unroll"]["length"] for w in weights.values() if w.recipe}
     unroll = unrolls.pop() if len(unrolls) == 1 else None
-    title = f"{task}, {rows[0].steps:,} steps"
-    plots.save_figure(plots.curves(rows, unroll, title), out / f"curves-{name}.png")
-    pictures = [f"![curves](curves-{name}.png)", *pictures]
-    if len({row.optimizer for row in rows}) > len(plots.COLOURS):  # too many for an eye to follow
-        plots.save_figure(plots.finals(rows, title), out / f"finals-{name}.png")
-        pictures.insert(0, f"![losses at the last step](finals-{name}.png)")
-    digests = {label: evaluation_folder.phi_digest(one) for label, one in weights.items()}
-    started: dict[str, Counter[str]] = {}  # of each method, over its meta-seeds
-    seen = set()
-    for label, one in weights.items():
-        counts, key = one.card.get("start_steps_per_250"), (digests[label], repr(one.recipe))
-        if counts and key not in seen:  # the same weights may be deployed in several ways
-            started.setdefault(label.partition(", meta-seed ")[0], Counter()).update(counts)
-            seen.add(key)
-    if 0 < len(started) <= len(plots.COLOURS):
-        plots.save_figure(plots.start_steps(started), out / f"start-steps-{name}.png")
-        pictures.append(f"![realised start steps](start-steps-{name}.png)")
     about = {"command": command, "note": note, "unroll": unroll, **environment.provenance()}
-    kept = {label: {"sha256": digests[label], "card": w.card} for label, w in weights.items()}
+    kept = {label: {"sha256": evaluation_folder.phi_digest(w), "card": w.card} for label, w in weights.items()}
     disk.write_json(out / f"about-{name}.json", disk.json_safe({**about, "weights": kept}))
+    pictures = [*draw(out, name, rows, unroll, kept), *pictures]
     diverged = sum(row.diverged for row in rows)
     paragraphs = [
-        f"# {task}, {rows[0].steps:,} inner steps",
+        f"# {names.task_in_words(task)}, {rows[0].steps:,} inner steps",
+        f"Train loss: {headline.sentence(rows)}.",
         note,
         text,
         f"Train loss: mean over the last {long_runs.WINDOW} steps. ±: 95 % t interval. All optimizers start from the "
@@ -69,3 +56,32 @@ def write_report(
     report = "\n\n".join(filter(None, paragraphs)) + "\n"
     disk.write_bytes(out / f"report-{name}.md", report.encode())
     return text
+
+
+def draw(
+    out: Path, name: str, rows: Sequence[Row], unroll: int | None, kept: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Write the pictures of rows, KIND-`name`.svg. Returns them as Markdown.
+
+    unroll: of the weights' meta-training, if all have one. kept: sha256 and card of the weights, by label.
+    """
+    pictures = {"curves": plots.curves(rows, unroll)}
+    if len({row.optimizer for row in rows}) > headline.FEW:
+        pictures = {"finals": plots.finals(rows), **pictures}
+    starts = plots.starts_by_method(
+        {label: (one["sha256"], card_counts(one["card"])) for label, one in kept.items() if "card" in one}
+    )
+    if 0 < len(starts) <= headline.FEW:
+        pictures["start-steps"] = plots.start_steps(starts)
+    for kind, picture in pictures.items():
+        style.save_figure(picture, out / f"{kind}-{name}.svg")
+    return [f"![{WORDS[kind]}]({kind}-{name}.svg)" for kind in pictures]
+
+
+def card_counts(card: Mapping[str, Any]) -> plots.Counts:
+    """Start steps of a weights file's card."""
+    counts = card.get("start_steps_per_250") or {}
+    return np.array([float(step) for step in counts]), np.array([*counts.values()], float)
+
+
+WORDS = {"finals": "losses at the last step", "curves": "curves", "start-steps": "realised start steps"}

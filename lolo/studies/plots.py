@@ -1,89 +1,72 @@
-"""Pictures from rows. matplotlib is imported when a picture is asked for."""
+"""Pictures from rows; `style` has their look."""
 
 from __future__ import annotations
 
 import math
-import os
-import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lolo.evaluation.long_runs import WINDOW
 from lolo.evaluation.statistics import Row
-from lolo.files import disk
+from lolo.studies import headline, names, style
+from lolo.studies.style import Line, styled
 
-# Paul Tol's "bright" colours: told apart by readers with any colour vision.
-COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#000000")
-STYLES = ("-", "--", ":")  # for a ninth line, and a seventeenth
-
-
-def pyplot() -> Any:
-    """matplotlib's pyplot, without a display where the caller has not chosen one, as a notebook has."""
-    import matplotlib
-
-    if "MPLBACKEND" not in os.environ and "matplotlib.pyplot" not in sys.modules:
-        matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+LOSSES = {"train": "train_loss", "held-out": "held_loss"}
 
 
-def closed(figure: Any) -> Any:
-    """A figure to return: pyplot forgets it, so that a notebook shows it once."""
-    pyplot().close(figure)
-    return figure
+@styled
+def curves(
+    rows: Sequence[Row],
+    unroll: int | None = None,
+    labels: Sequence[str] | None = None,
+    losses: Sequence[str] = tuple(LOSSES),
+) -> Any:
+    """Loss against the step (log axis), one panel for each of `losses`; mean and range over runs. The unroll is marked.
 
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure completely or not at all; the format follows the file's ending."""
-    import io
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:], dpi=150, bbox_inches="tight")
-    disk.write_bytes(path, buffer.getvalue())
-    pyplot().close(figure)
-
-
-def curves(rows: Sequence[Row], unroll: int | None, title: str) -> Any:
-    """Train and held-out loss against the step (log axis), mean and range over runs; the unroll is marked.
-
-    Long curves are thinned to means between steps that lie evenly on the axis.
+    labels: the optimizers drawn; None: those of `headline.few`. Long curves are thinned to means between steps that
+    lie evenly on the axis.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    labels = list(dict.fromkeys(row.optimizer for row in rows))
-    for axis, field, name in ((axes[0], "train_curve", "train loss"), (axes[1], "held_curve", "held-out loss")):
-        steps, values = _thinned(np.array([getattr(row, field) for row in rows], np.float64))
+    labels = headline.few(rows) if labels is None else labels
+    finding = headline.sentence(rows, labels, LOSSES[losses[0]])
+    figure, axes = style.panels(len(losses), f"{losses[0].capitalize()} loss: {finding}")
+    words, schedule = names.together(labels)
+    repeated = len(rows) > len({row.optimizer for row in rows})
+    how = ("mean and range over runs" if repeated else "single runs") + f", all with {schedule}" * bool(schedule)
+    for axis, name in zip(axes, losses, strict=True):
+        field = LOSSES[name].replace("loss", "curve")
+        found = {label: [getattr(row, field) for row in rows if row.optimizer == label] for label in labels}
+        steps, values = _thinned(np.array([curve for mine in found.values() for curve in mine], np.float64))
         steps = np.minimum(steps, rows[0].steps)  # the last window may be shorter
-        for i, label in enumerate(labels):
-            colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
-            mine = values[[row.optimizer == label for row in rows]]
-            mine = np.where(np.isfinite(mine), mine, np.nan)
-            finite = np.isfinite(mine).any(axis=0)
-            axis.plot(
-                steps[finite], np.nanmean(mine[:, finite], axis=0), style, color=colour, label=label, linewidth=1.5
-            )
-            low, high = np.nanmin(mine[:, finite], axis=0), np.nanmax(mine[:, finite], axis=0)
-            axis.fill_between(steps[finite], low, high, color=colour, alpha=0.15, linewidth=0)
+        lines, first = [], 0
+        for label, mine in found.items():
+            lines.append(_mean_and_range(label, steps, values[first : first + len(mine)]))
+            first += len(mine)
+        style.draw_lines(axis, lines)
+        marks = [steps[0], steps[-1]]
         if unroll is not None:
-            axis.axvline(unroll, color="black", linestyle=":", linewidth=1)
-            axis.annotate(
-                "unroll in meta-training", (unroll, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top",
-                ha="right", fontsize=8,
-            )  # fmt: skip
-        axis.set(xscale="log", xlabel="inner step", ylabel=f"{name} (nats)")
-        marks = [steps[0], steps[-1], unroll or steps[0]]
-        axis.set_xlim(min(marks) / 1.2, 1.2 * max(marks))
-        first = min(unroll or math.inf, steps[-1] / 10) / 2
-        axis.set_ylim(*_range(values[:, np.searchsorted(steps, first) :]))
-        axis.grid(True, which="both", alpha=0.2)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    figure.suptitle(title)
+            marks.append(unroll)
+            style.mark_unroll(axis, unroll)
+        style.step_axis(axis, float(min(marks)), float(max(marks)))
+        axis.set_ylabel(headline.loss_in_words(rows))
+        later = min(unroll or math.inf, steps[-1] / 10) / 2
+        axis.set_ylim(*style.limits(values[:, np.searchsorted(steps, later) :]))
+        task = names.task_in_words(rows[0].task)
+        style.explain(axis, *([f"{name} loss on {task}", how] if axis is axes[0] else [f"{name} loss"]))
+    for axis in axes:
+        style.name_lines(axis, words.__getitem__)
     return figure
+
+
+def _mean_and_range(label: str, steps: NDArray[Any], values: NDArray[Any]) -> Line:
+    """values: [runs, P], NaN where a run has diverged."""
+    values = style.drawable(values)
+    finite = np.isfinite(values).any(axis=0)
+    mine = values[:, finite]
+    return Line(label, steps[finite], np.nanmean(mine, axis=0), np.nanmin(mine, axis=0), np.nanmax(mine, axis=0))
 
 
 def _thinned(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,110 +82,162 @@ def _thinned(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return WINDOW * ends, np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _range(values: np.ndarray) -> tuple[float, float]:
-    """Limits that show all but extreme values: a diverging run leaves through the top, however many there are."""
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        return 0.0, 1.0
-    low, most, high = (float(np.quantile(finite, share)) for share in (0.0, 0.75, 0.98))
-    high = min(high, low + max(4 * (most - low), 0.5))
-    margin = 0.06 * max(high - low, 1e-6)
-    return low - margin, high + 2 * margin
-
-
-def finals(rows: Sequence[Row], title: str) -> Any:
-    """Train and held-out loss at the last step, one line per optimizer, best first: mean and range over runs."""
-    plt = pyplot()
-    values: dict[str, np.ndarray] = {}  # label -> [runs, 2]
-    for label in dict.fromkeys(row.optimizer for row in rows):
-        values[label] = np.array([(row.train_loss, row.held_loss) for row in rows if row.optimizer == label], float)
-    labels = sorted(values, key=lambda label: values[label][:, 0].mean())
-    heights = np.arange(len(labels))[::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.22 * len(labels)), sharey=True, constrained_layout=True)
-    for column, (axis, name) in enumerate(zip(axes, ("train loss", "held-out loss"), strict=True)):
-        for label, height in zip(labels, heights, strict=True):
-            mine = values[label][:, column]
-            axis.plot([mine.min(), mine.max()], [height, height], color=COLOURS[0], linewidth=1)
-            axis.plot(mine.mean(), height, "o", color=COLOURS[0], markersize=4)
-        axis.set(xlabel=f"{name} (nats)")
-        axis.set_xlim(*_range(np.concatenate([values[label][:, column] for label in labels])))
-        axis.grid(True, alpha=0.2)
-    axes[0].set_yticks(heights, labels, fontsize=8)
-    figure.suptitle(title)
+@styled
+def finals(rows: Sequence[Row]) -> Any:
+    """Loss at the last step, one line per optimizer, best first: train and held-out mean, and range over runs."""
+    labels = list(dict.fromkeys(row.optimizer for row in rows))
+    values = {  # label -> [runs, 2]
+        label: np.array([(row.train_loss, row.held_loss) for row in rows if row.optimizer == label], float)
+        for label in labels
+    }
+    ours, look = names.reference(labels), style.looks(labels)
+    finding = f"Train loss: {headline.sentence(rows, labels)}"
+    figure, (axis,) = style.panels(1, finding, height=1.0 + 0.36 * len(labels))
+    best_first = sorted(labels, key=lambda label: values[label][:, 0].mean())
+    for height, label in zip(range(len(labels), 0, -1), best_first, strict=True):
+        colour, width = look[label]["color"], look[label]["linewidth"]
+        for column, fill in enumerate((colour, "none")):
+            mine = style.drawable(values[label][:, column])
+            if np.isfinite(mine).any():
+                axis.plot([np.nanmin(mine), np.nanmax(mine)], [height, height], color=colour, linewidth=width / 2)
+                axis.plot(np.nanmean(mine), height, "o", color=colour, markerfacecolor=fill, markersize=2 + 1.5 * width)
+        place = {"xycoords": ("axes fraction", "data"), "va": "center"}
+        weight = "bold" if label == ours else "normal"
+        axis.annotate(style.fill(names.in_words(label), 60), (0.01, height + 0.32), fontweight=weight, **place)
+    axis.set_xlim(*style.limits(np.concatenate(list(values.values()))))
+    axis.set(ylim=(0.4, len(labels) + 0.8), yticks=[])
+    axis.set_xlabel(f"{headline.loss_in_words(rows)}: ● train, ○ held-out; line: range over runs")
+    style.explain(axis, f"{names.task_in_words(rows[0].task)}, after {rows[0].steps:,} steps")
     return figure
 
 
-def start_steps(counts_of: Mapping[str, Mapping[str, int]]) -> Any:
-    """Histogram of the start steps that meta-training realised: label -> first step of a bin of 250 -> unrolls."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
-    # Lines of methods without a buffer lie on one another: the first drawn are the widest.
-    widths = np.linspace(min(1.2 * len(counts_of), 6.0), 1.2, len(counts_of))
-    colours = COLOURS * (len(counts_of) // len(COLOURS) + 1)
-    for (label, found), colour, width in zip(counts_of.items(), colours, widths, strict=False):
-        counts = {int(k): v for k, v in found.items()}
-        if counts:
-            steps = np.arange(0, max(counts) + 500, 250)
-            share = np.array([counts.get(int(s), 0) for s in steps], float)
-            axis.step(steps, share / share.sum(), where="post", label=label, color=colour, linewidth=width)
-    axis.set(xlabel="start step K of an unroll (bins of 250)", ylabel="share of unrolls", yscale="log")
-    axis.grid(True, alpha=0.2)
-    axis.legend(fontsize=8, frameon=False)
+Counts = tuple[NDArray[Any], NDArray[Any]]
+"""Values [n], and how often each was seen [n]."""
+
+
+def starts_by_method(kept: Mapping[str, tuple[str, Counts]]) -> dict[str, Counts]:
+    """Start steps of each method, over its meta-seeds, from those of weights: label -> (sha256, counts).
+
+    The same weights may be deployed in several ways: they count once.
+    """
+    found: dict[str, Counter[float]] = {}
+    seen = set()
+    for label, (sha256, (values, weights)) in kept.items():
+        method = label.partition(", meta-seed ")[0]
+        key = sha256, method.split()[0]  # other recipes may give the same bytes
+        if key not in seen and weights.sum() > 0:
+            found.setdefault(method, Counter()).update(dict(zip(values.tolist(), weights.tolist(), strict=True)))
+        seen.add(key)
+    return {label: (np.array([*of], float), np.array([*of.values()], float)) for label, of in found.items()}
+
+
+@styled
+def start_steps(counts_of: Mapping[str, Counts]) -> Any:
+    """Histogram of the start steps that meta-training realised, by label. Equal histograms are one line."""
+    counts_of = {label: counts for label, counts in counts_of.items() if counts[1].sum() > 0}
+    known = np.unique(np.concatenate([values for values, _ in counts_of.values()]))
+    largest = float(known[-1])
+    width = max(bin_width(largest), float(np.diff(known).min(initial=np.inf)) if len(known) > 1 else 0.0)
+    edges = width * np.arange(int(largest // width) + 2)
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for label, (values, weights) in counts_of.items():
+        share = np.histogram(values, edges, weights=weights)[0] / weights.sum()
+        groups.setdefault(tuple(share), []).append(label)
+    ours = names.reference(list(counts_of))
+    late = next(1 - share[0] for share, group in groups.items() if ours in group)
+    figure, (axis,) = style.panels(
+        1, f"{100 * late:.0f}\u00a0% of {names.in_words(ours)}'s unrolls began after step {width:,.0f}"
+    )
+    first = [names.reference(group) for group in groups.values()]
+    look = style.looks(first)
+    words = {names.reference(group): ", ".join(map(names.in_words, group)) for group in groups.values()}
+    for label, share in zip(first, groups, strict=True):
+        last = np.flatnonzero(share)[-1] + 1
+        x, y = edges[: last + 1], np.array([*share[:last], share[last - 1]])
+        axis.plot(x, np.where(y > 0, y, np.nan), drawstyle="steps-post", label=label, **look[label])
+    style.log_axis(axis)
+    axis.set(xlabel="start step K of an unroll", ylabel="share of unrolls")
+    axis.locator_params(axis="x", nbins=5)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    style.explain(axis, f"where unrolls began, in bins of {width:g} steps")
+    style.name_lines(axis, lambda label: words[label])
     return figure
 
 
-def meta_losses(runs: dict[str, list[tuple[np.ndarray, np.ndarray]]], title: str) -> Any:
+def bin_width(largest: float) -> float:
+    """A round width for at most 50 bins.
+
+    >>> bin_width(13_000.0)
+    500.0
+    """
+    rough = max(largest / 50, 1.0)
+    power = 10.0 ** np.floor(np.log10(rough))
+    return float(next(m * power for m in (1, 2.5, 5, 10) if m * power >= rough))
+
+
+@styled
+def meta_losses(runs: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], title: str) -> Any:
     """Task loss in meta-training against wall-clock time: method -> (hours, loss) of each meta-seed."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
-    for (method, seeds), colour in zip(runs.items(), COLOURS * (len(runs) // len(COLOURS) + 1), strict=False):
+    chosen = dict(sorted(runs.items(), key=lambda item: names.method_of(item[0]) != names.OURS)[: headline.FEW])
+    last = {method: float(np.mean([losses[-1] for _, losses in seeds])) for method, seeds in chosen.items()}
+    lowest = min(last, key=lambda method: (not math.isfinite(last[method]), last[method]))
+    finding = f"In meta-training {names.in_words(lowest)} ends at the lowest loss, {last[lowest]:.3f}"
+    figure, (axis,) = style.panels(1, finding)
+    look = style.looks(list(chosen))
+    for method, seeds in chosen.items():
         for i, (hours, losses) in enumerate(seeds):
-            axis.plot(60 * hours, losses, color=colour, linewidth=1, alpha=0.8, label=method if i == 0 else None)
-    axis.set(
-        xlabel="minutes of meta-training (outer steps × median time)",
-        ylabel="task loss (nats)",
-        title=title,
-    )
-    axis.set_ylim(*_range(np.concatenate([losses[1:] for seeds in runs.values() for _, losses in seeds])))
-    axis.grid(True, alpha=0.2)
-    axis.legend(fontsize=8, frameon=False)
+            line = {**look[method], "linewidth": look[method]["linewidth"] / 2}
+            axis.plot(60 * hours, losses, label="_seed" if i else method, **line)
+    axis.set(xlabel="minutes of meta-training (outer steps × median time)", ylabel="task loss")
+    style.explain(axis, title)
+    axis.set_ylim(*style.limits(np.concatenate([losses[1:] for seeds in chosen.values() for _, losses in seeds])))
+    style.name_lines(axis)
     return figure
 
 
-def meta_training(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
+@styled
+def meta_training(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> Any:
     """Task loss and imitation loss of every outer step of one meta-training, and α: rows of its log."""
-    plt = pyplot()
     steps = [row for row in rows if "task_loss" in row]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    for axis, field, name in ((axes[0], "task_loss", "task loss"), (axes[1], "bc_loss", "imitation loss")):
+    x = np.array([row["step"] for row in steps])
+    fields = {"task_loss": "task loss", "bc_loss": "imitation loss (Eq. 2)"}
+    tenth = max(len(steps) // 10, 1)
+    first, last = (np.mean([row["task_loss"] for row in part]) for part in (steps[:tenth], steps[-tenth:]))
+    title = f"The task loss goes from {first:.3f} to {last:.3f} in {len(steps):,} outer steps"
+    figure, axes = style.panels(3, title, height=2.2)
+    for axis, (field, name) in zip(axes, fields.items(), strict=False):
         values = np.array([row[field] for row in steps], float)
-        for i, of_task in enumerate(values.T):
-            axis.plot([row["step"] for row in steps], of_task, color=COLOURS[i % len(COLOURS)], linewidth=1)
-        axis.set(xlabel="outer step", ylabel=f"{name}, mean over pairs")
-        axis.set_ylim(*_range(values[len(values) // 20 :]))
-        axis.grid(True, alpha=0.2)
-    weight = axes[1].twinx()
-    weight.plot([row["step"] for row in steps], [row["alpha_loss"] for row in steps], color="black", linestyle=":")
-    weight.set(ylabel="α (dotted)", ylim=(-0.02, 1.02))
-    figure.suptitle(title)
+        style.draw_lines(axis, [Line(task, x, of_task) for task, of_task in zip(tasks, values.T, strict=True)])
+        axis.set(title=f"{name}, mean over pairs")
+        axis.set_ylim(*style.limits(values[len(values) // 20 :]))
+    style.draw_lines(axes[2], [Line("α", x, np.array([row["alpha_loss"] for row in steps], float))])
+    axes[2].set(xlabel="outer step", title="α, the weight of the task loss", ylim=(-0.02, 1.05))
+    if len(tasks) > 1:
+        for axis in axes[:2]:
+            style.name_lines(axis)
     return figure
 
 
-def growth(curves: dict[str, list[tuple[float, float]]]) -> Any:
+@styled
+def growth(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Any:
     """Time of an outer step (ms) against each thing that it grows with; the dotted line is proportional growth."""
-    plt = pyplot()
-    figure, axes = plt.subplots(
-        1, len(curves), figsize=(3.2 * len(curves), 3.2), constrained_layout=True, squeeze=False
-    )
-    for axis, (what, points) in zip(axes[0], curves.items(), strict=True):
+    most = max(curves, key=lambda what: _slope(curves[what]))
+    title = f"Twice the {most}, {2 ** _slope(curves[most]):.1f} times the time of an outer step: the most of these"
+    figure, axes = style.panels(len(curves), title, height=2.4, columns=2)
+    for axis, (what, points) in zip(axes, curves.items(), strict=True):
         x, y = np.array(points).T
-        axis.plot(x, y, marker="o", color=COLOURS[0])
-        axis.plot(x, y[-1] * x / x[-1], color="black", linestyle=":", linewidth=1, label="proportional")
+        axis.plot(x, y, marker="o", color=style.COLOURS[names.OURS])
+        axis.plot(x, y[-1] * x / x[-1], color=style.INK, linestyle=":", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel=what, ylabel="outer step (ms)")
         axis.set_xticks(x, [f"{value:,.0f}" for value in x], rotation=30)
         apart = [value for i, value in enumerate(y) if i == 0 or abs(value / y[i - 1] - 1) > 0.1]
         axis.set_yticks(apart, [f"{value:,.0f}" for value in apart])
         axis.minorticks_off()
-        axis.grid(True, alpha=0.2)
-    axes[0, 0].legend(fontsize=8, frameon=False)
+    axes[0].set_title("dotted: proportional")
     return figure
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of a straight line through the points on log axes."""
+    x, y = np.log(np.array(points)).T
+    return float(np.polyfit(x, y, 1)[0])

@@ -16,7 +16,7 @@ from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
 from lolo.runtime import interrupt
-from lolo.studies import candidates, comparison_report, comparisons, definitions, plots, time_spent
+from lolo.studies import candidates, comparison_report, comparisons, definitions, plots, style, time_spent
 from lolo.studies.rows import command_of, file_name, slug
 from lolo.tasks import by_name
 from lolo.training import loop, recipes, run_folder, run_log
@@ -164,7 +164,7 @@ def run_study(
         made = {key: meta_train(recipe, key[0], runs, stop, on_progress, log) for key, recipe in wanted.items()}
         trained = [described(recipe, method) for (method, _), recipe in wanted.items()]
         methods = {str(path): method for (method, _), path in made.items()}
-        losses = out / f"meta-loss-{slug(task)}.png"
+        losses = out / f"meta-loss-{slug(task)}.svg"
         picture_meta_losses(losses, task, {key: path.parent for key, path in made.items()})
         pictures = [f"![loss in meta-training]({losses.name})"] * losses.is_file()
         deployed = [
@@ -205,7 +205,7 @@ def picture_meta_losses(file: Path, task: str, runs: dict[tuple[str, int], Path]
         found.setdefault(method, []).append((seconds / 3600 * ends, losses))
     if found:
         title = f"meta-training on {task}, means of {META_LOSS_WINDOW} outer steps"
-        plots.save_figure(plots.meta_losses(found, title), file)
+        style.save_figure(plots.meta_losses(found, title), file)
 
 
 META_LOSS_WINDOW = 100  # outer steps that a point of the picture is the mean of; whole unrolls of slots in phase
