@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,7 +15,7 @@ from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
 from lolo.files import settings
 from lolo.files.settings import RecipeError
-from lolo.method.task import Splits
+from lolo.method.task import Splits, check_splits
 from lolo.optimizers import pretrained
 from lolo.studies import candidates, plots, tables
 from lolo.tasks import by_name
@@ -22,8 +23,9 @@ from lolo.training import loop, recipes
 from lolo.training.how import How
 from lolo.training.recipes import Recipe
 
-Tasks: TypeAlias = str | Splits | tuple[str, ...] | list[str] | Mapping[str, Splits]
-Optimizer: TypeAlias = Any  # an optax optimizer, Weights, or a name; anything else is refused in words
+# Anything else is refused in words.
+Tasks: TypeAlias = str | Splits | tuple[str, ...] | list[str] | Mapping[str, Splits] | Any
+Optimizer: TypeAlias = Any  # an optax optimizer, Weights, or a name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ def train(
     *,
     task: Tasks | None = None,
     init: str | Path | None = None,
-    tasks: dict[str, Splits] | None = None,
+    tasks: Mapping[str, Splits] | Any = None,
     **fields: Any,
 ) -> TrainResult:
     """Meta-train by a recipe, with a progress bar; in this process, or in all of a process group that call it alike.
@@ -51,7 +53,8 @@ def train(
       recipe: a name of `lolo recipes`, with changes behind it if you like, "lolo outer.steps=100"; or a Recipe.
       out: a new or empty folder for log, checkpoints and weights; None keeps nothing on disk.
       how: devices, processes, checkpoints, loggers, progress. The result does not depend on it.
-      task: what is meta-trained on: a name of `lolo tasks`, path.py:function, your `lolo.Splits`, or several names.
+      task: what is meta-trained on: a name of `lolo tasks`, path.py:function, your `lolo.Splits`, several names, or
+        several `lolo.Splits` by name.
       init: weights to start from, a name or a path.
       tasks: your own splits by name, where there are several; `resume` needs them again. Those that the recipe names
         in validation.tasks are for validation alone.
@@ -68,22 +71,30 @@ def train(
     recipe = recipes.variant(recipe) if isinstance(recipe, str) else recipe
     for name, value in fields.items():
         recipe = settings.with_field(recipe, name, value)
-    if isinstance(task, Splits):
-        tasks = {"task": task}
-    elif isinstance(task, Mapping):
-        tasks = dict(task)
+    if task is not None and tasks is not None:
+        raise RecipeError(f"task={task!r} and tasks={tasks!r} can't both be given; leave one out.")
+    if tasks is not None and not isinstance(tasks, Mapping):
+        raise RecipeError(f"tasks={tasks!r} must be your own splits by name; names of tasks are given as task=.")
+    if _is_names(task):
+        recipe = settings.with_field(recipe, "tasks", [task] if isinstance(task, str) else task)
     elif task is not None:
-        recipe = dataclasses.replace(recipe, tasks=(task,) if isinstance(task, str) else tuple(task))
-    if task is not None and tasks is not None and not isinstance(task, Splits | Mapping):
-        raise RecipeError(f"task={task!r} and tasks={list(tasks)} can't both be given; leave one out.")
+        tasks = task if isinstance(task, Mapping) else {"task": task}
+    given = None if tasks is None else {str(name): splits for name, splits in tasks.items()}
+    for name, splits in (given or {}).items():
+        check_splits(splits, name)
     how = how or How()
     if how.on_progress is not How().on_progress:
-        return TrainResult(**vars(loop.train(recipe, out, how, init=init, tasks=tasks)))
+        return TrainResult(**vars(loop.train(recipe, out, how, init=init, tasks=given)))
     with progress.progress_display() as display:
         shown = dataclasses.replace(
             how, on_progress=lambda p: display("meta-training", p.step, p.total, progress.in_words(p))
         )
-        return TrainResult(**vars(loop.train(recipe, out, shown, init=init, tasks=tasks)))
+        return TrainResult(**vars(loop.train(recipe, out, shown, init=init, tasks=given)))
+
+
+def _is_names(task: Any) -> bool:
+    several = isinstance(task, list | tuple) and not isinstance(task, Splits)
+    return isinstance(task, str) or (several and all(isinstance(name, str) for name in task))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -107,8 +118,8 @@ class Comparison:
 
 
 def compare(
-    optimizers: Mapping[str, Optimizer],
-    task: str | Splits,
+    optimizers: Mapping[Any, Optimizer],
+    task: str | Splits | Any,
     steps: int = 1000,
     seeds: int = 3,
     held: str = "test",
@@ -128,13 +139,16 @@ def compare(
     >>> comparison.rows[0].optimizer
     'mine'
     """
-    if not optimizers:
-        raise ValueError("compare needs an optimizer, for instance {'AdamW': 'adamw:1e-3'}.")
+    if not optimizers or not isinstance(optimizers, Mapping):
+        raise ValueError("compare needs an optimizer by its name, for instance {'AdamW': 'adamw:1e-3'}.")
     long_runs.check_steps(steps)
-    if seeds < 1 or held not in ("test", "validation"):
-        raise ValueError(f"seeds={seeds} must be at least 1, and held={held!r} 'test' or 'validation'.")
+    if not isinstance(seeds, numbers.Integral) or seeds < 1 or held not in ("test", "validation"):
+        raise ValueError(
+            f"seeds={seeds!r} must be a whole number, at least 1, and held={held!r} 'test' or 'validation'."
+        )
     splits = by_name.resolve(task) if isinstance(task, str) else task
-    entries = [entry(name, optimizer, splits, steps) for name, optimizer in optimizers.items()]
+    check_splits(splits, "task")
+    entries = [entry(str(name), optimizer, splits, steps) for name, optimizer in optimizers.items()]
     total, done = len(entries) * seeds * steps, 0
     with progress.progress_display() as display:
 

@@ -96,6 +96,14 @@ def test_a_source_that_ends_early_is_noticed():
         lolo.compare({"SGD": optax.sgd(0.1)}, splits, steps=300, seeds=1)
 
 
+class Once:
+    def __init__(self):
+        self.batches = iter([BATCHES[0]] * 4)
+
+    def __iter__(self):
+        return self.batches
+
+
 class Shuffling:
     def __init__(self):
         self.draw = np.random.default_rng(0)
@@ -107,7 +115,8 @@ class Shuffling:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ((batch for batch in BATCHES), "train is an iterator, which can be read once"),
+        ((batch for batch in BATCHES), "train is an iterator, or gives the same one twice"),
+        (Once(), "train is an iterator, or gives the same one twice"),
         ([], "train has no batches"),
         (Shuffling(), "another first batch"),
         ([(X[:8], Y[:7])], "with one batch size"),

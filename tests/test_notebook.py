@@ -1,5 +1,7 @@
 """`lolo.train` and `lolo.compare` as they are used from a notebook."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,6 +14,11 @@ from lolo.studies import style
 from lolo.tasks import small
 
 SMALL = {"outer.steps": 3, "unroll.length": 20, "unroll.truncation": 10, "validation.every": 0, "estimator.pairs": 2}
+
+
+def of_lists():
+    """A task whose data are lists, which JAX takes for containers."""
+    return lolo.Splits(*(dataclasses.replace(task, data=[[1.0, 2.0]]) for task in small.quadratic()))
 
 
 def same(a, b):
@@ -88,6 +95,17 @@ def test_anything_that_is_an_optimizer_can_be_compared(result):
         (lambda: lolo.train("lol"), "did you mean 'lolo'"),
         (lambda: lolo.train("lolo", task="quadratic", **{"outer.step": 3}), "did you mean 'outer.steps'"),
         (lambda: lolo.train("lolo", task="quadratic", tasks={"a": small.quadratic()}), "leave one out"),
+        (lambda: lolo.train("lolo", tasks="quadratic"), "names of tasks are given as task="),
+        (lambda: lolo.train("lolo", task=small.quadratic), "expected lolo.Splits; give what it returns"),
+        (lambda: lolo.train("lolo", task=small.quadratic().train), "task is Task; expected lolo.Splits"),
+        (lambda: lolo.train("lolo", task=[small.quadratic()]), "task is list; expected lolo.Splits"),
+        (lambda: lolo.train("lolo", task={"a": small.quadratic().train}), "a is Task; expected lolo.Splits"),
+        (lambda: lolo.train("lolo", task="quadratic", **{"outer.steps": 2.0}), "'outer.steps' can't be 2.0"),
+        (lambda: lolo.train("lolo", task="quadratic", **{"unroll.stagger": "False"}), "expected bool"),
+        (lambda: lolo.train("lolo", task="quadratic", **{"imitation.expert": optax.adam}), "expected str"),
+        (lambda: lolo.compare({"a": optax.sgd(0.1)}, small.quadratic().train), "task is Task; expected lolo.Splits"),
+        (lambda: lolo.compare({"a": optax.sgd(0.1)}, of_lists()), "the data of its train split have a float"),
+        (lambda: lolo.compare({"a": "adamw"}, "quadratic"), "adamw: give a learning rate"),
     ],
 )
 def test_what_makes_no_sense_is_refused(call, message):

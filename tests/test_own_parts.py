@@ -12,6 +12,7 @@ import pytest
 import lolo
 from lolo.cli.main import main
 from lolo.files import settings, tensors, user_code
+from lolo.optimizers import architecture, pretrained
 from lolo.race import entrants
 from lolo.studies import candidates
 from lolo.training import build, own_parts, recipes, run_folder
@@ -69,6 +70,53 @@ def short(key, step):
 
 def nothing():
     return 3
+
+
+def later():
+    """Imports its neighbour when it is called."""
+    import helper_of_mine
+
+    return rate(helper_of_mine.START)
+
+
+def optimizer(rate):
+    return optax.sgd(rate)
+
+
+def of(values, step=lambda meta_params: optax.sgd(0.1)):
+    return lolo.LearnedOptimizer(lambda key: values, step)
+
+
+def whole():
+    return of({"a": jnp.zeros(1, jnp.int32)})
+
+
+def numbered():
+    return of({0: jnp.zeros(1)})
+
+
+def reserved():
+    return of({"__metadata__": jnp.zeros(1)})
+
+
+def empty():
+    return of({"a": jnp.zeros((0, 3))})
+
+
+def large():
+    return lolo.LearnedOptimizer(lambda key: {"a": jnp.zeros(16_000_001)}, lambda meta_params: optax.sgd(0.1))
+
+
+def still():
+    return of({"a": jnp.zeros(1)}, lambda meta_params: None)
+
+
+def half(key, step):
+    return jnp.float32(0.5)
+
+
+def each(magnitude):
+    return ImitationLoss(lambda learned, by_hand: learned, weights=1.0)
 '''
 TASK = "from lolo.tasks.small import quadratic\n\n\ndef mine(dimensions=3):\n    return quadratic(dimensions)\n"
 
@@ -95,6 +143,13 @@ OWN = {
     "estimator.kind": "parts.py:estimator",
     "unroll.schedule": "parts.py:short",
 }
+
+
+def forget_all():
+    """As in a new process."""
+    user_code._LOADED.clear()
+    architecture._OWN.clear()
+    architecture._built.cache_clear()
 
 
 def words(**changes):
@@ -129,16 +184,14 @@ def test_a_researcher_s_walk(files, tmp_path, monkeypatch, capsys):
 
     assert main(["doctor", str(run)]) in (0, 7, 8)
     last = str(run / "last.safetensors")
+    forget_all()
     assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+    assert main(["doctor", str(run), "--no-evaluate"]) == 8
 
     # Weights name their code, and nobody runs it unless asked to.
     capsys.readouterr()
     compare = ["eval", last, "adamw:1e-2", "--task", "quadratic", "--steps", "100", "--seeds", "2"]
-    (
-        user_code._LOADED.clear(),
-        lolo.optimizers.architecture._OWN.clear(),
-        lolo.optimizers.architecture._built.cache_clear(),
-    )
+    forget_all()
     assert main(compare) == 2
     assert "parts.py:rate" in (error := capsys.readouterr().err) and "--code" in error and "sha256" in error
     with pytest.raises(ValueError, match="code=function"):
@@ -161,11 +214,7 @@ def test_a_researcher_s_walk(files, tmp_path, monkeypatch, capsys):
 
     # A changed file is refused by name.
     (files / "parts.py").write_text(PARTS + "\n# changed\n")
-    (
-        user_code._LOADED.clear(),
-        lolo.optimizers.architecture._OWN.clear(),
-        lolo.optimizers.architecture._built.cache_clear(),
-    )
+    forget_all()
     assert main([*compare, "--code", str(files / "parts.py")]) == 2
     assert "parts.py has changed" in capsys.readouterr().err
     assert main(["resume", str(half)]) == 2
@@ -200,6 +249,22 @@ def test_own_parts_are_what_is_built(files):
         ("imitation.expert", "other.py:expert", "other.py does not exist"),
         ("imitation.expert", "parts.py:expert@" + 64 * "0", "has changed"),
         ("learner.name", "rate", "path.py:function"),
+        ("learner.name", "parts.py:nothing:width=3", "'width=3' is no setting of 'nothing', which has none"),
+        ("learner.name", "parts.py:optimizer", "parts.py:optimizer failed with TypeError"),
+        ("learner.name", "parts.py:whole", "array 'a' of its φ is int32[1]; expected float32"),
+        ("learner.name", "parts.py:numbered", "its φ has an array 0"),
+        ("learner.name", "parts.py:reserved", "its φ has an array '__metadata__'"),
+        ("learner.name", "parts.py:empty", "float32[0, 3]; expected float32 numbers"),
+        ("learner.name", "parts.py:large", "16,000,001 numbers; a weights file holds at most 16,000,000"),
+        ("learner.name", "parts.py:still", "its optimizer is NoneType; expected an optax optimizer"),
+        ("imitation.expert", "parts.py:nothing", "parts.py:nothing failed with TypeError"),
+        ("imitation.expert", "parts.py:loss", "returned ImitationLoss; expected an optax optimizer"),
+        ("imitation.loss", "parts.py:optimizer", "expected an imitation loss"),
+        ("imitation.loss", "parts.py:each", "a step with parts.py:each failed with"),
+        ("imitation.alpha_mix", "parts.py:nothing", "parts.py:nothing failed with TypeError"),
+        ("unroll.schedule", "parts.py:half", "returned float32[]; expected a whole number of truncations"),
+        ("estimator.kind", "parts.py:short", "returned int32[]; expected a lolo.Estimator"),
+        ("replay.push", "parts.py:short", "did you mean 'random'?"),
     ],
 )
 def test_what_can_t_be_a_part_is_refused_in_one_line(files, field, value, message, capsys, tmp_path):
@@ -207,3 +272,94 @@ def test_what_can_t_be_a_part_is_refused_in_one_line(files, field, value, messag
     assert main(words) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def rate_of(name):
+    """φ's rate of a learner of a user's, as a run would draw it."""
+    setup = build.build(own_parts.load(settings.with_field(recipes.LOLO, "learner.name", name)))
+    return round(float(jnp.exp(setup.learned.init(jax.random.key(0))["log_rate"][0])), 3)
+
+
+def test_a_function_may_import_its_neighbour_when_it_is_called(files):
+    assert rate_of("parts.py:later") == 0.05
+
+
+def test_equal_files_in_two_folders_have_their_own_neighbours(files):
+    for folder, start in {"one": 0.1, "two": 0.2}.items():
+        (files / folder).mkdir()
+        shutil.copy(files / "parts.py", files / folder)
+        (files / folder / "helper_of_mine.py").write_text(f"START = {start}\n")
+    names = ["one/parts.py:rate", "two/parts.py:rate", "parts.py:rate", "one/parts.py:rate"]
+    assert [rate_of(name) for name in names] == [0.1, 0.2, 0.05, 0.1]
+    (files / "helper_of_mine.py").write_text("START = 0.123\n")  # as in a notebook: the file is read anew
+    assert rate_of("parts.py:rate") == 0.123
+
+
+def test_a_recipe_is_checked_without_running_its_code(files):
+    recipe = own_parts.load(settings.with_field(recipes.LOLO, "learner.name", "parts.py:rate"))
+    forget_all()
+    (files / "parts.py").unlink()
+    build.check(recipe)
+
+
+@pytest.fixture
+def kept(files):
+    """Weights of `rate`, in a process that has not seen its code."""
+    recipe = own_parts.load(settings.with_field(recipes.LOLO, "learner.name", "parts.py:rate"))
+    about = recipes.to_dict(recipe)
+    pretrained.save(files / "w.safetensors", pretrained.Weights({"log_rate": jnp.zeros(1)}, recipe.learner, about, {}))
+    forget_all()
+    return files / "w.safetensors"
+
+
+def one_step(weights):
+    optimizer, params = weights.optimizer(), {"w": jnp.ones(1)}
+    return float(optimizer.update(params, optimizer.init(params), params)[0]["w"][0])
+
+
+def times(factor):
+    """A learner as a cell of a notebook defines it, without a file."""
+    code = "def rate(): return lolo.LearnedOptimizer(init, lambda p: optax.sgd(factor * jnp.exp(p['log_rate'][0])))"
+    names = {"lolo": lolo, "optax": optax, "jnp": jnp, "factor": factor, "init": lambda key: {"log_rate": jnp.zeros(1)}}
+    exec(code, names)
+    return names["rate"]
+
+
+def test_the_function_that_is_given_is_the_one_that_runs(kept):
+    assert one_step(lolo.load(kept, code=times(1))) == -1
+    assert one_step(lolo.load(kept, code=times(3))) == -3  # a cell that was changed and run again
+    assert repr(lolo.load(kept, code=times(3))).startswith("Weights(parts.py:rate, 1 numbers, ")
+    forget_all()
+    with pytest.raises(ValueError, match="parts.py:rate returned int"):
+        lolo.load(kept, code=eval("lambda: 3"))  # without a file
+    with pytest.raises(ValueError, match="code=function"):  # what failed is not taken the next time
+        lolo.load(kept)
+    with pytest.raises(ValueError, match="code='parts.py' is no function; give the one that parts.py:rate names"):
+        pretrained.check_code("parts.py:rate@" + 64 * "0", "parts.py", "w")
+
+
+def test_a_decorated_function_is_known_by_its_own_file(kept, files, monkeypatch):
+    (files / "decorators_of_mine.py").write_text(
+        "import functools\n\n\ndef same(function):\n"
+        "    return functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))\n"
+    )
+    monkeypatch.syspath_prepend(str(files))
+    import decorators_of_mine
+
+    namespace = {"__name__": "parts_of_mine"}
+    exec(compile((files / "parts.py").read_text(), str(files / "parts.py"), "exec"), namespace)
+    assert one_step(lolo.load(kept, code=decorators_of_mine.same(namespace["rate"]))) == -1
+
+
+def test_the_file_that_may_be_run_is_known_by_its_sha256(kept, files):
+    shutil.copy(files / "parts.py", files / "another_name.py")
+    shutil.copy(files / "helper_of_mine.py", files / "sub.py")
+    read = lambda *code: candidates.read([kept], code=code)  # noqa: E731
+    for message, name in (("none.py does not exist", "none.py"), ("--code sub.py is another", "sub.py")):
+        with pytest.raises(ValueError, match=message):
+            read(files / name if name == "none.py" else type(files)(name))
+    assert len(read(files / "sub.py", files / "another_name.py")) == 1
+    forget_all()
+    (files / "parts.py").write_text("")
+    with pytest.raises(ValueError, match="parts.py has changed"):
+        read(files / "parts.py")

@@ -310,6 +310,32 @@ def test_an_unknown_field_suggests_the_nearest(name, near):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("outer.steps", 2.0, "int"),
+        ("outer.steps", "2", "int"),
+        ("outer.lr", "1e-3", "float"),
+        ("outer.lr", True, "float"),
+        ("unroll.stagger", "False", "bool"),
+        ("imitation.expert", len, "str"),
+        ("tasks", "quadratic", "tuple"),
+        ("learner.clock_limit", "never", "float"),
+        ("seed", np.float64(1), "int"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, value, kind):
+    text = message(with_field, LOLO, name, value)
+    assert text == f"recipe field {name!r} can't be {value!r}: expected {kind}."
+
+
+def test_numbers_of_numpy_are_stored_as_numbers():
+    recipe = with_field(with_field(LOLO, "seed", np.int64(3)), "outer.lr", np.float32(0.5))
+    assert recipe == with_field(with_field(LOLO, "seed", 3), "outer.lr", 0.5)
+    assert type(recipe.seed) is int and type(recipe.outer.lr) is float
+    assert with_field(LOLO, "tasks", ["quadratic"]).tasks == ("quadratic",)
+
+
+@pytest.mark.parametrize(
     "name,value,near",
     [
         ("learner.name", "small_fcc", "small_fc"),

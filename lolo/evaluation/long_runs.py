@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -123,8 +124,8 @@ def compiled_window(task: Task, held: Task, make: Make, setting: Any, count: int
 
 def check_steps(steps: int) -> None:
     """Raise ValueError unless there is a step."""
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1.")
+    if not isinstance(steps, numbers.Integral) or steps < 1:
+        raise ValueError(f"steps={steps!r} must be a whole number, at least 1.")
 
 
 def curve_steps(steps: int, window: int = WINDOW) -> list[int]:

@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import re
 import types
 import typing
@@ -103,7 +104,8 @@ def _defaults(recipe: Any, prefix: str = "") -> dict[str, Any]:
 def with_field(recipe: S, name: str, value: Any) -> S:
     """The recipe with one field, named by its dotted name, set to `value`.
 
-    The name of another alternative changes the type of its section, whose fields then have their defaults.
+    The name of another alternative changes the type of its section, whose fields then have their defaults. Raises
+    RecipeError for an unknown name, and for a value of another type than the field's.
 
     >>> recipe = lolo.with_field(lolo.LOLO, "outer.steps", 200)
     >>> recipe.outer.steps
@@ -114,13 +116,13 @@ def with_field(recipe: S, name: str, value: Any) -> S:
     if name not in fields(recipe):
         raise unknown_field(recipe, name)
     section, _, field = name.rpartition(".")
-    if section:
-        kinds, old = kinds_of(recipe, section), getattr(recipe, section)
-        if kinds and field == "name":
-            value = old if value == old.name else typing.cast(Any, kind_named(kinds, name, value))(name=value)
-        else:
-            value = dataclasses.replace(old, **{field: value})
-    return dataclasses.replace(typing.cast(Any, recipe), **{section or field: value})
+    old: Any = getattr(recipe, section) if section else recipe
+    kinds = kinds_of(recipe, section)
+    if kinds and field == "name":
+        new = old if value == old.name else typing.cast(Any, kind_named(kinds, name, value))(name=value)
+    else:
+        new = dataclasses.replace(old, **{field: _value(typing.get_type_hints(type(old))[field], value, name)})
+    return dataclasses.replace(typing.cast(Any, recipe), **{section: new}) if section else new
 
 
 OWN = "path.py:function"
@@ -131,6 +133,22 @@ def is_own(name: Any) -> bool:
     """Whether a name is of a user's function: it has a file."""
     match = NAME.fullmatch(name) if isinstance(name, str) else None
     return match is not None and match["path"] is not None
+
+
+def key_of(name: str) -> tuple[str | None, ...]:
+    """What of a name says which function it is: all but the settings."""
+    match = NAME.fullmatch(name)
+    return match.group("path", "function", "sha256") if match else (name,)
+
+
+def without_sha256(name: str) -> str:
+    """The name as people write it."""
+    return name.rpartition("@")[0] if is_own(name) and key_of(name)[-1] else name
+
+
+def failed(what: str, error: Exception) -> UserCodeError:
+    """The error of a user's code that raised another one."""
+    return UserCodeError(f"{what} failed with {type(error).__name__}: {error}.")
 
 
 def kind_named(kinds: Mapping[str, type[Alternative]], field: str, name: Any) -> type[Alternative]:
@@ -233,12 +251,14 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         if value is None:
             return None
         return _value(typing.get_args(hint)[0], value, name)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:
             raise RecipeError(f"recipe field {name!r} is too large for a float.") from None
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)  # of NumPy too
+    elif hint is not int and isinstance(value, hint):
         return value
     raise RecipeError(f"recipe field {name!r} can't be {value!r}: expected {getattr(hint, '__name__', hint)}.")
 
@@ -287,8 +307,8 @@ def parse_settings(text: str, known: Mapping[str, Any], what: str) -> dict[str, 
     for setting in text.split(",") if text else ():
         name, separator, value = setting.partition("=")
         if name not in known or not separator:
-            hint = did_you_mean(name, known)
-            raise UserCodeError(f"{setting!r} is no setting of {what!r}, which takes NAME=VALUE,NAME=VALUE; {hint}")
+            takes = f"which takes NAME=VALUE,NAME=VALUE; {did_you_mean(name, known)}" if known else "which has none."
+            raise UserCodeError(f"{setting!r} is no setting of {what!r}, {takes}")
         given[name] = _typed(value, known[name], f"{what}: setting {name}")
     return given
 

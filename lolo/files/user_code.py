@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lolo.files.disk import sha256_of
-from lolo.files.settings import NAME, UserCodeError, defaults_of, parse_settings
+from lolo.files.settings import NAME, RecipeError, UserCodeError, defaults_of, failed, key_of, parse_settings
 
 HERE = (Path(),)
 PREFIX = "lolo_user_"  # of the names under which files are imported
 INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, which are no user's neighbours
 
-
-_LOADED: dict[tuple[str, str | None], Callable[..., Any]] = {}  # (function, its file's sha256) -> it
+# (path as it was given, function, sha256 of the file) -> it. Equal files in two folders may have other neighbours.
+_LOADED: dict[tuple[str | None, ...], Callable[..., Any]] = {}
 
 
 class Name(NamedTuple):
@@ -33,32 +34,49 @@ class Name(NamedTuple):
 
 
 def load(name: str, kind: str, returns: str, folders: Sequence[Path] = HERE) -> str:
-    """Run the file of `path.py:function`, once; `loaded` finds the function from then on.
+    """Run the file of `path.py:function`; `loaded` finds the function from then on.
 
-    Returns the name with the file's sha256. Raises UserCodeError: no such file or function, a file that has changed,
-    settings that the function does not have.
+    A name with a sha256 means the function that it meant before, if it did; where `folders` are given, the file is
+    looked for and run again. Returns the name with the file's sha256. Raises UserCodeError: no such file or function, a
+    file that has changed, settings that the function does not have.
     """
-    match = NAME.fullmatch(name)
-    if match and (match["function"], match["sha256"]) in _LOADED:
+    if tuple(folders) == HERE and key_of(name) in _LOADED:
         return name
     own = parse(name, kind, folders)
     if own is None:
         raise UserCodeError(f"{name!r} is no {kind} of a file; give path.py:function.")
     sha256 = checked_sha256(own)
-    if (own.function, sha256) not in _LOADED:
-        with neighbours(own.path.absolute().parent):
-            _LOADED[own.function, sha256] = function_of(own, kind, returns)
-    parse_settings(own.settings, defaults_of(_LOADED[own.function, sha256]), own.function)
-    return name if own.sha256 else f"{name}@{sha256}"
+    with neighbours(own.path.absolute().parent):
+        function = function_of(own, kind, returns)
+    parse_settings(own.settings, defaults_of(function), own.function)
+    pinned = name if own.sha256 else f"{name}@{sha256}"
+    _LOADED[key_of(pinned)] = _beside_neighbours(function, own)
+    return pinned
 
 
 def loaded(name: str) -> Callable[..., Any]:
     """The function that a name from `load` means. Raises UserCodeError: `load` has not run its file."""
-    match = NAME.fullmatch(name)
-    function = match and _LOADED.get((match["function"], match["sha256"]))
+    function = _LOADED.get(key_of(name))
     if function is None:
         raise UserCodeError(f"{name}: its file has not been run.")
     return function
+
+
+def _beside_neighbours(function: Callable[..., Any], own: Name) -> Callable[..., Any]:
+    """The function, which may import its file's neighbours when it is called. Its exceptions become UserCodeError."""
+    folder = own.path.absolute().parent
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with neighbours(folder):
+                return function(*args, **kwargs)
+        except (UserCodeError, RecipeError):
+            raise
+        except Exception as error:
+            raise failed(f"{own.path}:{own.function}", error) from error
+
+    return call
 
 
 def parse(name: str, kind: str, folders: Sequence[Path] = HERE) -> Name | None:
@@ -103,7 +121,7 @@ def function_of(name: Name, kind: str, returns: str) -> Callable[..., Any]:
 
     returns: what the function should return, for the message where there is none. Raises UserCodeError.
     """
-    module_name = f"{PREFIX}{kind}_{name.path.stem}"
+    module_name = f"{PREFIX}{kind.replace('.', '_')}_{name.path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, name.path)
     if spec is None or spec.loader is None:
         raise UserCodeError(f"{name.path} can't be imported; a {kind} file is Python source, named path.py:function.")

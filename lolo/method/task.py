@@ -109,3 +109,21 @@ class Splits(NamedTuple):
     train: Task
     validation: Task
     test: Task
+
+
+def check_splits(splits: Any, name: str) -> None:
+    """Raise TaskError for what is no task: no `Splits` of `Task`s, or data that are no arrays."""
+    if not isinstance(splits, Splits):
+        cure = "; give what it returns" if callable(splits) else ", which are three `lolo.Task`s"
+        raise TaskError(f"{name} is {type(splits).__name__}; expected lolo.Splits{cure}.")
+    for split, task in zip(Splits._fields, splits, strict=True):
+        if not isinstance(task, Task) or task.size < 1 or task.batch < 1:
+            raise TaskError(f"{name}: its {split} split is no lolo.Task with size and batch of 1 or more.")
+        for leaf in jax.tree.leaves(task.data):
+            check_array(leaf, f"{name}: the data of its {split} split")
+
+
+def check_array(leaf: Any, what: str) -> None:
+    """Raise TaskError for a leaf that is no array, nor the shape and dtype of one."""
+    if not hasattr(leaf, "shape"):
+        raise TaskError(f"{what} have a {type(leaf).__name__} where an array belongs; make one with numpy.asarray.")

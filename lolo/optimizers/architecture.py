@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lolo.files import settings
@@ -19,6 +20,7 @@ from lolo.files.tensors import Arrays
 from lolo.optimizers import base, norm_fc, norm_fc_kernel, norm_fc_spec, small_fc, small_fc_spec, weights_file
 
 LearnerSettings: TypeAlias = Alternative  # of any architecture
+MOST_NUMBERS = 16_000_000  # of a user's φ; with its description it stays below `weights_file.MAX_WEIGHTS_BYTES`
 
 
 def _no_checks(learner: Any) -> None:
@@ -58,7 +60,7 @@ def _of_settings(make: Callable[..., base.LearnedOptimizer]) -> Callable[..., ba
     return build
 
 
-_OWN: dict[tuple[str, str | None], Callable[..., Any]] = {}  # (function, its file's sha256) -> it
+_OWN: dict[tuple[str | None, ...], Callable[..., Any]] = {}  # `settings.key_of` a learner's name -> its function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +75,19 @@ def register(name: str, function: Callable[..., Any]) -> None:
     match = settings.NAME.fullmatch(name)
     if not match or not match["sha256"]:
         raise UserCodeError(f"{name!r} has no sha256; expected path.py:function@sha256.")
-    _OWN[match["function"], match["sha256"]] = function
+    _OWN[settings.key_of(name)] = function
+
+
+def forget(name: str) -> None:
+    """Let the name of a user's learner mean nothing again."""
+    _OWN.pop(settings.key_of(name), None)
 
 
 def _made_by_user(learner: OwnLearner) -> base.LearnedOptimizer:
     """Raises UserCodeError for code that nobody has registered, RecipeError for what it returns."""
-    match = settings.NAME.fullmatch(learner.name)
-    function = match and _OWN.get((match["function"], match["sha256"]))
+    match, function = settings.NAME.fullmatch(learner.name), _code_of(learner)
+    name, _, sha256 = learner.name.partition("@")
     if not match or function is None:
-        name, _, sha256 = learner.name.partition("@")
         raise UserCodeError(
             f"{name} is a user's code, of a file with sha256 {sha256 or 'unknown'}, and no code is run because a file "
             "names it. If you trust it, give the function, lolo.load(weights, code=function), or its file, "
@@ -89,8 +95,13 @@ def _made_by_user(learner: OwnLearner) -> base.LearnedOptimizer:
         )
     made = settings.with_settings(function, match["settings"])()
     if not isinstance(made, base.LearnedOptimizer):
-        raise RecipeError(f"{learner.name} returned {type(made).__name__}; expected lolo.LearnedOptimizer.")
+        raise RecipeError(f"{name} returned {type(made).__name__}; expected lolo.LearnedOptimizer.")
     return made
+
+
+def _code_of(learner: LearnerSettings) -> Callable[..., Any] | None:
+    """The function that makes a user's learner; None where nobody has registered one, and for the package's own."""
+    return _OWN.get(settings.key_of(learner.name)) if isinstance(learner, OwnLearner) else None
 
 
 def _build_own(learner: OwnLearner, axis_name: str | None, sharded_axis: int, **more: Any) -> base.LearnedOptimizer:
@@ -100,14 +111,38 @@ def _build_own(learner: OwnLearner, axis_name: str | None, sharded_axis: int, **
 
 
 def _shapes_of_own(learner: OwnLearner) -> dict[str, tuple[int, ...]]:
-    meta_params = jax.eval_shape(_made_by_user(learner).init, jax.random.key(0))
-    if not isinstance(meta_params, dict) or any(not hasattr(x, "shape") for x in meta_params.values()):
-        raise RecipeError(f"{learner.name}: its φ is no dict of arrays, which is all that a weights file can hold.")
+    """Raises UserCodeError where the user's code fails, RecipeError for what a weights file could not hold."""
+    made, name = _made_by_user(learner), settings.without_sha256(learner.name)
+
+    def outline(key: jax.Array) -> dict[str, jax.Array]:
+        meta_params = made.init(key)
+        _check_own_params(meta_params, name)
+        optimizer = made.optimizer(meta_params)
+        if not isinstance(optimizer, optax.GradientTransformation):
+            raise RecipeError(f"{name}: its optimizer is {type(optimizer).__name__}; expected an optax optimizer.")
+        return meta_params
+
+    try:
+        meta_params = jax.eval_shape(outline, jax.random.key(0))
+    except (UserCodeError, RecipeError):
+        raise
+    except Exception as error:
+        raise settings.failed(name, error) from error
     return {name: x.shape for name, x in meta_params.items()}
 
 
-def _check_own(learner: OwnLearner) -> None:
-    _shapes_of_own(learner)
+def _check_own_params(meta_params: Any, name: str) -> None:
+    """Raise RecipeError unless a weights file can hold φ, and it comes back as it was."""
+    if not isinstance(meta_params, dict) or not all(hasattr(x, "shape") for x in meta_params.values()):
+        raise RecipeError(f"{name}: its φ is no dict of arrays, which is all that a weights file can hold.")
+    for key, x in meta_params.items():
+        if not isinstance(key, str) or key == "__metadata__":
+            raise RecipeError(f"{name}: its φ has an array {key!r}; a weights file takes words, but __metadata__.")
+        if x.dtype != jnp.float32 or not x.size:
+            raise RecipeError(f"{name}: array {key!r} of its φ is {x.dtype}{list(x.shape)}; expected float32 numbers.")
+    numbers = sum(x.size for x in meta_params.values())
+    if numbers > MOST_NUMBERS:
+        raise RecipeError(f"{name}: its φ has {numbers:,} numbers; a weights file holds at most {MOST_NUMBERS:,}.")
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -141,8 +176,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         shapes=lambda learner: base.SGD_SHAPES,
     ),
 }
-OF_USER = Architecture(settings=OwnLearner, build=_build_own, shapes=_shapes_of_own, check=_check_own)
-"""The row of all functions of users."""
+OF_USER = Architecture(settings=OwnLearner, build=_build_own, shapes=_shapes_of_own)
+"""The row of all functions of users. A recipe can be read and checked without their code."""
 
 
 def of(learner: LearnerSettings) -> Architecture:
@@ -232,9 +267,11 @@ def build_learner(
     """
     if more:
         return of(learner).build(learner, axis_name, sharded_axis, **more)
-    return _built(learner, axis_name, sharded_axis)
+    return _built(learner, axis_name, sharded_axis, _code_of(learner))
 
 
 @functools.lru_cache(maxsize=64)
-def _built(learner: LearnerSettings, axis_name: str | None, sharded_axis: int) -> base.LearnedOptimizer:
+def _built(
+    learner: LearnerSettings, axis_name: str | None, sharded_axis: int, code: Callable[..., Any] | None
+) -> base.LearnedOptimizer:
     return of(learner).build(learner, axis_name, sharded_axis)

@@ -65,9 +65,9 @@ class Weights(NamedTuple):
 
     def __repr__(self) -> str:
         numbers = sum(x.size for x in self.meta_params.values())
-        words = [self.learner.name, f"{numbers:,} numbers"]
+        words = [settings.without_sha256(self.learner.name), f"{numbers:,} numbers"]
         if self.recipe:
-            tasks = "+".join(self.recipe.get("tasks", ())) or "unknown tasks"
+            tasks = "+".join(map(settings.without_sha256, self.recipe.get("tasks", ()))) or "unknown tasks"
             words.append(f"meta-trained on {tasks}")
             words += [f"T = {self.recipe['outer']['steps']:,}"] if "outer" in self.recipe else []
         return f"Weights({', '.join(words)})"
@@ -275,21 +275,31 @@ def load(
     >>> updates, state = optimizer.update(params, optimizer.init(params), params)
     >>> params = optax.apply_updates(params, updates)
     """
-    file = weights_file.read_weights(name_or_path)
-    if code is not None and settings.is_own(file.learner.get("name")):
-        check_code(file.learner["name"], code, str(name_or_path))
-        architecture.register(file.learner["name"], code)
-    learner = architecture.check_weights(file.meta_params, file.learner, str(name_or_path))
+    file, source = weights_file.read_weights(name_or_path), str(name_or_path)
+    name = str(file.learner.get("name"))
+    given = code if settings.is_own(name) else None
+    if given is not None:
+        check_code(name, given, source)
+        architecture.register(name, given)
+    try:
+        learner = architecture.check_weights(file.meta_params, file.learner, source)
+    except FileError:
+        if given is not None:
+            architecture.forget(name)  # else it would be taken the next time, when nobody gives it
+        raise
     return Weights({name: jnp.asarray(x) for name, x in file.meta_params.items()}, learner, file.recipe, file.card)
 
 
-def check_code(name: str, code: Callable[..., Any], source: str) -> None:
-    """Raise FileError where a function's file is not the one, by its sha256, that a learner's name says.
+def check_code(name: str, code: Any, source: str) -> None:
+    """Raise FileError for what is no function, and one whose file is not that, by its sha256, of a learner's name.
 
     A function without a file, of an interactive session, is taken as it is.
     """
+    if not callable(code):
+        raise FileError(f"{source}: code={code!r} is no function; give the one that {name.partition('@')[0]} names.")
     try:
-        file = inspect.getsourcefile(code)
+        function = inspect.unwrap(code)  # of a decorated one, the user's
+        file = inspect.getsourcefile(function.func if isinstance(function, functools.partial) else function)
     except TypeError:
         file = None
     wanted = name.partition("@")[2]

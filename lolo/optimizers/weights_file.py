@@ -209,9 +209,10 @@ def check_learner(
         learner = settings.parse_alternative(types, data, "learner")
         (row,) = (row for row in rows.values() if row.settings is type(learner))
         row.check(learner)
+        shapes = row.shapes(learner)
     except (RecipeError, UserCodeError) as error:
         raise FileError(f"{source}: {error}") from error
-    check_meta_params(meta_params, learner.name, row.shapes(learner), source)
+    check_meta_params(meta_params, learner.name, shapes, source)
     return learner
 
 

@@ -19,8 +19,8 @@ import optax
 
 from lolo.evaluation import long_runs, rivals, schedules
 from lolo.evaluation.long_runs import Candidate
-from lolo.files import settings, user_code
-from lolo.files.settings import RecipeError
+from lolo.files import disk, settings, user_code
+from lolo.files.settings import RecipeError, UserCodeError
 from lolo.method import experts, meta
 from lolo.method.task import Splits
 from lolo.optimizers import architecture, pretrained, weights_file
@@ -166,7 +166,7 @@ def function_of(name: str) -> NamedFunction | None:
 def rival(name: str) -> NamedRival | None:
     """What "adamw:1e-3" or "muon-cosine:grid" names; None for weights. Raises ValueError, RecipeError."""
     kind, separator, words = name.partition(":")
-    if separator and kind in rivals.NAMES:
+    if kind in rivals.NAMES and (separator or not Path(name).exists()):
         rate, *others = words.split(",")
         rules: dict[str, Callable[[Any], Any]] = {"weight_decay": settings.number, "warmup": _share}
         rules |= {"schedule": _schedule_of(name)} if kind in rivals.RIVALS else {}
@@ -239,17 +239,25 @@ def _named_weights(
 
 
 def _code_of(weights: str, files: Sequence[Path]) -> Callable[..., Any] | None:
-    """The function that weights are of, from a file that may be run; None where there is none.
+    """The function that weights are of, from the file that may be run and has its sha256; None for our architectures.
 
-    Raises UserCodeError for a file that is not the one that the weights name, though it is called so.
+    Raises UserCodeError where no file has it.
     """
+    for file in files:
+        if not file.is_file():
+            raise UserCodeError(f"--code {file} does not exist; give the path of a Python file.")
     name = str(weights_file.read_weights(weights).learner.get("name")) if files else ""
     match = settings.NAME.fullmatch(name)
-    for file in files:
-        if match and match["sha256"] and file.name == Path(match["path"] or "").name:
-            pinned = user_code.load(f"{file}:{match['function']}@{match['sha256']}", "learner_name", "an optimizer")
-            return user_code.loaded(pinned)
-    return None
+    if match is None or match["path"] is None or match["sha256"] is None:
+        return None
+    wanted = match["sha256"]
+    fitting = [file for file in files if disk.sha256_of(file) == wanted]
+    if not fitting:
+        same = [file for file in files if file.name == Path(match["path"]).name]
+        words = f"{same[0]} has changed" if same else f"--code {' '.join(map(str, files))} is another"
+        raise UserCodeError(f"{weights}: its code is {match['path']} with sha256 {wanted}; {words}.")
+    pinned = user_code.load(f"{fitting[0]}:{match['function']}@{wanted}", "learner.name", "a lolo.LearnedOptimizer")
+    return user_code.loaded(pinned)
 
 
 def _label(

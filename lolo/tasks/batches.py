@@ -137,10 +137,10 @@ def from_batches(
 
 def first_batch(source: Iterable[PyTree], name: str) -> tuple[PyTree, int]:
     """The first batch and its number of examples. Raises TaskError unless it comes again."""
-    if iter(source) is source:
+    if iter(source) is iter(source):
         raise TaskError(
-            f"{name} is an iterator, which can be read once. Give a list, a DataLoader, or another object that can be "
-            "read again from its start."
+            f"{name} is an iterator, or gives the same one twice: it can be read once. Give a list, a DataLoader, or "
+            "another object that can be read again from its start."
         )
     twice = [next(iter(source), None) for _ in range(2)]
     if twice[0] is None or twice[1] is None:

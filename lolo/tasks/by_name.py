@@ -19,7 +19,7 @@ import jax
 from lolo.files import user_code
 from lolo.files.settings import UserCodeError, defaults_of, nearest, parse_settings
 from lolo.files.user_code import HERE
-from lolo.method.task import Splits, Task, TaskError
+from lolo.method.task import Splits, TaskError, check_splits
 from lolo.tasks import augment, compact, prepared
 from lolo.tasks.small import (
     books_mlp,
@@ -131,9 +131,7 @@ def _made(name: str, function: str, words: str, make: prepared.MakeSplits, outli
         raise TaskError(f"{name} failed with {type(error).__name__}: {error}.") from error
     if not isinstance(splits, Splits):
         raise TaskError(f"{function} returned {type(splits).__name__}; expected lolo.Splits.")
-    for split, task in zip(Splits._fields, splits, strict=True):
-        if not isinstance(task, Task) or task.size < 1 or task.batch < 1:
-            raise TaskError(f"{name}: its {split} split is no lolo.Task with size and batch of 1 or more.")
+    check_splits(splits, name)
     return splits if bound == 1.0 else augment.reparametrized(splits, bound)
 
 

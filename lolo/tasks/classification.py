@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lolo.method.task import Splits, Task
+from lolo.method.task import Splits, Task, check_array
 from lolo.tasks import models
 from lolo.trees import PyTree
 
@@ -63,12 +63,13 @@ def classification(
         }
 
     def task(split: str) -> Task:
-        data = jax.tree.map(_on_device, splits[split])
+        data = jax.tree.map(lambda x: _on_device(x, f"the {split} data"), splits[split])
         limit = 1.5 * math.log(classes)
         return Task(data, model.init, examples, loss, score, size=sizes[split], batch=batch, loss_limit=limit, **more)
 
     return Splits(*(task(split) for split in Splits._fields))
 
 
-def _on_device(x: Any) -> Any:
+def _on_device(x: Any, what: str) -> Any:
+    check_array(x, what)
     return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from lolo.evaluation import long_runs
 from lolo.files import jsonl, settings
 from lolo.files.disk import FileError
+from lolo.files.settings import RecipeError, UserCodeError
 from lolo.files.user_code import HERE
 from lolo.method import meta
 from lolo.method.task import Splits, Task
@@ -248,6 +249,19 @@ def check_init(init: weights_file.WeightsFile, learner: architecture.LearnerSett
     weights_file.check_meta_params(init.meta_params, learner.name, row.shapes(learner), "--init weights")
 
 
+def check_own_parts(recipe: Recipe, setup: meta.Setup, tasks: tuple[Task, ...], state: meta.MetaState) -> None:
+    """Trace a step where a recipe has parts of a user's, before there is a folder. Raises UserCodeError if it fails."""
+    parts = own_parts.used(recipe)
+    if not parts:
+        return
+    try:
+        jax.eval_shape(partial(meta.meta_step, setup), tasks, state)
+    except (UserCodeError, RecipeError):
+        raise
+    except Exception as error:
+        raise settings.failed(f"a step with {', '.join(parts)}", error) from error
+
+
 def prepare(
     recipe: Recipe,
     how: How | None = None,
@@ -279,6 +293,7 @@ def prepare(
         check_init(init, recipe.learner)
         meta_params = jax.tree.map(jnp.asarray, init.meta_params)
     state = slots.init_state(lambda: meta.meta_init(setup, own_tasks, jax.random.key(recipe.seed), meta_params), mesh)
+    check_own_parts(recipe, setup, own_tasks, state)
     step = offload.Offloaded(recipe, setup, state, mesh) if how.offload else slots.compile_step(setup, state, mesh)
     placed = parallel.place(own_tasks, mesh)
     splits = {name: s._replace(train=task) for (name, s), task in zip(splits.items(), placed, strict=True)}
