@@ -120,6 +120,12 @@ def test_ours_is_thick_and_others_of_ours_are_dashed():
     assert lines["lolo"].get_color() == lines["lolo schedule=cosine"].get_color()
 
 
+def test_rivals_have_dashes_of_their_own_and_tasks_are_not_marked():
+    rivals = ["adamw 0.1", "muon 0.1", "sgdm 0.1", "lion 0.1"]
+    assert len({str(look["linestyle"]) for look in style.looks(["lolo", *rivals]).values()}) == 5
+    assert {look["linewidth"] for look in style.even(["lolo", "books-mlp"]).values()} == {1.5}
+
+
 def test_a_reader_s_own_optimizers_have_colours_of_their_own():
     colours = style.colours(["mine", "yours", "lolo"])
     assert len({colours[method] for method in ("mine", "yours", "lolo")}) == 3

@@ -87,8 +87,8 @@ def picture(rows: Sequence[TransferRow]) -> Any:
     found = {optimizer: grid(rows, optimizer) for optimizer in optimizers}
     losses = [np.where(np.isfinite(table), table, np.inf) for _, table in found.values()]
     best = [table.argmin(axis=1) for table in losses]
-    words = [f"{in_words(name)} {np.ptp(of)}" for name, of in zip(optimizers, best, strict=True)]
-    title = f"Steps of the grid between the best rates of {len(best[0])} models: {', '.join(words)}"
+    words = [f"{np.ptp(of)} for {in_words(name)}" for name, of in zip(optimizers, best, strict=True)]
+    title = f"Over {len(best[0])} models the best rate moves by so many steps of the grid: {', '.join(words)}"
     figure, axes = style.panels(len(optimizers), title, height=3.2)
     models = [f"{width} × {depth}" for width, depth in itertools.product(WIDTHS, DEPTHS)]
     for axis, optimizer, table, lowest in zip(axes, optimizers, losses, best, strict=True):

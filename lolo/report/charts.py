@@ -25,11 +25,11 @@ def curves(title: str, lines: Sequence[Line], xlabel: str, ylabel: str) -> Html:
 def panel(lines: Sequence[Line], xlabel: str, ylabel: str) -> Any:
     """One panel of curves."""
     drawn, (axis,) = style.panels(1, height=3.0)
-    style.draw_lines(axis, lines)
+    style.draw_lines(axis, lines, style.even([line.label for line in lines]))
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.set_ylim(*style.limits(np.concatenate([line.y[len(line.y) // 20 :] for line in lines])))
     if len(lines) > 1:
-        style.name_lines(axis)
+        style.name_lines(axis, str)
     return drawn
 
 

@@ -207,14 +207,16 @@ def meta_training(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> An
     figure, axes = style.panels(3, title, height=2.2)
     for axis, (field, name) in zip(axes, fields.items(), strict=False):
         values = np.array([row[field] for row in steps], float)
-        style.draw_lines(axis, [Line(task, x, of_task) for task, of_task in zip(tasks, values.T, strict=True)])
+        lines = [Line(task, x, of_task) for task, of_task in zip(tasks, values.T, strict=True)]
+        style.draw_lines(axis, lines, style.even(tasks))
         axis.set(title=f"{name}, mean over pairs")
         axis.set_ylim(*style.limits(values[len(values) // 20 :]))
-    style.draw_lines(axes[2], [Line("α", x, np.array([row["alpha_loss"] for row in steps], float))])
+    alpha = np.array([row["alpha_loss"] for row in steps], float)
+    style.draw_lines(axes[2], [Line("α", x, alpha)], style.even(["α"]))
     axes[2].set(xlabel="outer step", title="α, the weight of the task loss", ylim=(-0.02, 1.05))
     if len(tasks) > 1:
         for axis in axes[:2]:
-            style.name_lines(axis)
+            style.name_lines(axis, names.task_in_words)
     return figure
 
 

@@ -52,7 +52,7 @@ DASHES: dict[bool, tuple[Any, ...]] = {
     True: ("-", (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (2, 1))),
     False: ((0, (5, 1.5)), (0, (1, 2)), (0, (5, 1.5, 1, 1.5)), (0, (2.5, 2.5))),
 }
-"""Of learned optimizers and of all others; the second and those after it are for further settings of one method."""
+"""Of the settings of one learned optimizer; and of all other optimizers in a picture, one after the other."""
 
 SETTINGS: Any = {
     "font.size": 10,
@@ -156,15 +156,24 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     for label in labels:
         method = names.method_of(label)
         learned = method in names.LEARNED or label == ours
-        dashes = DASHES[learned]
+        dashes, counted = DASHES[learned], method if learned else "all others"
         found[label] = {
             "color": by_method[method],
             "linewidth": 2.8 if label == ours else 1.5,
-            "linestyle": dashes[seen.setdefault(method, 0) % len(dashes)],
+            "linestyle": dashes[seen.setdefault(counted, 0) % len(dashes)],
             "zorder": 3 if label == ours else 2,
         }
-        seen[method] += 1
+        seen[counted] += 1
     return found
+
+
+def even(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The same of lines that are no optimizers: none is marked."""
+    dashes = DASHES[True]
+    return {
+        label: {"color": OTHERS[i % len(OTHERS)], "linewidth": 1.5, "linestyle": dashes[i % len(dashes)]}
+        for i, label in enumerate(labels)
+    }
 
 
 class Line(NamedTuple):
@@ -279,7 +288,7 @@ def name_lines(axis: Any, words: Callable[[str], str] = names.in_words) -> list[
             [end[0], 1 + 0.85 * GAP],
             [end[1], place],
             color=line.get_color(),
-            linewidth=0.8,
+            linewidth=1,
             transform=axis.transAxes,
             clip_on=False,
             label="_leader",
