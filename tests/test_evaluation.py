@@ -226,7 +226,7 @@ def test_scores_are_means_over_the_examples_asked_for(size, limit):
 
 @pytest.mark.parametrize("steps", [0, -100])
 def test_a_run_without_a_step_is_refused(steps):
-    with pytest.raises(ValueError, match=f"steps={steps} must be at least 1"):
+    with pytest.raises(ValueError, match=f"steps={steps} must be a whole number, at least 1"):
         long_runs.compare(
             "q", QUADRATIC, [Candidate("sgd", None, rivals.maker("sgdm"), {"lr": 0.1, "weight_decay": 0.0})], [0], steps
         )

@@ -259,7 +259,7 @@ def test_the_command_that_is_shown_makes_the_same_recipe(tmp_path, monkeypatch):
 
 def picture(*curves):
     """One chart of curves [n]."""
-    lines = [style.Line(f"curve {i}", np.arange(1, len(y) + 1), np.array(y, float)) for i, y in enumerate(curves)]
+    lines = [style.Curve(f"curve {i}", np.arange(1, len(y) + 1), np.array(y, float)) for i, y in enumerate(curves)]
     return charts.curves("loss", lines, "step", "loss")
 
 

@@ -250,7 +250,7 @@ def test_runs_that_diverged_leave_a_picture_through_the_top():
 
 def test_a_long_curve_is_thinned_to_means_with_their_range():
     x = np.arange(1000)
-    thin = style.thin(style.Line("a", x, np.where(x % 2, 3.0, 1.0)))
+    thin = style.thin(style.Curve("a", x, np.where(x % 2, 3.0, 1.0)))
     assert len(thin.x) == style.MAX_POINTS and thin.x[-1] == 999
     assert abs(thin.y.mean() - 2) < 0.02 and (thin.low == 1).all() and (thin.high == 3).all()
 

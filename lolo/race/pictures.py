@@ -11,7 +11,7 @@ from lolo.race import results, scores
 from lolo.race.records import Target
 from lolo.race.results import Form, Standing
 from lolo.studies import headline, names, style
-from lolo.studies.style import Line, styled
+from lolo.studies.style import Curve, styled
 
 
 def few(standings: Sequence[Standing]) -> list[Standing]:
@@ -49,7 +49,7 @@ def profiles(standings: Sequence[Standing], rules: str) -> Any:
         times = np.array([[getattr(of, unit)[form] for form in forms] for of in standings])
         known = np.flatnonzero(~np.isnan(times).any(axis=1))
         shares = dict(zip(known, scores.profile(times[known], factors), strict=True))
-        lines = [Line(standings[i].entrant, factors, y) for i, y in shares.items() if standings[i].entrant in drawn]
+        lines = [Curve(standings[i].entrant, factors, y) for i, y in shares.items() if standings[i].entrant in drawn]
         style.draw_lines(axis, lines, look)
         axis.set(xlim=(1, scores.FARTHEST), ylim=(-0.02, 1.02), ylabel="share of workloads finished")
         axis.set_xlabel(f"τ: times the best {unit} to the target")
@@ -72,7 +72,7 @@ def curves(
         for entrant in drawn:
             mean = np.mean([row.curve for row in chosen[entrant][form]], axis=0)
             steps = chosen[entrant][form][0].steps * np.arange(1, len(mean) + 1) / len(mean)
-            lines.append(Line(entrant, steps, mean))
+            lines.append(Curve(entrant, steps, mean))
             ends.append(mean[len(mean) // 5 :])
         style.draw_lines(axis, lines, look)
         axis.axhline(target, color=style.INK, linestyle=":", linewidth=1)

@@ -11,10 +11,10 @@ import numpy as np
 from lolo.report import markup
 from lolo.report.markup import Html, tag
 from lolo.studies import style
-from lolo.studies.style import Line, styled
+from lolo.studies.style import Curve, styled
 
 
-def curves(title: str, lines: Sequence[Line], xlabel: str, ylabel: str) -> Html:
+def curves(title: str, lines: Sequence[Curve], xlabel: str, ylabel: str) -> Html:
     """Curves over a step, with their names at their ends. Non-finite values are gaps."""
     if not any(np.isfinite(style.drawable(line.y)).any() for line in lines):
         return nothing(title)
@@ -22,7 +22,7 @@ def curves(title: str, lines: Sequence[Line], xlabel: str, ylabel: str) -> Html:
 
 
 @styled
-def panel(lines: Sequence[Line], xlabel: str, ylabel: str) -> Any:
+def panel(lines: Sequence[Curve], xlabel: str, ylabel: str) -> Any:
     """One panel of curves."""
     drawn, (axis,) = style.panels(1, height=3.0)
     style.draw_lines(axis, lines, style.even([line.label for line in lines]))

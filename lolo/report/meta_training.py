@@ -18,7 +18,7 @@ from lolo.report import charts
 from lolo.report.markup import Html, details, join, table, tag
 from lolo.studies import names, plots
 from lolo.studies.plots import Counts
-from lolo.studies.style import Line
+from lolo.studies.style import Curve
 from lolo.training import doctor, recipes, run_folder
 from lolo.training.build import check
 from lolo.training.findings import CONCLUSIONS, Finding, Verdict, overall
@@ -114,12 +114,12 @@ def run_curves(run: RunFolder) -> list[Html]:
     if run.log.steps:
         x = np.array([row["step"] for row in run.log.steps])
 
-        def per_task(field: str) -> list[Line]:
+        def per_task(field: str) -> list[Curve]:
             values = np.array([row[field] for row in run.log.steps])  # [steps, tasks]
-            return [Line(names.task_in_words(task), x, values[:, i]) for i, task in enumerate(run.recipe.tasks)]
+            return [Curve(names.task_in_words(task), x, values[:, i]) for i, task in enumerate(run.recipe.tasks)]
 
-        def single(label: str, field: str) -> Line:
-            return Line(label, x, np.array([row[field] for row in run.log.steps]))
+        def single(label: str, field: str) -> Curve:
+            return Curve(label, x, np.array([row[field] for row in run.log.steps]))
 
         alphas = [single("in the step (Eq. 1)", "alpha_mix"), single("in the loss (Eq. 3)", "alpha_loss")]
         drawn = [
@@ -133,7 +133,7 @@ def run_curves(run: RunFolder) -> list[Html]:
     if run.log.validations:
         x = np.array([row["step"] for row in run.log.validations])
         losses = [
-            Line(label, x, np.array([row[field] for row in run.log.validations]))
+            Curve(label, x, np.array([row[field] for row in run.log.validations]))
             for label, field in (("train loss", "train_loss"), ("held-out loss", "held_loss"))
         ]
         drawn.insert(0, charts.curves("Validation: long unrolls", losses, "outer step", "loss after the unroll"))

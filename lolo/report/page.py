@@ -58,11 +58,11 @@ def is_run(folder: Path) -> bool:
     return (folder / "recipe.json").is_file()
 
 
-Part = tuple[list[Html], list[Html]]
+Section = tuple[list[Html], list[Html]]
 """What is to be said of a folder first, in lines of a list; and the part of the page about it."""
 
 
-def part_of(folder: Path) -> Part:
+def part_of(folder: Path) -> Section:
     """By the folder's contents. Raises FileError."""
     if is_run(folder):
         run = meta_training.read_run(folder)
@@ -86,7 +86,7 @@ def run_folders(study: Path) -> list[Path]:
     return sorted(path.parent for path in (study / "runs").glob("*/recipe.json"))
 
 
-def study_part(folder: Path) -> Part:
+def study_part(folder: Path) -> Section:
     """An evaluation or a study: each task's comparison, then each meta-training, to be opened."""
     verdicts: list[Html] = []
     parts: list[Html] = []

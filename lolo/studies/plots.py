@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lolo.evaluation.long_runs import WINDOW
 from lolo.evaluation.statistics import Row
 from lolo.studies import headline, names, style
-from lolo.studies.style import Line, styled
+from lolo.studies.style import Curve, styled
 
 LOSSES = {"train": "train_loss", "held-out": "held_loss"}
 
@@ -61,12 +61,12 @@ def curves(
     return figure
 
 
-def _mean_and_range(label: str, steps: NDArray[Any], values: NDArray[Any]) -> Line:
+def _mean_and_range(label: str, steps: NDArray[Any], values: NDArray[Any]) -> Curve:
     """values: [runs, P], NaN where a run has diverged."""
     values = style.drawable(values)
     finite = np.isfinite(values).any(axis=0)
     mine = values[:, finite]
-    return Line(label, steps[finite], np.nanmean(mine, axis=0), np.nanmin(mine, axis=0), np.nanmax(mine, axis=0))
+    return Curve(label, steps[finite], np.nanmean(mine, axis=0), np.nanmin(mine, axis=0), np.nanmax(mine, axis=0))
 
 
 def _thinned(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -207,12 +207,12 @@ def meta_training(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> An
     figure, axes = style.panels(3, title, height=2.2)
     for axis, (field, name) in zip(axes, fields.items(), strict=False):
         values = np.array([row[field] for row in steps], float)
-        lines = [Line(task, x, of_task) for task, of_task in zip(tasks, values.T, strict=True)]
+        lines = [Curve(task, x, of_task) for task, of_task in zip(tasks, values.T, strict=True)]
         style.draw_lines(axis, lines, style.even(tasks))
         axis.set(title=f"{name}, mean over pairs")
         axis.set_ylim(*style.limits(values[len(values) // 20 :]))
     alpha = np.array([row["alpha_loss"] for row in steps], float)
-    style.draw_lines(axes[2], [Line("α", x, alpha)], style.even(["α"]))
+    style.draw_lines(axes[2], [Curve("α", x, alpha)], style.even(["α"]))
     axes[2].set(xlabel="outer step", title="α, the weight of the task loss", ylim=(-0.02, 1.05))
     if len(tasks) > 1:
         for axis in axes[:2]:

@@ -176,7 +176,7 @@ def even(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
     """One curve, and the band around it."""
 
     label: str
@@ -192,14 +192,14 @@ def drawable(values: NDArray[Any]) -> NDArray[np.float64]:
     return np.where(np.abs(values) < LARGEST, values, np.nan)
 
 
-def thin(line: Line) -> Line:
+def thin(line: Curve) -> Curve:
     """At most MAX_POINTS points: means over equal parts, with the range of each part as the band."""
     if len(line.x) <= MAX_POINTS:
         return line
     starts = np.linspace(0, len(line.x), MAX_POINTS + 1).astype(int)[:-1]
     sizes = np.diff(starts, append=len(line.x))
     low, high = (line.y if band is None else band for band in (line.low, line.high))
-    return Line(
+    return Curve(
         line.label,
         np.maximum.reduceat(line.x, starts),
         np.add.reduceat(drawable(line.y), starts) / sizes,
@@ -220,7 +220,7 @@ def limits(values: NDArray[Any]) -> tuple[float, float]:
     return low - margin, high + 2 * margin
 
 
-def draw_lines(axis: Any, lines: Sequence[Line], look: dict[str, dict[str, Any]] | None = None) -> None:
+def draw_lines(axis: Any, lines: Sequence[Curve], look: dict[str, dict[str, Any]] | None = None) -> None:
     """Curves and their bands. Set limits, scales and titles, then `name_lines`."""
     look = looks([line.label for line in lines]) if look is None else look
     for line in map(thin, lines):
