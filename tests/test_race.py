@@ -1,6 +1,7 @@
 """The race: workloads, the search, scores with known answers, and a whole race on a small task."""
 
 import math
+import pathlib
 
 import jax
 import numpy as np
@@ -340,6 +341,19 @@ def test_settings_in_another_order_and_fewer_seeds_run_nothing_twice(small, tmp_
     assert entrants.run_on(entrants.Entrant("mine", (first, second)), "near", 2, tmp_path, again.append) == both
     fewer = entrants.run_on(entrants.Entrant("mine", (first, second)), "near", 1, tmp_path, again.append)
     assert not again and [row for row in both if row.seed == 0] == fewer
+
+
+def mappings():
+    return len(pathlib.Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="only Linux counts a process's mappings")
+def test_a_race_of_many_entrants_holds_no_more_programs_than_a_short_one(small, tmp_path):
+    found = []
+    for kind in ("adamw", "lion", "nadamw", "prodigy"):
+        stages.race(tmp_path, [entrants.Entrant(kind, (f"{kind}:1e-2",))], 1, ("near",), quiet)
+        found.append(mappings())
+    assert max(found[1:]) < found[0] + 50, found
 
 
 def test_step_times_are_those_of_the_whole_step(small):

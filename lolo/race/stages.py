@@ -13,7 +13,7 @@ from lolo.race import entrants, records, search, step_times, transfer, tuning, w
 from lolo.race.entrants import Entrant
 from lolo.race.records import KEPT, RaceRow, StepTime, Target, TransferRow, Trial
 from lolo.race.results import Form
-from lolo.runtime import interrupt, parallel
+from lolo.runtime import environment, interrupt, parallel
 from lolo.studies import style
 from lolo.studies.rows import slug
 
@@ -87,6 +87,7 @@ def search_all(
     steps = Steps(total, "searching settings", on_progress)
     for (name, of), file in missing.items():
         records.write(file, tuning.trials(of, name, steps))
+        environment.forget_programs()
     names, files = {of.name for of in optimizers}, sorted((out / "trials").glob("*.jsonl"))
     of_files = {file: records.read(file, Trial) for file in files}
     found = [t for file, made in of_files.items() for t in made if file in parts.values() or t.kind not in names]
@@ -121,6 +122,8 @@ def race(
             rows = [row for row in rows if (row.entrant, row.workload) != (entrant.name, name)] + made
             records.write(out / ROWS_FILE, rows)
             due = workloads.WORKLOADS[name].steps * (len(entrant.optimizers) + 1) * seeds
+            if steps.done > before:
+                environment.forget_programs()
             steps(due - (steps.done - before))  # of those that were there
 
 
@@ -152,6 +155,7 @@ def transfer_rates(out: Path, optimizers: Sequence[str], on_progress: interrupt.
     for name in missing:
         rows += transfer.run(name, steps)
         records.write(file, rows)
+        environment.forget_programs()
     picture = out / "transfer.svg"
     style.save_figure(transfer.picture([row for row in rows if row.entrant in optimizers]), picture)
     return picture

@@ -57,6 +57,15 @@ def user_cache() -> Path:
     return Path(os.environ.get("LOLO_CACHE") or os.path.join(base, "lolo"))
 
 
+def forget_programs() -> None:
+    """Drop all that JAX has compiled in this process, when nothing of it will be needed again.
+
+    Linux allows a process 65,530 mappings of memory by default, and a compiled program of ours takes hundreds on a CPU:
+    a command that compiles program after program ends in "LLVM compilation error: Cannot allocate memory" otherwise.
+    """
+    jax.clear_caches()
+
+
 def set_up(devices: int | None = None) -> None:
     """Set JAX up for a program: one CPU device per core, compiled programs cached in the user's cache folder."""
     parallel.use_cores(devices)

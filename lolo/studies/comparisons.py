@@ -15,7 +15,7 @@ from lolo.evaluation import long_runs, rivals
 from lolo.evaluation.statistics import Row
 from lolo.method.task import Splits
 from lolo.optimizers import pretrained
-from lolo.runtime import interrupt
+from lolo.runtime import environment, interrupt
 from lolo.studies import candidates, evaluation_folder, time_spent
 from lolo.studies.rows import file_name, save_rows
 from lolo.tasks import by_name
@@ -65,6 +65,7 @@ def evaluate(
         with time_spent.timed(parts.parent, f"evaluating {file_name(task)}") if parts else contextlib.nullcontext():
             entries = [candidates.candidate(optimizers[name], splits, steps, on_steps) for name in members]
             made = long_runs.compare(task, splits, entries, range(seeds), steps, on_steps=on_steps)
+            environment.forget_programs()
         for name, entry in zip(members, entries, strict=True):
             rows_of[name] = [row for row in made if (row.optimizer, row.meta_seed) == (entry.label, entry.meta_seed)]
             if name in files_of:

@@ -15,7 +15,7 @@ import numpy as np
 from lolo.files import settings
 from lolo.files.settings import RecipeError
 from lolo.optimizers import weights_file
-from lolo.runtime import interrupt
+from lolo.runtime import environment, interrupt
 from lolo.studies import candidates, comparison_report, comparisons, definitions, plots, style, time_spent
 from lolo.studies.rows import command_of, file_name, slug
 from lolo.tasks import by_name
@@ -65,6 +65,7 @@ def meta_train(
             result = loop.resume(run, How(stop=stop, on_progress=progress, log=log))
         else:
             result = loop.train(recipe, run, How(stop=stop, on_progress=progress, log=log))
+    environment.forget_programs()
     if not result.finished:
         raise interrupt.Interrupted(interrupt.stopped_message(runs.parent))
     return run / "last.safetensors"
