@@ -137,6 +137,13 @@ def test_relative_links_become_absolute_ones(hook, before, after):
     assert hook.absolute_links(before, "R", "1") == after
 
 
+def test_the_source_distribution_has_what_its_build_reads():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert {"/README.md", "/hatch_build.py", "/lolo"} <= set(included)
+    assert all((ROOT / path.lstrip("/")).exists() for path in included)
+
+
 def test_the_version_is_the_same_everywhere():
     assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
