@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -11,7 +12,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 S = TypeVar("S")  # a frozen dataclass of settings, sections in it being dataclasses too
@@ -146,9 +147,15 @@ def without_sha256(name: str) -> str:
     return name.rpartition("@")[0] if is_own(name) and key_of(name)[-1] else name
 
 
-def failed(what: str, error: Exception) -> UserCodeError:
-    """The error of a user's code that raised another one."""
-    return UserCodeError(f"{what} failed with {type(error).__name__}: {error}.")
+@contextlib.contextmanager
+def failures_of(what: str) -> Iterator[None]:
+    """Turn what a user's code raises into a UserCodeError that names it. UserCodeError and RecipeError stay."""
+    try:
+        yield
+    except (UserCodeError, RecipeError):
+        raise
+    except Exception as error:
+        raise UserCodeError(f"{what} failed with {type(error).__name__}: {error}.") from error
 
 
 def kind_named(kinds: Mapping[str, type[Alternative]], field: str, name: Any) -> type[Alternative]:

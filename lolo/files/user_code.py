@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lolo.files.disk import sha256_of
-from lolo.files.settings import NAME, RecipeError, UserCodeError, defaults_of, failed, key_of, parse_settings
+from lolo.files.settings import NAME, UserCodeError, defaults_of, failures_of, key_of, parse_settings
 
 HERE = (Path(),)
 PREFIX = "lolo_user_"  # of the names under which files are imported
@@ -68,13 +68,8 @@ def _beside_neighbours(function: Callable[..., Any], own: Name) -> Callable[...,
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with neighbours(folder):
-                return function(*args, **kwargs)
-        except (UserCodeError, RecipeError):
-            raise
-        except Exception as error:
-            raise failed(f"{own.path}:{own.function}", error) from error
+        with failures_of(f"{own.path}:{own.function}"), neighbours(folder):
+            return function(*args, **kwargs)
 
     return call
 

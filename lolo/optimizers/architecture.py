@@ -122,12 +122,8 @@ def _shapes_of_own(learner: OwnLearner) -> dict[str, tuple[int, ...]]:
             raise RecipeError(f"{name}: its optimizer is {type(optimizer).__name__}; expected an optax optimizer.")
         return meta_params
 
-    try:
+    with settings.failures_of(name):
         meta_params = jax.eval_shape(outline, jax.random.key(0))
-    except (UserCodeError, RecipeError):
-        raise
-    except Exception as error:
-        raise settings.failed(name, error) from error
     return {name: x.shape for name, x in meta_params.items()}
 
 

@@ -46,8 +46,7 @@ def entrant(optimizer: str, settings: Sequence[str] = (), name: str = "", code: 
     >>> entrant("lolo-small", ("schedule=cosine", "schedule=cosine,step_scale=2")).optimizers[1]
     'lolo-small:schedule=cosine,step_scale=2'
     """
-    separator = "," if ":" in optimizer.rpartition(".py:")[2] else ":"
-    names = tuple(f"{optimizer}{separator}{words}" for words in settings) or (optimizer,)
+    names = [candidates.with_settings(optimizer, words) for words in settings] or [optimizer]
     return _entrant(name or optimizer, names, code)
 
 

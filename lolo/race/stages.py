@@ -106,6 +106,7 @@ def set_targets(out: Path, only: Sequence[str], on_progress: interrupt.OnProgres
     for place in missing:
         there[place] = tuning.target(found, *place, steps)
         records.write(out / TARGETS_FILE, list(there.values()))
+        environment.forget_programs()
 
 
 def race(
@@ -135,6 +136,7 @@ def time_steps(out: Path, field: Sequence[Entrant], only: Sequence[str], on_prog
     done = Steps(len(chosen) * len(field), "timing steps", on_progress)
     for name in chosen:
         made = step_times.measure(name, field, machine, done)
+        environment.forget_programs()
         places = {(t.workload, t.entrant) for t in made}
         times = [t for t in times if (t.workload, t.entrant) not in places] + made
         records.write(out / TIMES_FILE, times)
@@ -185,7 +187,8 @@ def outlook(mine: int, searched: int, seeds: int, only: Sequence[str], out: Path
     if from_scratch:
         runs += len(search.SPACES) * (search.FIVE + 1)
     if searched:
+        share = sum(tuning.steps_of_search(workloads.WORKLOADS[name]) for name in only or workloads.WORKLOADS)
         trials = f"{search.TRIALS} trials on every workload"
-        lines.append(f"search: {searched} optimizers, {trials}, {searched * search.TRIALS * steps * 3 // 4:,} steps")
+        lines.append(f"search: {searched} optimizers, {trials}, {searched * search.TRIALS * share:,} steps")
     lines.append(f"race: {runs * seeds} runs on every workload, {runs * seeds * steps:,} training steps in all")
     return "\n".join(lines)

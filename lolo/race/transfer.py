@@ -41,8 +41,7 @@ def names_of(optimizer: str) -> list[str]:
         raise ValueError(f"{optimizer}: expected weights, or one of {', '.join(rivals.RIVALS)}.")
     has_rate = "learning_rate" in architecture.of(named.weights.learner).deployment
     field, values = ("learning_rate", RATES) if has_rate else ("step_scale", SCALES)
-    separator = "," if ":" in optimizer else ":"
-    return [f"{optimizer}{separator}schedule=warmup-cosine,{field}={value:g}" for value in values]
+    return [candidates.with_settings(optimizer, f"schedule=warmup-cosine,{field}={value:g}") for value in values]
 
 
 def contents_of(optimizer: str) -> str:

@@ -44,9 +44,14 @@ class Searched(NamedTuple):
 
     name: str  # what its trials are called: a rival's kind, or an entrant's name
     space: search.Space
-    name_of: Callable[[search.Setting], str]  # the optimizer with these numbers, as `lolo eval` names it
+    start: str  # of its name, as `lolo eval` has it, up to the number that stands for the learning rate
     contents: str = ""  # sha256 of its φ
     code: tuple[Path, ...] = ()  # files that may be run, of weights whose architecture is a user's function
+
+    def name_of(self, setting: search.Setting) -> str:
+        """The optimizer with these numbers, as `lolo eval` names it."""
+        rate, decay, warmup = setting
+        return f"{self.start}{rate:g},weight_decay={decay:g},warmup={warmup:g}"
 
 
 def rival(kind: str) -> Searched:
@@ -56,12 +61,7 @@ def rival(kind: str) -> Searched:
     'muon-warmup-cosine:0.001,weight_decay=0.1,warmup=0.02'
     """
     space = search.SPACES[kind]
-
-    def name_of(setting: search.Setting) -> str:
-        rate, decay, warmup = setting
-        return f"{kind}-{space.schedule}:{rate:g},weight_decay={decay:g},warmup={warmup:g}"
-
-    return Searched(kind, space, name_of)
+    return Searched(kind, space, f"{kind}-{space.schedule}:")
 
 
 def weights(optimizer: str, name: str = "", code: Sequence[Path] = ()) -> Searched:
@@ -78,14 +78,9 @@ def weights(optimizer: str, name: str = "", code: Sequence[Path] = ()) -> Search
         known = ", ".join(search.SPACES_OF_WEIGHTS)
         raise ValueError(f"{optimizer}: the search knows weights of {known}, not of {architecture}; give --settings.")
     space = search.SPACES_OF_WEIGHTS[architecture]
-    start = f"{optimizer}{',' if ':' in optimizer.rpartition('.py:')[2] else ':'}schedule={space.schedule}"
-
-    def name_of(setting: search.Setting) -> str:
-        rate, decay, warmup = setting
-        words = [start, space.fixed, f"{space.rate}={rate:g}", f"weight_decay={decay:g}", f"warmup={warmup:g}"]
-        return ",".join(filter(None, words))
-
-    return Searched(name or optimizer, space, name_of, evaluation_folder.phi_digest(named.weights), tuple(code))
+    words = ",".join(filter(None, [f"schedule={space.schedule}", space.fixed, f"{space.rate}="]))
+    start, digest = candidates.with_settings(optimizer, words), evaluation_folder.phi_digest(named.weights)
+    return Searched(name or optimizer, space, start, digest, tuple(code))
 
 
 def steps_of_search(workload: Workload) -> int:

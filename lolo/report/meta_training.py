@@ -16,7 +16,7 @@ from lolo.optimizers import weights_file
 from lolo.optimizers.weights_file import WeightsFile
 from lolo.report import charts
 from lolo.report.markup import Html, details, join, table, tag
-from lolo.studies import names, plots
+from lolo.studies import comparison_report, names, plots
 from lolo.studies.plots import Counts
 from lolo.studies.style import Curve
 from lolo.training import doctor, recipes, run_folder
@@ -89,7 +89,7 @@ def run_part(run: RunFolder, level: Level) -> list[Html]:
 def facts(run: RunFolder) -> Html:
     """One paragraph: method, tasks, and outer steps done."""
     method = recipes.method_of(run.recipe) or "a method of its own"
-    tasks = ", ".join(map(names.task_in_words, run.recipe.tasks))
+    tasks = ", ".join(map(settings.without_sha256, run.recipe.tasks))
     words = f"Meta-training of {method} on {tasks}, seed {run.recipe.seed}. "
     if run.log.steps:
         words += f"{run.log.steps[-1]['step'] + 1} of {run.recipe.outer.steps} outer steps done."
@@ -116,7 +116,7 @@ def run_curves(run: RunFolder) -> list[Html]:
 
         def per_task(field: str) -> list[Curve]:
             values = np.array([row[field] for row in run.log.steps])  # [steps, tasks]
-            return [Curve(names.task_in_words(task), x, values[:, i]) for i, task in enumerate(run.recipe.tasks)]
+            return [Curve(settings.without_sha256(task), x, values[:, i]) for i, task in enumerate(run.recipe.tasks)]
 
         def single(label: str, field: str) -> Curve:
             return Curve(label, x, np.array([row[field] for row in run.log.steps]))
@@ -149,12 +149,12 @@ def starts_of(run: RunFolder) -> Counts:
 
 
 def card_starts(card: dict[str, Any], source: str) -> Counts:
-    """Start steps of a weights file's card. Raises FileError."""
+    """Start steps of a stranger's card, checked. Raises FileError."""
     counts = card.get("start_steps_per_250", {})
     if not isinstance(counts, dict) or not all(str(step).isdecimal() and len(str(step)) <= 12 for step in counts):
         raise FileError(f"{source}: start_steps_per_250 must map steps to counts.")
-    weights = jsonl.checked(jsonl.listed(jsonl.whole_number), list(counts.values()), f"{source}: start_steps_per_250")
-    return np.array([int(step) for step in counts], np.float64), np.array(weights, np.float64)
+    jsonl.checked(jsonl.listed(jsonl.whole_number), list(counts.values()), f"{source}: start_steps_per_250")
+    return comparison_report.card_counts(card)
 
 
 def start_histogram(counts: dict[str, Counts]) -> Html:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
-from lolo.files import disk, jsonl
+from lolo.files import disk, jsonl, settings
 from lolo.files.disk import FileError
 from lolo.optimizers import weights_file
 from lolo.report import charts, markup, meta_training
@@ -107,7 +107,7 @@ def study_part(folder: Path) -> Section:
 
 def place_of(rows: Sequence[Row]) -> str:
     """Task and number of steps, in words."""
-    return f"{names.task_in_words(rows[0].task)}, {rows[0].steps:,} inner steps"
+    return f"{settings.without_sha256(rows[0].task)}, {rows[0].steps:,} inner steps"
 
 
 def verdict_of(rows: Sequence[Row]) -> str:
@@ -133,7 +133,7 @@ def comparison(folder: Path, path: Path, rows: Sequence[Row]) -> list[Html]:
         tag("div", join([*comparison_curves(rows, unroll), *histogram]), class_="charts"),
         details(f"Every run: {len(rows)}", run_table(rows)),
         table(
-            f"How to reproduce: {names.task_in_words(rows[0].task)}",
+            f"How to reproduce: {settings.without_sha256(rows[0].task)}",
             ["what", "value"],
             [("task", rows[0].task), *meta_training.provenance_rows(about)],
         ),

@@ -163,6 +163,15 @@ def function_of(name: str) -> NamedFunction | None:
     return NamedFunction(f"{own.path.name}:{own.function}:{own.settings}".rstrip(":"), sha256, make)
 
 
+def with_settings(name: str, words: str) -> str:
+    """An optimizer's name with further settings behind it.
+
+    >>> with_settings("lolo-small", "schedule=cosine"), with_settings("mine.py:f:lr=1", "momentum=0.9")
+    ('lolo-small:schedule=cosine', 'mine.py:f:lr=1,momentum=0.9')
+    """
+    return f"{name}{',' if ':' in name.rpartition('.py:')[2] else ':'}{words}"
+
+
 def rival(name: str) -> NamedRival | None:
     """What "adamw:1e-3" or "muon-cosine:grid" names; None for weights. Raises ValueError, RecipeError."""
     kind, separator, words = name.partition(":")

@@ -10,10 +10,10 @@ import numpy as np
 
 from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
-from lolo.files import disk
+from lolo.files import disk, settings
 from lolo.optimizers import pretrained
 from lolo.runtime import environment
-from lolo.studies import evaluation_folder, headline, names, plots, style, tables
+from lolo.studies import evaluation_folder, headline, plots, style, tables
 from lolo.studies.rows import file_name, save_rows
 
 
@@ -41,7 +41,7 @@ def write_report(
     pictures = [*draw(out, name, rows, unroll, kept), *pictures]
     diverged = sum(row.diverged for row in rows)
     paragraphs = [
-        f"# {names.task_in_words(task)}, {rows[0].steps:,} inner steps",
+        f"# {settings.without_sha256(task)}, {rows[0].steps:,} inner steps",
         f"Train loss: {headline.sentence(rows)}.",
         note,
         text,

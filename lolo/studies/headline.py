@@ -62,8 +62,8 @@ def sentence(rows: Sequence[Row], labels: Sequence[str] | None = None, field: st
     if other is None:
         return f"{name} ends at {_mean(rows, ours, field):.3f}"
     theirs = names.in_words(other, rate=False)
-    if _diverged(rows, other):
-        return f"{name} ends at {_mean(rows, ours, field):.3f}; {_diverged(rows, other)}"
+    if lost := _diverged(rows, other):
+        return f"{name} ends at {_mean(rows, ours, field):.3f}; {lost}"
     try:
         mean, half, n, _ = statistics.paired_difference(rows, ours, other, field)
     except ValueError:  # no seed in common

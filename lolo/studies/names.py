@@ -134,12 +134,3 @@ def together(labels: Sequence[str]) -> tuple[dict[str, str], str]:
 def reference(labels: Sequence[str]) -> str:
     """The one that pictures and findings are about: the first of ours, else the first."""
     return next((label for label in labels if method_of(label) == OURS), labels[0])
-
-
-def task_in_words(task: str) -> str:
-    """A task's name without the sha256 of a user's file.
-
-    >>> task_in_words("mine.py:easy@" + 64 * "0")
-    'mine.py:easy'
-    """
-    return re.sub(r"@[0-9a-f]{64}\b", "", task)

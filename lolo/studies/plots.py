@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lolo.evaluation.long_runs import WINDOW
 from lolo.evaluation.statistics import Row
+from lolo.files import settings
 from lolo.studies import headline, names, style
 from lolo.studies.style import Curve, styled
 
@@ -54,7 +55,7 @@ def curves(
         axis.set_ylabel(headline.loss_in_words(rows))
         later = min(unroll or math.inf, steps[-1] / 10) / 2
         axis.set_ylim(*style.limits(values[:, np.searchsorted(steps, later) :]))
-        task = names.task_in_words(rows[0].task)
+        task = settings.without_sha256(rows[0].task)
         style.explain(axis, *([f"{name} loss on {task}", how] if axis is axes[0] else [f"{name} loss"]))
     for axis in axes:
         style.name_lines(axis, words.__getitem__)
@@ -107,7 +108,7 @@ def finals(rows: Sequence[Row]) -> Any:
     axis.set_xlim(*style.limits(np.concatenate(list(values.values()))))
     axis.set(ylim=(0.4, len(labels) + 0.8), yticks=[])
     axis.set_xlabel(f"{headline.loss_in_words(rows)}: ● train, ○ held-out; line: range over runs")
-    style.explain(axis, f"{names.task_in_words(rows[0].task)}, after {rows[0].steps:,} steps")
+    style.explain(axis, f"{settings.without_sha256(rows[0].task)}, after {rows[0].steps:,} steps")
     return figure
 
 
@@ -216,7 +217,7 @@ def meta_training(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> An
     axes[2].set(xlabel="outer step", title="α, the weight of the task loss", ylim=(-0.02, 1.05))
     if len(tasks) > 1:
         for axis in axes[:2]:
-            style.name_lines(axis, names.task_in_words)
+            style.name_lines(axis, settings.without_sha256)
     return figure
 
 

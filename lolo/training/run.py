@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from lolo.evaluation import long_runs
 from lolo.files import jsonl, settings
 from lolo.files.disk import FileError
-from lolo.files.settings import RecipeError, UserCodeError
 from lolo.files.user_code import HERE
 from lolo.method import meta
 from lolo.method.task import Splits, Task
@@ -254,12 +253,8 @@ def check_own_parts(recipe: Recipe, setup: meta.Setup, tasks: tuple[Task, ...], 
     parts = own_parts.used(recipe)
     if not parts:
         return
-    try:
+    with settings.failures_of(f"a step with {', '.join(parts)}"):
         jax.eval_shape(partial(meta.meta_step, setup), tasks, state)
-    except (UserCodeError, RecipeError):
-        raise
-    except Exception as error:
-        raise settings.failed(f"a step with {', '.join(parts)}", error) from error
 
 
 def prepare(
