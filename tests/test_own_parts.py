@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,9 @@ def files(tmp_path, monkeypatch):
     (folder / "helper_of_mine.py").write_text("START = 0.05\n")
     (folder / "task.py").write_text(TASK)
     monkeypatch.chdir(folder)
-    return folder
+    yield folder
+    for name in ("parts", "helper_of_mine"):  # some tests import them, as a researcher's own script does
+        sys.modules.pop(name, None)
 
 
 SMALL = ["--unroll.length", "20", "--unroll.truncation", "10", "--estimator.pairs", "2", "--validation.every", "0"]
