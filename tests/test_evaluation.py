@@ -150,7 +150,7 @@ OPTAX = {
     "lion": lambda rate: optax.lion(rate, weight_decay=0.1),
     "muon": lambda rate: optax.contrib.muon(rate, weight_decay=0.1, adam_weight_decay=0.1, consistent_rms=1.0),
     "schedule-free": lambda rate: optax.contrib.schedule_free_adamw(rate, weight_decay=0.1),
-    "prodigy": lambda rate: optax.contrib.prodigy(rate, weight_decay=0.1),
+    "prodigy": lambda rate: optax.contrib.prodigy(rate, weight_decay=0.1, safeguard_warmup=True),
 }
 
 
@@ -178,6 +178,13 @@ def test_a_rival_is_optax_s_optimizer_under_its_schedule(kind):
         theirs = optax.contrib.schedule_free_eval_params(reference, theirs)
         assert not np.allclose(scored["w"], ours["w"], atol=1e-4)  # its average is another point
     np.testing.assert_allclose(scored["w"], theirs["w"], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", rivals.NAMES)
+def test_a_rival_falls_under_every_schedule(name):
+    rate = {"sgdm": 0.01, "nesterov": 0.01, "prodigy": 1.0}.get(rivals.NAMES[name][0], 0.003)
+    (found,) = long_runs.compare("quadratic", QUADRATIC, [rivals.rival(name, rate, 200, warmup=0.1)], [0], 200)
+    assert not found.diverged and found.train_curve[-1] < found.train_curve[0]
 
 
 def test_scores_are_taken_where_the_rival_says():

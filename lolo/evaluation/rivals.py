@@ -67,7 +67,8 @@ def schedule_free(rate: experts.Rate, weight_decay: Number) -> optax.GradientTra
 
 def prodigy(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
     """Prodigy, which finds its learning rate; `rate` multiplies it, 1 as meant."""
-    return optax.contrib.prodigy(rate, weight_decay=weight_decay)
+    # Without the safeguard, which its authors advise for a warm-up, a first rate of 0 makes everything NaN.
+    return optax.contrib.prodigy(rate, weight_decay=weight_decay, safeguard_warmup=callable(rate))
 
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
