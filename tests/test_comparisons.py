@@ -232,6 +232,26 @@ def test_deployment_settings_do_what_they_say(tmp_path):
     assert not np.array_equal(frozen[4:], plain[4:])
 
 
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("lolo-norm", "schedule=warmup-cosine,warmup=0.1,learning_rate={}e-1,weight_decay={},adam_scale=2"),
+        ("lolo-norm", "kernel=auto,learning_rate={}e-1,weight_decay={}"),
+        ("lolo-small", "schedule=cosine,step_scale={},weight_decay={}"),
+        ("lolo-anytime", "step_decay={}000,clock_limit=100,weight_decay={}"),
+    ],
+)
+def test_deployments_that_differ_in_numbers_alone_share_a_program(weights, words):
+    names = [f"{weights}:{words.format(*numbers)}" for numbers in ((0.1, 0.5), (0.2, 0.01))]
+    entries = [candidates.candidate(named, QUADRATIC, 20) for named in candidates.read(names).values()]
+    assert entries[0].make is entries[1].make
+    together = long_runs.compare("quadratic", QUADRATIC, entries, [0], 20)
+    alone = [long_runs.compare("quadratic", QUADRATIC, [entry], [0], 20)[0] for entry in entries]
+    assert together == alone and together[0].train_loss != together[1].train_loss
+    (plain,) = candidates.read([weights]).values()
+    assert candidates.candidate(plain, QUADRATIC, 20).make is not entries[0].make
+
+
 def test_entries_that_never_had_a_gradient_stand_still_if_asked_to(tmp_path):
     path, grads, params = write(tmp_path / "a.safetensors", small("lolo")), jnp.array([1.0, 0.0]), jnp.ones(2)
 

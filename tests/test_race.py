@@ -24,7 +24,7 @@ from lolo.race import (
     tuning,
     workloads,
 )
-from lolo.race.records import RaceRow, StepTime, Target, Trial
+from lolo.race.records import RaceRow, StepTime, Target, Trial, ValidationRow
 from lolo.studies import candidates
 from lolo.tasks import by_name
 
@@ -389,9 +389,36 @@ def test_learning_rates_are_tried_on_transformers_of_several_sizes(monkeypatch, 
     assert main(["race", "--out", str(tmp_path), "--transfer", "adamw:1e-3"]) == 2
 
 
+def test_optimizers_are_compared_on_the_search_s_seeds_and_none_is_run_twice(small, tmp_path, capsys):
+    words = ["race", "--out", str(tmp_path), "--seeds", "2", "--validate", "adamw:1e-2"]
+    assert main(words) == 0
+    first = records.read(tmp_path / stages.VALIDATION_FILE, ValidationRow)
+    assert {(r.workload, r.seed, r.steps) for r in first} == {
+        (name, seed, 150) for name in ("near", "far") for seed in (search.TRIAL_SEED, search.TRIAL_SEED + 1)
+    }
+    of, (setting,) = tuning.rival("adamw"), search.settings_of(search.SPACES["adamw"], 1)
+    (trial,) = tuning.trials(of, "near", lambda count: None, count=1)
+    assert main(["race", "--out", str(tmp_path / "one"), "--seeds", "1", "--validate", of.name_of(setting)]) == 0
+    assert records.read(tmp_path / "one" / stages.VALIDATION_FILE, ValidationRow)[0].loss == trial.loss
+    capsys.readouterr()
+    assert main([*words, "adamw:1e-3"]) == 0
+    table = capsys.readouterr()
+    rows = records.read(tmp_path / stages.VALIDATION_FILE, ValidationRow)
+    assert [r for r in rows if r.optimizer == "adamw:1e-2"] == first and "400 of 600" not in table.err
+    means = {
+        (name, workload): np.mean([r.loss for r in rows if (r.optimizer, r.workload) == (name, workload)])
+        for name in ("adamw:1e-2", "adamw:1e-3")
+        for workload in ("near", "far")
+    }
+    below = [100 * math.log(means["adamw:1e-3", w] / means["adamw:1e-2", w]) for w in ("near", "far")]
+    assert f"{np.mean(below):+.2f} ±" in table.out and f"{means['adamw:1e-3', 'far']:.4f}" in table.out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--validate", "adamw:1e-3", "--seeds", "8"], "at most 7"),
+        (["--validate", "adamw:1e-3", "--dry-run"], "leave out"),
         (["--only", "mpl"], "did you mean 'mlp'"),
         (["--settings", "lr=1"], "are of --optimizer"),
         (["--seeds", "0"], "at least 1"),

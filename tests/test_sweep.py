@@ -61,9 +61,26 @@ def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path):
     assert len(sweep.read(write(tmp_path, SMALL)).runs) == 1  # no grid: one run
 
 
+def test_tables_of_runs_are_tried_one_at_a_time_and_each_with_the_whole_grid(tmp_path):
+    tables = "[[runs]]\n[[runs]]\nouter.lr = 0.01\n[[runs]]\nimitation.start = 0.1\nimitation.floor = 0.2\n"
+    runs = sweep.read(write(tmp_path, f"{SMALL}\n{tables}[grid]\nseed = [0, 1]")).runs
+    assert [run.name for run in runs][::2] == ["000-seed=0", "002-lr=0.01-seed=0", "004-start=0.1-floor=0.2-seed=0"]
+    assert [(run.recipe.outer.lr, run.recipe.imitation.floor, run.recipe.seed) for run in runs] == [
+        (lr, floor, seed) for lr, floor in ((0.003, 0.0), (0.01, 0.0), (0.003, 0.2)) for seed in (0, 1)
+    ]
+    # Each row of the table names what any of the runs changes, also where this run does not.
+    assert runs[1].varied == {"outer.lr": 0.003, "imitation.start": 0.0, "imitation.floor": 0.0, "seed": 1}
+    assert sweep.table([sweep.row(run) for run in runs]).count("waiting") == 6
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("runs = 3", ["runs = 3", "[[runs]]"]),
+        ("runs = [3]", ["runs = 3", "[[runs]]"]),
+        ("[[runs]]\nseed = 1\n[[runs]]\n[grid]\nseed = [0]", ["seed is both in [[runs]]"]),
+        ("[[runs]]\nseed = 1\n[[runs]]\nseed = 1", ["000-seed=1 and 001-seed=1 are the same run"]),
+        ("[[runs]]\nouter.stps = 1", ["'outer.stps'", "'outer.steps'"]),
         ("recipe = lolo", ["TOML"]),
         ('recipes = "lolo"', ["'recipes'", "'recipe'"]),
         ('recipe = "lol"', ["'lol'", "'lolo'"]),

@@ -103,6 +103,7 @@ def race_command(argv: list[str]) -> int:
         from_scratch: bool = False,
         time_steps: bool = False,
         transfer: tuple[str, ...] = (),
+        validate: tuple[str, ...] = (),
         code: tuple[Path, ...] = (),
         dry_run: bool = False,
     ) -> int:
@@ -127,6 +128,8 @@ def race_command(argv: list[str]) -> int:
           time_steps: measure the time of a training step again, of the rivals and the optimizer: minutes.
           transfer: no race: how far the best learning rate of these optimizers moves with the width and the depth of a
             transformer, as a picture. Each is a rival's kind or weights: adamw muon mine.safetensors.
+          validate: no race: the validation loss of these optimizers on the search's seeds and steps, as a table. For
+            choosing weights or settings before they are raced: FILE:schedule=warmup-cosine,learning_rate=2e-3.
           code: your own files that may be run, of weights whose architecture is a function of one.
           dry_run: only say what would run.
         """
@@ -144,8 +147,8 @@ def race_command(argv: list[str]) -> int:
             searched = [tuning.weights(optimizer, name, code)] if search else []
         if from_scratch:
             searched += [tuning.rival(kind) for kind in race_search.SPACES]
-        if dry_run and transfer:
-            raise ValueError("--dry-run is for a race; leave out --transfer.")
+        if dry_run and (transfer or validate):
+            raise ValueError("--dry-run is for a race; leave out --transfer and --validate.")
         if dry_run:
             count = race_search.FIVE if search else sum(len(one.optimizers) for one in mine)
             print(stages.outlook(count, len(searched), seeds, only, out, from_scratch))
@@ -155,6 +158,9 @@ def race_command(argv: list[str]) -> int:
             on_progress = interrupt.interruptible(stop, display, out)
             if transfer:
                 print(stages.transfer_rates(out, transfer, on_progress))
+                return 0
+            if validate:
+                print_or_show(stages.validate(out, validate, seeds, only, code, on_progress))
                 return 0
             found = stages.search_all(out, searched, only, on_progress) if searched else []
             if search:

@@ -77,7 +77,19 @@ class TransferRow:
     loss: float  # validation loss at the end
 
 
-Record = TypeVar("Record", Trial, Target, RaceRow, StepTime, TransferRow)
+@dataclasses.dataclass(frozen=True)
+class ValidationRow:
+    """One run on the data and a seed of the search."""
+
+    workload: str
+    optimizer: str  # with its settings, as `lolo eval` names it
+    contents: str  # sha256 of its φ or of a user's file; "" for a rival
+    seed: int
+    steps: int
+    loss: float  # validation loss at the end
+
+
+Record = TypeVar("Record", Trial, Target, RaceRow, StepTime, TransferRow, ValidationRow)
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "str": jsonl.string,

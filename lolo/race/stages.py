@@ -9,16 +9,16 @@ from typing import NamedTuple
 import jax
 
 from lolo.files.disk import FileError
-from lolo.race import entrants, records, search, step_times, transfer, tuning, workloads
+from lolo.race import entrants, records, search, step_times, transfer, tuning, validation, workloads
 from lolo.race.entrants import Entrant
-from lolo.race.records import KEPT, RaceRow, StepTime, Target, TransferRow, Trial
+from lolo.race.records import KEPT, RaceRow, StepTime, Target, TransferRow, Trial, ValidationRow
 from lolo.race.results import Form
 from lolo.runtime import environment, interrupt, parallel
-from lolo.studies import style
+from lolo.studies import candidates, style
 from lolo.studies.rows import slug
 
 TRIALS_FILE, ROWS_FILE, TRANSFER_FILE = "trials.jsonl.gz", "rows.jsonl.gz", "transfer.jsonl.gz"
-TARGETS_FILE, TIMES_FILE = "targets.jsonl", "step-times.jsonl"
+TARGETS_FILE, TIMES_FILE, VALIDATION_FILE = "targets.jsonl", "step-times.jsonl", "validation.jsonl"
 
 
 class Race(NamedTuple):
@@ -161,6 +161,43 @@ def transfer_rates(out: Path, optimizers: Sequence[str], on_progress: interrupt.
     picture = out / "transfer.svg"
     style.save_figure(transfer.picture([row for row in rows if row.entrant in optimizers]), picture)
     return picture
+
+
+def validate(
+    out: Path,
+    optimizers: Sequence[str],
+    seeds: int,
+    only: Sequence[str],
+    code: Sequence[Path],
+    on_progress: interrupt.OnProgress,
+) -> str:
+    """The losses of optimizers on the search's data and seeds, as a table; rows go to `out`, none is made again.
+
+    Raises ValueError, FileError.
+    """
+    file, chosen, drawn = out / VALIDATION_FILE, only or tuple(workloads.WORKLOADS), validation.seeds_of(seeds)
+    rows, named = records.read(file, ValidationRow), candidates.read(optimizers, code=code)
+
+    def of_today(workload: str) -> list[ValidationRow]:
+        steps = tuning.steps_of_search(workloads.WORKLOADS[workload])
+        wanted = {(name, validation.contents_of(one)) for name, one in named.items()}
+        mine = [r for r in rows if (r.workload, r.steps) == (workload, steps) and r.seed in drawn]
+        return [r for r in mine if (r.optimizer, r.contents) in wanted]
+
+    missing: dict[str, dict[str, candidates.Named]] = {}
+    for workload in chosen:
+        there = [row.optimizer for row in of_today(workload)]
+        missing[workload] = {name: one for name, one in named.items() if there.count(name) < seeds}
+    total = sum(tuning.steps_of_search(workloads.WORKLOADS[name]) * len(of) for name, of in missing.items())
+    steps = Steps(total * seeds, "validating", on_progress)
+    for workload, of in missing.items():
+        for name, one in of.items():
+            made = validation.run({name: one}, workload, drawn, steps)
+            rows = [r for r in rows if (r.workload, r.optimizer) != (workload, name)] + made
+            records.write(file, rows)
+        if of:
+            environment.forget_programs()
+    return validation.table([row for workload in chosen for row in of_today(workload)], list(named))
 
 
 def rivals(trials: Sequence[Trial]) -> list[Entrant]:

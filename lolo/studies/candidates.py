@@ -302,21 +302,41 @@ def _label(
 @functools.lru_cache(maxsize=64)
 def _make(
     learner: LearnerSettings,
-    step_scale: float,
+    numbers: frozenset[str],
     schedule: str,
     steps: int,
-    warmup: float,
     freeze_unseen: bool,
     is_matrix: experts.IsMatrix | None,
 ) -> long_runs.Make:
-    """φ -> optimizer, one object for equal arguments: what is compiled for it is found again."""
-    scale: Any = step_scale
-    if schedule != "constant":
-        factor = schedules.SCHEDULES[schedule]
-        scale = lambda count: step_scale * factor(count, steps, warmup * steps)  # noqa: E731
+    """(φ, numbers by name) -> optimizer, one object for equal arguments: what is compiled for it is found again."""
     taken = is_matrix is not None and "is_matrix" in architecture.of(learner).arguments
-    more = {"is_matrix": is_matrix} if taken else settings.NONE
-    return pretrained.maker(learner, scale, freeze_unseen=freeze_unseen, more=more)
+    more = {"is_matrix": is_matrix} if taken else {}
+
+    def make(setting: tuple[dict[str, jax.Array], dict[str, rivals.Number]]) -> optax.GradientTransformation:
+        meta_params, given = setting
+        scale: Any = given.get("step_scale", 1.0)
+        if schedule != "constant":
+            factor, scaled = schedules.SCHEDULES[schedule], scale
+            scale = lambda count: scaled * factor(count, steps, given["warmup"] * steps)  # noqa: E731
+        own = {name: given[name] for name in numbers - {"step_scale", "warmup"}}
+        return pretrained.maker(learner, scale, freeze_unseen=freeze_unseen, more=more | own)(meta_params)
+
+    return make
+
+
+def _weights(named: NamedWeights, steps: int, is_matrix: experts.IsMatrix | None) -> Candidate:
+    """Weights as a candidate. Deployments that differ in numbers alone share a compiled program."""
+    label, seed, weights, deployed = named
+    inside = {name: x for name, x in deployed.learner.items() if isinstance(x, int | float)}
+    numbers = dict(inside)
+    if deployed.step_scale != 1.0:
+        numbers["step_scale"] = deployed.step_scale
+    if deployed.schedule != "constant":
+        numbers["warmup"] = deployed.warmup
+    learner = architecture.deployed(weights.learner, dict.fromkeys(inside, 1.0))  # which are given with each setting
+    horizon = 0 if deployed.schedule == "constant" else steps
+    make = _make(learner, frozenset(numbers), deployed.schedule, horizon, deployed.freeze_unseen, is_matrix)
+    return Candidate(label, seed, make, (weights.meta_params, numbers))
 
 
 def candidate(
@@ -332,11 +352,7 @@ def candidate(
     function with an argument of this name too. None: all of two axes or more. A grid's best is found without it.
     """
     if isinstance(named, NamedWeights):
-        label, seed, weights, deployed = named
-        horizon = 0 if deployed.schedule == "constant" else steps
-        schedule = deployed.schedule, horizon, deployed.warmup
-        make = _make(weights.learner, deployed.step_scale, *schedule, deployed.freeze_unseen, is_matrix)
-        return Candidate(label, seed, make, weights.meta_params)
+        return _weights(named, steps, is_matrix)
     if isinstance(named, NamedFunction):
         optimizer = named.make(steps, is_matrix)
         return Candidate(named.label, None, lambda setting: optimizer, 0.0)

@@ -1,7 +1,8 @@
 """`lolo sweep FILE`: a grid of recipes as independent runs, and one table of what came out.
 
-The file is TOML: a recipe's name, a folder, fields that all runs share, and a grid, of which every combination is a
-run. The run folders are all the state there is: a sweep that was stopped, or had failures, resumes when started again.
+The file is TOML: a recipe's name, a folder, fields that all runs share, tables of fields that are tried one table at a
+time, and a grid, of which every combination is a run for each of these. The run folders are all the state there is: a
+sweep that was stopped, or had failures, resumes when started again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from lolo.training import build, recipes, run_folder, run_log, run_start
 from lolo.training.recipes import Recipe
 
 LAST_STEPS = 100  # outer steps that the reported loss is the mean of
-KEYS = {"recipe": str, "out": str, "fields": dict, "grid": dict}
+KEYS = {"recipe": str, "out": str, "fields": dict, "runs": list, "grid": dict}
+KINDS = {str: "a string", dict: "a table: [{}], then lines of field = value", list: "tables: [[{}]] before each"}
 
 
 class SweepError(ValueError):
@@ -42,7 +44,7 @@ class Planned:
 
     number: int
     name: str  # of its folder
-    varied: dict[str, Any]  # the grid's fields by dotted name
+    varied: dict[str, Any]  # by dotted name: the fields that differ between runs, of the grid and of [[runs]]
     recipe: Recipe
     out: Path
 
@@ -97,27 +99,35 @@ def read(path: Path) -> Sweep:
         if name not in KEYS:
             raise settings.unknown("key of a sweep", name, KEYS)
         if not isinstance(described[name], KEYS[name]):
-            kind = "a string" if KEYS[name] is str else f"a table: [{name}], then lines of field = value"
-            raise SweepError(f"{path}: {name} = {described[name]!r} must be {kind}.")
+            raise SweepError(f"{path}: {name} = {described[name]!r} must be {KINDS[KEYS[name]].format(name)}.")
     base = described.get("recipe", "lolo")
     recipe = settings.pick(recipes.RECIPES, "recipe", base)
-    tables = [flatten(described.get(name, {})) for name in ("fields", "grid")]
-    common, grid = tables
+    common, grid = (flatten(described.get(name, {})) for name in ("fields", "grid"))
+    for one in described.get("runs", ()):
+        if not isinstance(one, dict):
+            raise SweepError(f"{path}: runs = {one!r} must be {KINDS[list].format('runs')}.")
+    one_by_one = [flatten(one) for one in described.get("runs", ())] or [{}]
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise SweepError(f"{path}: grid.{name} = {values!r} must be a list of at least one value.")
         if name in common:
             raise SweepError(f"{path}: {name} is both in [fields] and in [grid]; take it out of one.")
+        if any(name in one for one in one_by_one):
+            raise SweepError(f"{path}: {name} is both in [[runs]] and in [grid]; take it out of one.")
     out = Path(described.get("out", Path("runs") / path.stem))
     runs: list[Planned] = []
-    for number, values in enumerate(itertools.product(*grid.values())):
-        varied = dict(zip(grid, values, strict=True))
-        words = "-".join(f"{name.rpartition('.')[2]}={value}" for name, value in varied.items())
+    columns = list(dict.fromkeys(name for one in (*one_by_one, grid) for name in one))
+    for number, (one, *values) in enumerate(itertools.product(one_by_one, *grid.values())):
+        own = one | dict(zip(grid, values, strict=True))
+        words = "-".join(f"{name.rpartition('.')[2]}={value}" for name, value in own.items())
         name = f"{number:03d}-{re.sub('[^A-Za-z0-9=._-]+', '_', words)}"[:100].rstrip("-")
         try:
-            runs.append(Planned(number, name, varied, changed(recipe, common | varied), out / name))
+            planned = changed(recipe, common | own)
         except RecipeError as error:
             raise RecipeError(f"{path}, {words or 'the one run'}: {error}") from error
+        there = settings.fields(planned)
+        varied = {name: own.get(name, there.get(name)) for name in columns}
+        runs.append(Planned(number, name, varied, planned, out / name))
     names: dict[Recipe, str] = {}
     for run in runs:
         if run.recipe in names:
