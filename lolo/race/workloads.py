@@ -17,6 +17,7 @@ from lolo.tasks import by_name
 
 POINTS = 50  # of a run's curve: its validation loss is taken after each 1/50 of the steps
 SCORED = 1000  # examples of the validation split that a point is the loss on; of text fewer, which are long
+SCORED_TOGETHER = 125  # examples: on a CPU attention over more of them takes up to four times as long per example
 TESTED = 10  # times as many examples of the test split are scored at the end
 VARIANT_SEED = 20_261_129  # what the held-out variants are drawn by
 SHARE_OF_TARGET = 0.75  # runs that set a target, and the search, have this share of a race's steps
@@ -118,8 +119,9 @@ def splits_of(task: str) -> Splits:
     """The splits of a workload's task, with no more examples to score than its workload has (`Workload.scored`)."""
     splits, kind = by_name.resolve(task), task.partition(":")[0]
     scored = next((of.scored for of in WORKLOADS.values() if of.task.partition(":")[0] == kind), SCORED)
-    validation = dataclasses.replace(splits.validation, score_examples=scored)
-    test = dataclasses.replace(splits.test, size=min(splits.test.size, TESTED * scored))
+    together = min(splits.validation.score_batch, SCORED_TOGETHER)
+    validation = dataclasses.replace(splits.validation, score_examples=scored, score_batch=together)
+    test = dataclasses.replace(splits.test, size=min(splits.test.size, TESTED * scored), score_batch=together)
     return splits._replace(validation=validation, test=test)
 
 
