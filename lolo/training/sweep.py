@@ -119,7 +119,7 @@ def read(path: Path) -> Sweep:
     columns = list(dict.fromkeys(name for one in (*one_by_one, grid) for name in one))
     for number, (one, *values) in enumerate(itertools.product(one_by_one, *grid.values())):
         own = one | dict(zip(grid, values, strict=True))
-        words = "-".join(f"{name.rpartition('.')[2]}={value}" for name, value in own.items())
+        words = "-".join(f"{name.rpartition('.')[2]}={_in_words(value)}" for name, value in own.items())
         name = f"{number:03d}-{re.sub('[^A-Za-z0-9=._-]+', '_', words)}"[:100].rstrip("-")
         try:
             planned = changed(recipe, common | own)
@@ -134,6 +134,11 @@ def read(path: Path) -> Sweep:
             raise SweepError(f"{path}: {names[run.recipe]} and {run.name} are the same run; take one value out.")
         names[run.recipe] = run.name
     return Sweep(base, out, runs)
+
+
+def _in_words(value: Any) -> str:
+    """A field's value in a folder's name or a cell: several tasks as "a+b"."""
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def state_of(run: Planned) -> str:
@@ -179,7 +184,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table; what failed is in it, and listed below with the reason."""
 
     def cell(value: Any) -> str:
-        return "–" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+        return "–" if value is None else f"{value:.5g}" if isinstance(value, float) else _in_words(value)
 
     names = [name for name in rows[0] if name != "reason"]
     lines = [" | ".join(names), " | ".join("---" for _ in names)]
