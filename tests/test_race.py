@@ -13,6 +13,7 @@ from lolo.files.disk import FileError
 from lolo.optimizers import architecture, weights_file
 from lolo.race import (
     entrants,
+    pictures,
     records,
     report,
     results,
@@ -194,6 +195,13 @@ def test_seconds_are_steps_times_the_time_of_a_step():
     found = {s.entrant: s for s in results.standings(rows, TARGETS, "tuned", times)}
     assert found["fast"].speed_up.mean == 2 and found["fast"].speed_up_seconds.mean == pytest.approx(2 / 3)
     assert found["fast"].seconds == {("near", False): 300.0}
+
+
+@pytest.mark.parametrize(("times", "panels"), [({}, 1), ({("near", "adamw"): 1.0}, 2)])
+def test_the_profiles_show_seconds_only_where_a_step_time_is_known(times, panels):
+    rows = rows_of("adamw", [0.9, 0.4]) + rows_of("mine", [0.4, 0.3])
+    figure = pictures.profiles(results.standings(rows, TARGETS, "tuned", times), "tuned")
+    assert len(figure.axes) == panels
 
 
 def test_without_adamw_there_is_nothing_to_compare_with():

@@ -40,16 +40,21 @@ def finding(standings: Sequence[Standing], rules: str) -> str:
 
 @styled
 def profiles(standings: Sequence[Standing], rules: str) -> Any:
-    """The share of the workloads that each optimizer finishes within τ times the best steps, and seconds."""
+    """The share of the workloads that each optimizer finishes within τ times the best steps, and seconds if known."""
     drawn = [of.entrant for of in few(standings)]
     look, factors = style.looks(drawn), np.linspace(1, scores.FARTHEST, 301)
-    figure, axes = style.panels(2, finding(standings, rules))
-    for axis, unit in zip(axes, ("steps", "seconds"), strict=True):
+    found: dict[str, list[Curve]] = {}
+    for unit in ("steps", "seconds"):
         forms = [form for form in standings[0].steps if unit == "steps" or not form[1]]
         times = np.array([[getattr(of, unit)[form] for form in forms] for of in standings])
         known = np.flatnonzero(~np.isnan(times).any(axis=1))
-        shares = dict(zip(known, scores.profile(times[known], factors), strict=True))
-        lines = [Curve(standings[i].entrant, factors, y) for i, y in shares.items() if standings[i].entrant in drawn]
+        if known.size:
+            shares = dict(zip(known, scores.profile(times[known], factors), strict=True))
+            found[unit] = [
+                Curve(standings[i].entrant, factors, y) for i, y in shares.items() if standings[i].entrant in drawn
+            ]
+    figure, axes = style.panels(len(found), finding(standings, rules))
+    for axis, (unit, lines) in zip(axes, found.items(), strict=True):
         style.draw_lines(axis, lines, look)
         axis.set(xlim=(1, scores.FARTHEST), ylim=(-0.02, 1.02), ylabel="share of workloads finished")
         axis.set_xlabel(f"τ: times the best {unit} to the target")
