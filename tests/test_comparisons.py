@@ -17,6 +17,7 @@ from lolo.method import meta
 from lolo.optimizers import architecture, pretrained
 from lolo.studies import candidates, comparison_report, comparisons, evaluation_folder, headline, plots, tables
 from lolo.studies.rows import file_name, load_rows, save_rows
+from lolo.tasks import by_name
 from lolo.tasks.small import quadratic
 from lolo.training import build, recipes
 
@@ -242,14 +243,31 @@ def test_deployment_settings_do_what_they_say(tmp_path):
     ],
 )
 def test_deployments_that_differ_in_numbers_alone_share_a_program(weights, words):
+    splits = by_name.resolve("digits-mlp")  # with matrices, which the network moves
     names = [f"{weights}:{words.format(*numbers)}" for numbers in ((0.1, 0.5), (0.2, 0.01))]
-    entries = [candidates.candidate(named, QUADRATIC, 20) for named in candidates.read(names).values()]
+    entries = [candidates.candidate(named, splits, 20) for named in candidates.read(names).values()]
     assert entries[0].make is entries[1].make
-    together = long_runs.compare("quadratic", QUADRATIC, entries, [0], 20)
-    alone = [long_runs.compare("quadratic", QUADRATIC, [entry], [0], 20)[0] for entry in entries]
+    together = long_runs.compare("digits-mlp", splits, entries, [0], 20)
+    alone = [long_runs.compare("digits-mlp", splits, [entry], [0], 20)[0] for entry in entries]
     assert together == alone and together[0].train_loss != together[1].train_loss
     (plain,) = candidates.read([weights]).values()
-    assert candidates.candidate(plain, QUADRATIC, 20).make is not entries[0].make
+    assert candidates.candidate(plain, splits, 20).make is not entries[0].make
+
+
+def test_what_muon_leaves_to_adamw_has_a_learning_rate_of_its_own():
+    params = {"w": jax.random.normal(jax.random.key(0), (6, 4)), "b": jnp.ones(4)}
+    found = {}
+    for scale in (1, 5):
+        (named,) = candidates.read([f"muon:1e-2,weight_decay=0.1,adam_scale={scale}"]).values()
+        entry = candidates.candidate(named, QUADRATIC, 20)
+        optimizer = entry.make(entry.setting)
+        found[scale], _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_array_equal(found[1]["w"], found[5]["w"])
+    decay = -1e-2 * 0.1 * params["b"]  # the same for both
+    np.testing.assert_allclose(found[5]["b"] - decay, 5 * (found[1]["b"] - decay), rtol=1e-4)
+    assert entry.label == "muon 0.01 wd 0.1 adam_scale 5"
+    with pytest.raises(ValueError, match="unknown setting of adamw.*'adam_scale'"):
+        candidates.read(["adamw:1e-2,adam_scale=5"])
 
 
 def test_entries_that_never_had_a_gradient_stand_still_if_asked_to(tmp_path):

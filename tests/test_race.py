@@ -1,5 +1,6 @@
 """The race: workloads, the search, scores with known answers, and a whole race on a small task."""
 
+import dataclasses
 import math
 import pathlib
 
@@ -23,6 +24,7 @@ from lolo.race import (
     step_times,
     transfer,
     tuning,
+    validation,
     workloads,
 )
 from lolo.race.records import RaceRow, StepTime, Target, Trial, ValidationRow
@@ -397,36 +399,65 @@ def test_learning_rates_are_tried_on_transformers_of_several_sizes(monkeypatch, 
     assert main(["race", "--out", str(tmp_path), "--transfer", "adamw:1e-3"]) == 2
 
 
-def test_optimizers_are_compared_on_the_search_s_seeds_and_none_is_run_twice(small, tmp_path, capsys):
-    words = ["race", "--out", str(tmp_path), "--seeds", "2", "--validate", "adamw:1e-2"]
-    assert main(words) == 0
-    first = records.read(tmp_path / stages.VALIDATION_FILE, ValidationRow)
-    assert {(r.workload, r.seed, r.steps) for r in first} == {
-        (name, seed, 150) for name in ("near", "far") for seed in (search.TRIAL_SEED, search.TRIAL_SEED + 1)
+def test_optimizers_are_compared_on_the_search_s_data_and_none_is_run_twice(small, tmp_path):
+    ran = []
+
+    def validate(*optimizers, seeds=2):
+        ran.append(0)
+        return stages.validate(tmp_path, optimizers, seeds, (), (), lambda what, done, total, _: ran.append(done))
+
+    validate("adamw:1e-2")
+    assert ran[-1] == 2 * 2 * 150  # workloads, seeds, three quarters of the steps
+    files = sorted((tmp_path / "validation").rglob("*.jsonl"))
+    rows = [row for file in files for row in records.read(file, ValidationRow)]
+    assert {(r.workload, r.seed) for r in rows} == {
+        (name, seed) for name in ("near", "far") for seed in (search.TRIAL_SEED, search.TRIAL_SEED + 1)
     }
     of, (setting,) = tuning.rival("adamw"), search.settings_of(search.SPACES["adamw"], 1)
     (trial,) = tuning.trials(of, "near", lambda count: None, count=1)
-    assert main(["race", "--out", str(tmp_path / "one"), "--seeds", "1", "--validate", of.name_of(setting)]) == 0
-    assert records.read(tmp_path / "one" / stages.VALIDATION_FILE, ValidationRow)[0].loss == trial.loss
-    capsys.readouterr()
-    assert main([*words, "adamw:1e-3"]) == 0
-    table = capsys.readouterr()
-    rows = records.read(tmp_path / stages.VALIDATION_FILE, ValidationRow)
-    assert [r for r in rows if r.optimizer == "adamw:1e-2"] == first and "400 of 600" not in table.err
-    means = {
-        (name, workload): np.mean([r.loss for r in rows if (r.optimizer, r.workload) == (name, workload)])
-        for name in ("adamw:1e-2", "adamw:1e-3")
-        for workload in ("near", "far")
-    }
-    below = [100 * math.log(means["adamw:1e-3", w] / means["adamw:1e-2", w]) for w in ("near", "far")]
-    assert f"{np.mean(below):+.2f} ±" in table.out and f"{means['adamw:1e-3', 'far']:.4f}" in table.out
+    validate(of.name_of(setting), seeds=1)
+    (new,) = set((tmp_path / "validation" / "near").iterdir()) - set(files)
+    assert records.read(new, ValidationRow)[0].loss == trial.loss
+    said = validate("adamw:1e-2", "adamw:1e-3")
+    assert ran[-1] == 2 * 2 * 150  # of the second alone
+    validate("adamw:1e-3", "adamw:1e-2")
+    assert ran[-1] == 0
+    assert "| adamw:1e-2 |" in said and "| – |" in said and "95 % interval" in said
+    files[0].write_text("{\n")
+    with pytest.raises(FileError, match="Remove it, and its rows are made again"):
+        validate("adamw:1e-2")
+
+
+def test_weights_with_other_settings_are_validated_again(small, tmp_path):
+    weights, found = lolo.load("lolo-small"), []
+    for step_mult in (weights.learner.step_mult, 1e-5):
+        lolo.save(
+            tmp_path / "w.safetensors",
+            weights._replace(learner=dataclasses.replace(weights.learner, step_mult=step_mult)),
+        )
+        found.append(stages.validate(tmp_path, [str(tmp_path / "w.safetensors")], 1, ("near",), (), quiet))
+    assert found[0] != found[1]
+
+
+def test_a_comparison_has_its_interval_and_says_what_diverged():
+    first, half = {"a": 1.0, "b": 2.0, "c": 4.0}, {"a": 0.5, "b": 1.0, "c": 2.0}
+    lines = validation.table({"x": first, "y": half, "z": half | {"c": math.nan}, "q": half | {"c": 1.0}}).splitlines()
+    assert lines[2] == "| x | 1.0000 | 2.0000 | 4.0000 | – |"
+    assert lines[3] == "| y | 0.5000 | 1.0000 | 2.0000 | -50.0 % (-50.0 to -50.0) |"
+    assert lines[4] == "| z | 0.5000 | 1.0000 | diverged | – |"
+    assert lines[5].startswith("| q | 0.5000 | 1.0000 | 1.0000 | -60.3 % (")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--validate", "adamw:1e-3", "--seeds", "8"], "at most 7"),
-        (["--validate", "adamw:1e-3", "--dry-run"], "leave out"),
+        (["--validate", "adamw:1e-3", "--dry-run"], "leave out --dry-run"),
+        (["--validate", "adamw:1e-3", "--optimizer", "lolo-norm"], "leave out --optimizer"),
+        (["--transfer", "adamw", "--validate", "adamw:1e-3"], "leave out --validate"),
+        (["--validate"], "at least one optimizer"),
+        (["--validate", "adamw:grid"], "give each rate by itself"),
+        (["--validate", "lolo-norm:kernel=plain,kernel=auto"], "kernel is given twice"),
         (["--only", "mpl"], "did you mean 'mlp'"),
         (["--settings", "lr=1"], "are of --optimizer"),
         (["--seeds", "0"], "at least 1"),

@@ -77,6 +77,9 @@ def test_tables_of_runs_are_tried_one_at_a_time_and_each_with_the_whole_grid(tmp
     ("text", "words"),
     [
         ("runs = 3", ["runs = 3", "[[runs]]"]),
+        ("[runs]\nseed = 1", ["write [[runs]] instead of [runs]"]),
+        ('[[runs]]\ntasks = ["books-mpl"]', ["try.toml, tasks=", "'books-mpl'"]),
+        ("[[runs]]\n[[runs]]", ["000 and 001 are the same run; take one out"]),
         ("runs = [3]", ["runs = 3", "[[runs]]"]),
         ("[[runs]]\nseed = 1\n[[runs]]\n[grid]\nseed = [0]", ["seed is both in [[runs]]"]),
         ("[[runs]]\nseed = 1\n[[runs]]\nseed = 1", ["000-seed=1 and 001-seed=1 are the same run"]),

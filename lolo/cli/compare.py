@@ -128,8 +128,9 @@ def race_command(argv: list[str]) -> int:
           time_steps: measure the time of a training step again, of the rivals and the optimizer: minutes.
           transfer: no race: how far the best learning rate of these optimizers moves with the width and the depth of a
             transformer, as a picture. Each is a rival's kind or weights: adamw muon mine.safetensors.
-          validate: no race: the validation loss of these optimizers on the search's seeds and steps, as a table. For
-            choosing weights or settings before they are raced: FILE:schedule=warmup-cosine,learning_rate=2e-3.
+          validate: no race: the validation loss of these optimizers, on seeds that no race has, after as many steps as
+            a trial of the search; a table. For choosing weights or settings before they are raced:
+            FILE:schedule=warmup-cosine,learning_rate=2e-3 FILE:schedule=warmup-cosine,learning_rate=4e-3.
           code: your own files that may be run, of weights whose architecture is a function of one.
           dry_run: only say what would run.
         """
@@ -147,21 +148,35 @@ def race_command(argv: list[str]) -> int:
             searched = [tuning.weights(optimizer, name, code)] if search else []
         if from_scratch:
             searched += [tuning.rival(kind) for kind in race_search.SPACES]
-        if dry_run and (transfer or validate):
-            raise ValueError("--dry-run is for a race; leave out --transfer and --validate.")
+        for option, values in (("--transfer", transfer), ("--validate", validate)):
+            if option in argv and not values:
+                raise ValueError(f"{option} needs at least one optimizer, for instance {option} lolo-norm.")
+            others = {
+                "--optimizer": optimizer,
+                "--from-scratch": from_scratch,
+                "--time-steps": time_steps,
+                "--dry-run": dry_run,
+                "--validate": validate if option == "--transfer" else (),
+            }
+            if values and (other := next((name for name, given in others.items() if given), None)):
+                raise ValueError(f"{option} is no race: leave out {other}.")
         if dry_run:
             count = race_search.FIVE if search else sum(len(one.optimizers) for one in mine)
             print(stages.outlook(count, len(searched), seeds, only, out, from_scratch))
             return 0
         stop = interrupt.Stop()
+        if transfer or validate:
+            with progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
+                on_progress = interrupt.interruptible(stop, display, out)
+                if transfer:
+                    said = str(stages.transfer_rates(out, transfer, on_progress))
+                else:
+                    said = stages.validate(out, validate, seeds, only, code, on_progress)
+            print(said)
+            return 0
+        stages.ready(out)
         with progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
             on_progress = interrupt.interruptible(stop, display, out)
-            if transfer:
-                print(stages.transfer_rates(out, transfer, on_progress))
-                return 0
-            if validate:
-                print_or_show(stages.validate(out, validate, seeds, only, code, on_progress))
-                return 0
             found = stages.search_all(out, searched, only, on_progress) if searched else []
             if search:
                 mine = [entrants.searched(searched[0], found)]

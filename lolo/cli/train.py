@@ -232,10 +232,11 @@ def sweep_command(argv: list[str]) -> int:
         slurm: bool = False,
         table: bool = False,
     ) -> int:
-        """Run every combination of a grid of recipes; resumes what was stopped, and tries again what failed.
+        """Run changes of a recipe, one at a time or as a grid; resumes what was stopped, and tries again what failed.
 
         Args:
-          file: TOML with recipe, out, [fields] that all runs share, and [grid] with lists of values.
+          file: TOML with recipe, out, [fields] that all runs share, [[runs]] with fields that are changed table by
+            table, and [grid] with lists of values, of which every combination is run with each of the tables.
           workers: runs at a time; default: one for each core.
           only: this run alone, by its number.
           slurm: print an array script, and run nothing.

@@ -67,7 +67,7 @@ def schedule_free(rate: experts.Rate, weight_decay: Number) -> optax.GradientTra
 
 def prodigy(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransformation:
     """Prodigy, which finds its learning rate; `rate` multiplies it, 1 as meant."""
-    # Without the safeguard, which its authors advise for a warm-up, a first rate of 0 makes everything NaN.
+    # Its authors advise the safeguard for a warm-up: a first rate of 0 makes everything NaN without it.
     return optax.contrib.prodigy(rate, weight_decay=weight_decay, safeguard_warmup=callable(rate))
 
 
@@ -82,7 +82,7 @@ class Rival(NamedTuple):
     rates: tuple[float, ...] = GRID  # of its grids
     decays: bool = True  # whether it has a weight decay
     scored: long_runs.Scored = long_runs.params_of  # where its scores are taken
-    takes_is_matrix: bool = False  # whether it has a third argument, which parameters are matrices
+    tells_matrices_apart: bool = False  # whether it has arguments is_matrix and adam_scale
 
 
 RIVALS: dict[str, Rival] = {
@@ -92,7 +92,7 @@ RIVALS: dict[str, Rival] = {
     "nadamw": Rival(nadamw),
     "nesterov": Rival(nesterov, rates=SGD_GRID),
     "lion": Rival(lion, rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
-    "muon": Rival(experts.muon, takes_is_matrix=True),
+    "muon": Rival(experts.muon, tells_matrices_apart=True),
     "schedule-free": Rival(
         schedule_free, scored=lambda state: optax.contrib.schedule_free_eval_params(state.learner, state.params)
     ),
@@ -113,19 +113,21 @@ GRIDS = {"grid": (WEIGHT_DECAY,), "wide-grid": (WEIGHT_DECAY, 0.1)}
 def maker(name: str, is_matrix: experts.IsMatrix | None = None) -> long_runs.Make:
     """setting -> the optimizer of that name, one object for all settings, so that they share a compiled program.
 
-    A setting holds numbers by name: lr, weight_decay, and for a schedule steps and warmup, in steps. is_matrix: the
-    parameters that a rival which tells matrices apart moves as such; None: all of two axes or more.
+    A setting holds numbers by name: lr, weight_decay, for a schedule steps and warmup, in steps, and for a rival that
+    tells matrices apart adam_scale. is_matrix: the parameters that such a rival moves as matrices; None: all of two
+    axes or more.
     """
     kind, schedule = NAMES[name]
-    optimizer, factor = RIVALS[kind].optimizer, schedules.SCHEDULES[schedule]
-    if is_matrix is not None and RIVALS[kind].takes_is_matrix:
+    optimizer, factor, apart = RIVALS[kind].optimizer, schedules.SCHEDULES[schedule], RIVALS[kind].tells_matrices_apart
+    if is_matrix is not None and apart:
         optimizer = functools.partial(optimizer, is_matrix=is_matrix)
 
     def make(setting: dict[str, Any]) -> optax.GradientTransformation:
         rate: experts.Rate = setting["lr"]
         if schedule != "constant":
             rate = lambda count: setting["lr"] * factor(count, setting["steps"], setting["warmup"])  # noqa: E731
-        return optimizer(rate, setting["weight_decay"])
+        more = {"adam_scale": setting["adam_scale"]} if apart else {}
+        return optimizer(rate, setting["weight_decay"], **more)
 
     return make
 
@@ -136,11 +138,13 @@ def rival(
     steps: int,
     weight_decay: float = WEIGHT_DECAY,
     warmup: float = schedules.WARMUP,
+    adam_scale: float = 1.0,
     is_matrix: experts.IsMatrix | None = None,
 ) -> long_runs.Candidate:
     """A rival as a candidate: "adamw", 1e-3 -> AdamW with learning rate 1e-3 and weight decay 1e-4.
 
-    steps: of the run; warmup: the share of it in which a schedule's warm-up rises; is_matrix: see `maker`.
+    steps: of the run; warmup: the share of it in which a schedule's warm-up rises; adam_scale: learning rate of what a
+    rival that tells matrices apart leaves to AdamW, in learning rates of matrices; is_matrix: see `maker`.
     """
     label = f"{name} {lr:g}"
     if weight_decay != WEIGHT_DECAY:
@@ -148,6 +152,9 @@ def rival(
     if warmup != schedules.WARMUP:
         label += f" warmup {warmup:g}"
     setting = {"lr": lr, "weight_decay": weight_decay, "steps": float(steps), "warmup": warmup * steps}
+    if RIVALS[NAMES[name][0]].tells_matrices_apart:
+        setting["adam_scale"] = adam_scale
+        label += f" adam_scale {adam_scale:g}" if adam_scale != 1 else ""
     return long_runs.Candidate(label, None, maker(name, is_matrix), setting, RIVALS[NAMES[name][0]].scored)
 
 

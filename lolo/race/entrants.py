@@ -10,8 +10,9 @@ from pathlib import Path
 from lolo.evaluation import long_runs
 from lolo.race import records, search, tuning, workloads
 from lolo.race.records import RaceRow
-from lolo.studies import candidates, evaluation_folder
+from lolo.studies import candidates
 from lolo.studies.candidates import Named
+from lolo.studies.evaluation_folder import contents_of
 from lolo.studies.rows import slug
 
 SEEDS = 3
@@ -65,15 +66,10 @@ def meta_tasks(named: Named) -> tuple[str, ...]:
     return tuple(named.weights.recipe.get("tasks", ())) if isinstance(named, candidates.NamedWeights) else ()
 
 
-def part_file(out: Path, workload: str, optimizer: str, named: Named) -> Path:
+def part_file(out: Path, workload: str, optimizer: str, named: Named, parts: str = "parts") -> Path:
     """Where the rows of one optimizer on one workload are kept: by its name, and what is in its weights or its file."""
-    digest = ""
-    if isinstance(named, candidates.NamedWeights):
-        digest = evaluation_folder.phi_digest(named.weights)
-    elif isinstance(named, candidates.NamedFunction):
-        digest = named.sha256
-    unique = hashlib.sha256(f"{optimizer} {digest}".encode()).hexdigest()[:8]
-    return out / "parts" / workload / f"{slug(optimizer)[-120:]}-{unique}.jsonl"
+    unique = hashlib.sha256(f"{optimizer} {contents_of(named)}".encode()).hexdigest()[:8]
+    return out / parts / workload / f"{slug(optimizer)[-120:]}-{unique}.jsonl"
 
 
 def run_on(
@@ -85,7 +81,7 @@ def run_on(
     """
     named = candidates.read(of.optimizers, code=of.code)
     files = {name: part_file(out, workload, name, one) for name, one in named.items()}
-    rows = {name: records.read(file, RaceRow) for name, file in files.items()}
+    rows = {name: records.read_part(file, RaceRow) for name, file in files.items()}
     missing = [name for name in named if not is_complete(rows[name], workload, seeds, name == of.optimizers[0])]
     for held_out, names in ((False, missing), (True, [name for name in missing if name == of.optimizers[0]])):
         of_task = task_of(workload, held_out), workloads.WORKLOADS[workload].steps

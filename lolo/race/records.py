@@ -68,7 +68,7 @@ class TransferRow:
     """One run of a transformer at one learning rate."""
 
     entrant: str
-    contents: str  # sha256 of its φ; "" for a rival
+    contents: str  # sha256 of weights; "" for a rival
     optimizer: str  # with its learning rate, as `lolo eval` names it
     width: int
     depth: int
@@ -79,11 +79,11 @@ class TransferRow:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationRow:
-    """One run on the data and a seed of the search."""
+    """One run on the data of the search, with as many steps."""
 
     workload: str
     optimizer: str  # with its settings, as `lolo eval` names it
-    contents: str  # sha256 of its φ or of a user's file; "" for a rival
+    contents: str  # sha256 of weights or of a user's file; "" for a rival
     seed: int
     steps: int
     loss: float  # validation loss at the end
@@ -105,6 +105,14 @@ def write(path: Path, records: Sequence[Record]) -> None:
     """Records as JSON lines, completely or not at all; gzipped where the name ends in .gz."""
     content = "".join(jsonl.json_line(dataclasses.asdict(record)) + "\n" for record in records).encode()
     disk.write_bytes(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def read_part(path: Path, kind: type[Record]) -> list[Record]:
+    """The same, of rows that a command makes again where their file is not there. Raises FileError, which says so."""
+    try:
+        return read(path, kind)
+    except disk.FileError as error:
+        raise disk.FileError(f"{error} Remove it, and its rows are made again.") from error
 
 
 def read(path: Path, kind: type[Record]) -> list[Record]:

@@ -46,7 +46,7 @@ SPACES: dict[str, Space] = {
 """Rivals in the race."""
 
 SPACES_OF_WEIGHTS: dict[str, Space] = {
-    "norm_fc": Space((1e-4, 3e-2), fixed="kernel=auto"),  # as `Weights.optimizer` has it
+    "norm_fc": Space((1e-4, 3e-2)),
     "small_fc": Space((0.1, 10.0), rate="step_scale", fixed="step_decay=inf"),
 }
 """What the search draws from for weights, by architecture."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from lolo.files.disk import FileError
 from lolo.race import entrants, records, search, step_times, transfer, tuning, validation, workloads
@@ -18,7 +19,7 @@ from lolo.studies import candidates, style
 from lolo.studies.rows import slug
 
 TRIALS_FILE, ROWS_FILE, TRANSFER_FILE = "trials.jsonl.gz", "rows.jsonl.gz", "transfer.jsonl.gz"
-TARGETS_FILE, TIMES_FILE, VALIDATION_FILE = "targets.jsonl", "step-times.jsonl", "validation.jsonl"
+TARGETS_FILE, TIMES_FILE = "targets.jsonl", "step-times.jsonl"
 
 
 class Race(NamedTuple):
@@ -56,6 +57,14 @@ def read(out: Path, only: Sequence[str] = ()) -> Race:
         [row for (_, workload), mine in rows.items() for row in mine if workload in chosen],
         list(times.values()),
     )
+
+
+def ready(out: Path) -> None:
+    """Make the folder of a race. Raises FileError where that can't be: before the first run rather than after it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{out} can't be a folder ({error.strerror}); give another --out.") from error
 
 
 class Steps:
@@ -149,6 +158,7 @@ def transfer_rates(out: Path, optimizers: Sequence[str], on_progress: interrupt.
     """
     file, rows = out / TRANSFER_FILE, records.read(out / TRANSFER_FILE, TransferRow)
     contents = {name: transfer.contents_of(name) for name in optimizers}
+    ready(out)
     rows = [row for row in rows if contents.get(row.entrant, row.contents) == row.contents]  # not of other weights
     missing = [name for name in optimizers if not any(row.entrant == name for row in rows)]
     models = len(transfer.WIDTHS) * len(transfer.DEPTHS) * transfer.SEEDS
@@ -171,33 +181,35 @@ def validate(
     code: Sequence[Path],
     on_progress: interrupt.OnProgress,
 ) -> str:
-    """The losses of optimizers on the search's data and seeds, as a table; rows go to `out`, none is made again.
+    """The losses of optimizers on the search's data, as a table; rows go to `out`, and those there are not made again.
 
     Raises ValueError, FileError.
     """
-    file, chosen, drawn = out / VALIDATION_FILE, only or tuple(workloads.WORKLOADS), validation.seeds_of(seeds)
-    rows, named = records.read(file, ValidationRow), candidates.read(optimizers, code=code)
-
-    def of_today(workload: str) -> list[ValidationRow]:
-        steps = tuning.steps_of_search(workloads.WORKLOADS[workload])
-        wanted = {(name, validation.contents_of(one)) for name, one in named.items()}
-        mine = [r for r in rows if (r.workload, r.steps) == (workload, steps) and r.seed in drawn]
-        return [r for r in mine if (r.optimizer, r.contents) in wanted]
-
-    missing: dict[str, dict[str, candidates.Named]] = {}
-    for workload in chosen:
-        there = [row.optimizer for row in of_today(workload)]
-        missing[workload] = {name: one for name, one in named.items() if there.count(name) < seeds}
-    total = sum(tuning.steps_of_search(workloads.WORKLOADS[name]) * len(of) for name, of in missing.items())
+    chosen, drawn = only or tuple(workloads.WORKLOADS), validation.seeds_of(seeds)
+    named = candidates.read(optimizers, code=code)
+    validation.check(named)
+    ready(out)
+    files = {
+        (workload, name): entrants.part_file(out, workload, name, one, "validation")
+        for workload in chosen
+        for name, one in named.items()
+    }
+    rows = {place: records.read_part(file, ValidationRow) for place, file in files.items()}
+    missing = [place for place in files if not validation.is_complete(rows[place], place[0], drawn)]
+    total = sum(tuning.steps_of_search(workloads.WORKLOADS[workload]) for workload, _ in missing)
     steps = Steps(total * seeds, "validating", on_progress)
-    for workload, of in missing.items():
-        for name, one in of.items():
-            made = validation.run({name: one}, workload, drawn, steps)
-            rows = [r for r in rows if (r.workload, r.optimizer) != (workload, name)] + made
-            records.write(file, rows)
-        if of:
-            environment.forget_programs()
-    return validation.table([row for workload in chosen for row in of_today(workload)], list(named))
+    for workload, name in missing:
+        rows[workload, name] = validation.run(name, named[name], workload, drawn, steps)
+        records.write(files[workload, name], rows[workload, name])
+        environment.forget_programs()
+    means = {
+        name: {
+            workload: float(np.mean([row.loss for row in rows[workload, name] if row.seed in drawn]))
+            for workload in chosen
+        }
+        for name in named
+    }
+    return validation.table(means)
 
 
 def rivals(trials: Sequence[Trial]) -> list[Entrant]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lolo.evaluation import long_runs
 from lolo.method import inner
-from lolo.race import workloads
+from lolo.race import tuning, workloads
 from lolo.race.entrants import Entrant
 from lolo.race.records import StepTime
 from lolo.studies import candidates
@@ -28,10 +28,7 @@ def measure(
     programs = []
     for entrant in entrants:
         (named,) = candidates.read(entrant.optimizers[:1], code=entrant.code).values()
-        entry = candidates.candidate(
-            named, workloads.splits_of(of.task), of.steps, is_matrix=workloads.matrices_of(of.task)
-        )
-        programs.append(_program(of.task, entry))
+        programs.append(_program(of.task, tuning.candidate(named, of.task, of.steps)))
         on_done(1)
     found = np.array([[program() for program in programs] for _ in range(ROUNDS)])
     medians = np.median(found, axis=0)

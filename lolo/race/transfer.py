@@ -45,11 +45,11 @@ def names_of(optimizer: str) -> list[str]:
 
 
 def contents_of(optimizer: str) -> str:
-    """sha256 of an optimizer's φ; "" for a rival. Raises ValueError, FileError."""
+    """sha256 of weights; "" for a rival. Raises ValueError, FileError."""
     if optimizer in rivals.RIVALS:
         return ""
     (named,) = candidates.read([optimizer]).values()
-    return evaluation_folder.phi_digest(named.weights) if isinstance(named, candidates.NamedWeights) else ""
+    return evaluation_folder.contents_of(named)
 
 
 def run(optimizer: str, on_steps: tuning.OnSteps) -> list[TransferRow]:

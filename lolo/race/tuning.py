@@ -10,6 +10,7 @@ import numpy as np
 
 from lolo.evaluation import long_runs
 from lolo.files.disk import FileError
+from lolo.optimizers import architecture
 from lolo.race import records, search, workloads
 from lolo.race.records import Target, Trial
 from lolo.race.workloads import Workload
@@ -45,7 +46,7 @@ class Searched(NamedTuple):
     name: str  # what its trials are called: a rival's kind, or an entrant's name
     space: search.Space
     start: str  # of its name, as `lolo eval` has it, up to the number that stands for the learning rate
-    contents: str = ""  # sha256 of its φ
+    contents: str = ""  # sha256 of weights
     code: tuple[Path, ...] = ()  # files that may be run, of weights whose architecture is a user's function
 
     def name_of(self, setting: search.Setting) -> str:
@@ -73,13 +74,13 @@ def weights(optimizer: str, name: str = "", code: Sequence[Path] = ()) -> Search
     (named,) = candidates.read([optimizer], code=code).values()
     if not isinstance(named, candidates.NamedWeights):
         raise ValueError(f"{optimizer}: the search is for weights; give --settings instead.")
-    architecture = named.weights.learner.name
-    if architecture not in search.SPACES_OF_WEIGHTS:
+    kind = named.weights.learner.name
+    if kind not in search.SPACES_OF_WEIGHTS:
         known = ", ".join(search.SPACES_OF_WEIGHTS)
-        raise ValueError(f"{optimizer}: the search knows weights of {known}, not of {architecture}; give --settings.")
-    space = search.SPACES_OF_WEIGHTS[architecture]
+        raise ValueError(f"{optimizer}: the search knows weights of {known}, not of {kind}; give --settings.")
+    space = search.SPACES_OF_WEIGHTS[kind]
     words = ",".join(filter(None, [f"schedule={space.schedule}", space.fixed, f"{space.rate}="]))
-    start, digest = candidates.with_settings(optimizer, words), evaluation_folder.phi_digest(named.weights)
+    start, digest = candidates.with_settings(optimizer, words), evaluation_folder.contents_of(named)
     return Searched(name or optimizer, space, start, digest, tuple(code))
 
 
@@ -88,12 +89,21 @@ def steps_of_search(workload: Workload) -> int:
     return round(workload.steps * workloads.SHARE_OF_TARGET)
 
 
+def candidate(named: candidates.Named, task: str, steps: int) -> long_runs.Candidate:
+    """An optimizer as it takes part: with the task's matrices, and with its kernel, as users have it, unless named."""
+    if isinstance(named, candidates.NamedWeights):
+        learner = named.weights.learner
+        if "kernel" in architecture.of(learner).deployment and "kernel" not in named.deployment.learner:
+            learner = architecture.deployed(learner, {"kernel": "auto"})
+            named = named._replace(weights=named.weights._replace(learner=learner))
+    return candidates.candidate(named, workloads.splits_of(task), steps, is_matrix=workloads.matrices_of(task))
+
+
 def together(named: Mapping[str, candidates.Named], task: str, steps: int) -> list[dict[str, long_runs.Candidate]]:
     """Candidates that share a compiled program, in groups."""
     groups: dict[object, dict[str, long_runs.Candidate]] = {}
-    splits, is_matrix = workloads.splits_of(task), workloads.matrices_of(task)
     for name, one in named.items():
-        entry = candidates.candidate(one, splits, steps, is_matrix=is_matrix)
+        entry = candidate(one, task, steps)
         groups.setdefault((entry.make, entry.scored), {})[name] = entry
     return list(groups.values())
 

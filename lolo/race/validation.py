@@ -1,7 +1,8 @@
-"""Losses of optimizers on the data and seeds of the search: to choose weights or settings before they are raced."""
+"""Losses of optimizers on the data of the search: to choose weights or settings before they are raced."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,57 +10,69 @@ import numpy as np
 from lolo.evaluation.statistics import interval
 from lolo.race import search, tuning, workloads
 from lolo.race.records import ValidationRow
-from lolo.studies import candidates, evaluation_folder
+from lolo.studies import candidates
+from lolo.studies.evaluation_folder import contents_of
 from lolo.studies.tables import markdown
 
 
-def contents_of(named: candidates.Named) -> str:
-    """What tells two optimizers of one name apart: sha256 of a φ or of a user's file; "" for a rival."""
-    if isinstance(named, candidates.NamedWeights):
-        return evaluation_folder.phi_digest(named.weights)
-    return named.sha256 if isinstance(named, candidates.NamedFunction) else ""
-
-
 def seeds_of(count: int) -> list[int]:
-    """That of the search, and those after it. Raises ValueError for more than there are before those of targets."""
+    """The seed of the search and the next ones, `count` in all. Raises ValueError: the next are seeds of targets."""
     most = tuning.TARGET_SEEDS[0] - search.TRIAL_SEED
     if count > most:
         raise ValueError(f"--seeds {count} must be at most {most} with --validate.")
     return [search.TRIAL_SEED + i for i in range(count)]
 
 
+def check(named: Mapping[str, candidates.Named]) -> None:
+    """Raise ValueError for a grid: the table could not say which of its rates it shows."""
+    for name, one in named.items():
+        if isinstance(one, candidates.NamedRival) and isinstance(one.learning_rate, str):
+            raise ValueError(f"{name}: give each rate by itself with --validate, for instance {one.name}:1e-3.")
+
+
 def run(
-    named: Mapping[str, candidates.Named], workload: str, seeds: Sequence[int], on_steps: tuning.OnSteps
+    name: str, named: candidates.Named, workload: str, seeds: Sequence[int], on_steps: tuning.OnSteps
 ) -> list[ValidationRow]:
-    """Each optimizer on a workload and on these seeds, with the search's steps."""
-    of, rows = workloads.WORKLOADS[workload], []
+    """An optimizer on a workload and on these seeds, with as many steps as a trial of the search."""
+    of = workloads.WORKLOADS[workload]
     steps = tuning.steps_of_search(of)
-    for group in tuning.together(named, of.task, steps):
-        curves = tuning.run(of.task, list(group.values()), seeds, steps, on_steps)
-        losses = curves.held_loss[:, -1].reshape(len(group), len(seeds))
-        for name, mine in zip(group, losses, strict=True):
-            contents = contents_of(named[name])
-            rows += [
-                ValidationRow(workload, name, contents, seed, steps, round(float(loss), 6))
-                for seed, loss in zip(seeds, mine, strict=True)
-            ]
-    return rows
+    losses = tuning.run(of.task, [tuning.candidate(named, of.task, steps)], seeds, steps, on_steps).held_loss[:, -1]
+    contents = contents_of(named)
+    return [
+        ValidationRow(workload, name, contents, seed, steps, round(float(loss), 6))
+        for seed, loss in zip(seeds, losses, strict=True)
+    ]
 
 
-def table(rows: Sequence[ValidationRow], names: Sequence[str]) -> str:
-    """Markdown: mean loss of each optimizer on each workload, and how far it is below the first in the mean over them.
+def is_complete(rows: Sequence[ValidationRow], workload: str, seeds: Sequence[int]) -> bool:
+    """Whether there is a row of this workload for each seed."""
+    steps = tuning.steps_of_search(workloads.WORKLOADS[workload])
+    return {(row.workload, row.seed, row.steps) for row in rows} >= {(workload, seed, steps) for seed in seeds}
 
-    That is the mean of log(loss / loss of the first), with a 95 % t interval over workloads, in per cent.
+
+def table(losses: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: the mean loss of each optimizer on each workload, and how it compares with the first optimizer's.
+
+    losses: optimizer -> workload -> mean loss.
     """
-    chosen = list(dict.fromkeys(row.workload for row in rows))
-    losses = np.array(
-        [[np.mean([r.loss for r in rows if (r.optimizer, r.workload) == (n, w)]) for w in chosen] for n in names]
-    )
-    with np.errstate(invalid="ignore"):
-        below = 100 * np.log(losses / losses[0])
-    lines = [["optimizer", *chosen, "against the first, %"]]
-    for name, mine, logs in zip(names, losses, below, strict=True):
-        ours = interval(logs.tolist(), "workloads")
-        half = f" ± {ours.half:.2f}" if np.isfinite(ours.half) else ""
-        lines.append([name, *(f"{x:.4f}" for x in mine), "–" if name == names[0] else f"{ours.mean:+.2f}{half}"])
-    return markdown(lines)
+    first, *_ = losses.values()
+    lines = [["optimizer", *first, "against the first"]]
+    for name, mine in losses.items():
+        cells = [f"{x:.4f}" if math.isfinite(x) else "diverged" for x in mine.values()]
+        lines.append([name, *cells, "–" if mine is first else _against(mine, first)])
+    words = "Against the first: geometric mean over workloads of loss / loss of the first, with a 95 % interval."
+    return f"{markdown(lines)}\n\nValidation losses, the lower the better. {words}"
+
+
+def _against(mine: Mapping[str, float], first: Mapping[str, float]) -> str:
+    """-3.1 % (-5.0 to -1.2), or "–" where one of the losses is not finite or not positive."""
+    pairs = [(mine[workload], first[workload]) for workload in first]
+    if not all(0 < x < math.inf for pair in pairs for x in pair):
+        return "–"
+    found = interval([math.log(x / y) for x, y in pairs], "workloads")
+
+    def per_cent(log: float) -> str:
+        return f"{100 * math.expm1(log):+.1f}"
+
+    ends = f" ({per_cent(found.mean - found.half)} to {per_cent(found.mean + found.half)})"
+    return f"{per_cent(found.mean)} %{ends if np.isfinite(found.half) else ''}"

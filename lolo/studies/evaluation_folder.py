@@ -30,17 +30,23 @@ def part_files(parts: Path, task: str, optimizers: Mapping[str, candidates.Named
     place = file_name(task) + "".join(by_name.pin(task).partition("@")[1:])[:9]  # of a user's file: how its sum begins
 
     def part(named: candidates.Named) -> str:
-        if isinstance(named, candidates.NamedWeights):
-            digest = hashlib.sha256(_contents(named).encode()).hexdigest()[:8]
-            return f"{slug(named.label)[:160]}-{digest}.jsonl"
-        if isinstance(named, candidates.NamedFunction):
-            return f"{slug(named.label)[:160]}-{named.sha256[:8]}.jsonl"
+        if not isinstance(named, candidates.NamedRival):
+            return f"{slug(named.label)[:160]}-{contents_of(named)[:8]}.jsonl"
         name, rate, *others = named
         words = [rate if isinstance(rate, str) else f"{rate:g}"]
-        words += [f"{x:g}" for x in others if others != [rivals.WEIGHT_DECAY, schedules.WARMUP]]
+        defaults = [rivals.WEIGHT_DECAY, schedules.WARMUP, 1.0]  # adam_scale: named where it is another one
+        if others != defaults:
+            words += [f"{x:g}" for x in (others if others[-1] != 1 else others[:-1])]
         return slug("-".join([name, *words])) + ".jsonl"
 
     return {name: parts / place / part(named) for name, named in optimizers.items()}
+
+
+def contents_of(named: candidates.Named) -> str:
+    """What tells two optimizers of one name apart: sha256 of weights or of a user's file; "" for a rival."""
+    if isinstance(named, candidates.NamedWeights):
+        return hashlib.sha256(_contents(named).encode()).hexdigest()
+    return named.sha256 if isinstance(named, candidates.NamedFunction) else ""
 
 
 def phi_digest(weights: pretrained.Weights) -> str:

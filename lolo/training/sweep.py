@@ -1,8 +1,8 @@
 """`lolo sweep FILE`: a grid of recipes as independent runs, and one table of what came out.
 
-The file is TOML: a recipe's name, a folder, fields that all runs share, tables of fields that are tried one table at a
-time, and a grid, of which every combination is a run for each of these. The run folders are all the state there is: a
-sweep that was stopped, or had failures, resumes when started again.
+The file is TOML: a recipe's name, a folder, fields that all runs share, tables of fields that are changed one table at
+a time, and a grid. Every combination of the grid is run with each of the tables. The run folders are all the state
+there is: a sweep that was stopped, or had failures, resumes when started again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lolo.training.recipes import Recipe
 
 LAST_STEPS = 100  # outer steps that the reported loss is the mean of
 KEYS = {"recipe": str, "out": str, "fields": dict, "runs": list, "grid": dict}
-KINDS = {str: "a string", dict: "a table: [{}], then lines of field = value", list: "tables: [[{}]] before each"}
+KINDS = {str: "a string", dict: "a table: [{}], then lines of field = value", list: "tables, each below [[{}]]"}
 
 
 class SweepError(ValueError):
@@ -99,6 +99,8 @@ def read(path: Path) -> Sweep:
         if name not in KEYS:
             raise settings.unknown("key of a sweep", name, KEYS)
         if not isinstance(described[name], KEYS[name]):
+            if KEYS[name] is list and isinstance(described[name], dict):
+                raise SweepError(f"{path}: write [[{name}]] instead of [{name}].")
             raise SweepError(f"{path}: {name} = {described[name]!r} must be {KINDS[KEYS[name]].format(name)}.")
     base = described.get("recipe", "lolo")
     recipe = settings.pick(recipes.RECIPES, "recipe", base)
@@ -119,26 +121,28 @@ def read(path: Path) -> Sweep:
     columns = list(dict.fromkeys(name for one in (*one_by_one, grid) for name in one))
     for number, (one, *values) in enumerate(itertools.product(one_by_one, *grid.values())):
         own = one | dict(zip(grid, values, strict=True))
-        words = "-".join(f"{name.rpartition('.')[2]}={_in_words(value)}" for name, value in own.items())
+        words = "-".join(f"{name.rpartition('.')[2]}={value}" for name, value in own.items())
         name = f"{number:03d}-{re.sub('[^A-Za-z0-9=._-]+', '_', words)}"[:100].rstrip("-")
         try:
             planned = changed(recipe, common | own)
-        except RecipeError as error:
-            raise RecipeError(f"{path}, {words or 'the one run'}: {error}") from error
+        except ValueError as error:  # RecipeError, TaskError
+            raise RecipeError(f"{path}, {words or 'without changes'}: {error}") from error
         there = settings.fields(planned)
-        varied = {name: own.get(name, there.get(name)) for name in columns}
+        varied = {name: _plain(there.get(name)) for name in columns}
         runs.append(Planned(number, name, varied, planned, out / name))
     names: dict[Recipe, str] = {}
     for run in runs:
         if run.recipe in names:
-            raise SweepError(f"{path}: {names[run.recipe]} and {run.name} are the same run; take one value out.")
+            raise SweepError(f"{path}: {names[run.recipe]} and {run.name} are the same run; take one out.")
         names[run.recipe] = run.name
     return Sweep(base, out, runs)
 
 
-def _in_words(value: Any) -> str:
-    """A field's value in a folder's name or a cell: several tasks as "a+b"."""
-    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _plain(value: Any) -> Any:
+    """A field's value as a row has it: no sums of users' files."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return settings.without_sha256(value) if isinstance(value, str) else value
 
 
 def state_of(run: Planned) -> str:
@@ -184,7 +188,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table; what failed is in it, and listed below with the reason."""
 
     def cell(value: Any) -> str:
-        return "–" if value is None else f"{value:.5g}" if isinstance(value, float) else _in_words(value)
+        if isinstance(value, list):
+            return "+".join(map(str, value))
+        return "–" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
     names = [name for name in rows[0] if name != "reason"]
     lines = [" | ".join(names), " | ".join("---" for _ in names)]
