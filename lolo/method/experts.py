@@ -82,9 +82,9 @@ def muon(
     at adam_scale times the rate. Weights decay by weight_decay times the rate, the others too.
     """
 
-    def adam_rate(count: jax.Array) -> Any:
-        return adam_scale * (learning_rate(count) if callable(learning_rate) else learning_rate)
-
+    adam_rate: Rate = (
+        (lambda count: adam_scale * learning_rate(count)) if callable(learning_rate) else adam_scale * learning_rate
+    )
     muon_ = optax.contrib.muon(
         learning_rate,
         weight_decay=weight_decay,
