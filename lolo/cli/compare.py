@@ -48,6 +48,7 @@ def eval_command(argv: list[str]) -> int:
             too. All take a schedule: adamw:1e-3,schedule=cosine (or adamw-cosine:1e-3), FILE:schedule=cosine. Others
             are rsqrt (over √(1 + t/3000)), warmup, warmup-cosine and wsd (warm-up, constant, down to 0 in the last
             fifth). A warm-up takes 2 % of the steps, unless it is set: muon:1e-3,schedule=warmup-cosine,warmup=0.05.
+            muon:1e-3,adam_scale=5 gives what Muon leaves to AdamW five times its learning rate, as norm_fc has it.
             Your own is path.py:function or path.py:function:lr=0.01, a function that returns an optax optimizer. An
             argument named steps gets the number of steps.
           task: a name of `lolo tasks`, or path.py:function.
