@@ -199,6 +199,19 @@ def test_seconds_are_steps_times_the_time_of_a_step():
     assert found["fast"].seconds == {("near", False): 300.0}
 
 
+def test_entrants_come_back_from_their_rows_unless_their_weights_are_elsewhere():
+    turned = [
+        dataclasses.replace(r, optimizer="lolo-small" + ":step_scale=2" * (not r.held_out))
+        for r in rows_of("lolo-small", [0.9])[::-1]  # first those of the workload itself
+    ]
+    adamw = [dataclasses.replace(r, entrant="mine", optimizer="adamw:1e-3") for r in rows_of("adamw", [0.9])]
+    found = stages.published([*adamw, *rows_of("gone.safetensors", [0.9]), *turned])
+    assert found == [
+        entrants.Entrant("mine", ("adamw:1e-3",)),
+        entrants.Entrant("lolo-small", ("lolo-small", "lolo-small:step_scale=2")),
+    ]
+
+
 @pytest.mark.parametrize(("times", "panels"), [({}, 1), ({("near", "adamw"): 1.0}, 2)])
 def test_the_profiles_show_seconds_only_where_a_step_time_is_known(times, panels):
     rows = rows_of("adamw", [0.9, 0.4]) + rows_of("mine", [0.4, 0.3])

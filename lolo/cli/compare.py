@@ -126,7 +126,8 @@ def race_command(argv: list[str]) -> int:
           seeds: runs of each setting on each workload.
           out: folder for rows and report.
           from_scratch: search the rivals' settings, set the targets and race the rivals here too: some hours.
-          time_steps: measure the time of a training step again, of the rivals and the optimizer: minutes.
+          time_steps: measure the time of a training step again, of the optimizer and of all in the published race whose
+            weights are at hand: minutes.
           transfer: no race: how far the best learning rate of these optimizers moves with the width and the depth of a
             transformer, as a picture. Each is a rival's kind or weights: adamw muon mine.safetensors.
           validate: no race: the validation loss of these optimizers, on seeds that no race has, after as many steps as
@@ -187,7 +188,9 @@ def race_command(argv: list[str]) -> int:
             field = [*(rivals if from_scratch else ()), *mine]
             stages.race(out, field, seeds, only, on_progress)
             if time_steps or mine:
-                stages.time_steps(out, [*(rivals if time_steps else ()), *mine], only, on_progress)
+                names = {one.name for one in mine}
+                there = [one for one in stages.published(stages.read(out).rows) if one.name not in names]
+                stages.time_steps(out, [*(there if time_steps else ()), *mine], only, on_progress)
         print(race_report.write(stages.read(out, only), out, mine, shlex.join(["lolo", "race", *argv])))
         print(f"\nReport, rows and pictures: {out}")
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -218,6 +219,21 @@ def rivals(trials: Sequence[Trial]) -> list[Entrant]:
         if not any(trial.kind == kind for trial in trials):
             raise FileError(f"no trials of {kind}: run lolo race --from-scratch.")
     return [entrants.rival(kind, trials) for kind in search.SPACES]
+
+
+def published(rows: Sequence[RaceRow]) -> list[Entrant]:
+    """The entrants of rows, without those whose weights or code are elsewhere. Their first setting is self-tuning."""
+    settings: dict[str, dict[str, bool]] = {}
+    for row in rows:
+        mine = settings.setdefault(row.entrant, {})
+        mine[row.optimizer] = mine.get(row.optimizer, False) or row.held_out
+    found = []
+    for name, mine in settings.items():
+        ordered = sorted(mine, key=lambda optimizer: not mine[optimizer])
+        with contextlib.suppress(ValueError):  # FileError too: a file that is somewhere else
+            candidates.read(ordered)
+            found.append(Entrant(name, tuple(ordered)))
+    return found
 
 
 def outlook(mine: int, searched: int, seeds: int, only: Sequence[str], out: Path, from_scratch: bool) -> str:
