@@ -259,13 +259,16 @@ def test_records_come_back_and_damaged_ones_are_refused(tmp_path):
 def test_an_entrant_s_settings_stand_after_its_name(tmp_path):
     file = tmp_path / "own.py"
     file.write_text(
-        "import optax\n\ndef mine(steps, is_matrix, lr=0.1):\n    assert is_matrix is None or callable(is_matrix)\n"
+        "import jax.numpy as jnp\nimport optax\n\ndef mine(steps, is_matrix, lr=0.1):\n"
+        "    assert is_matrix('layer.weight', jnp.ones((2, 2))) and not is_matrix('bias', jnp.ones(2))\n"
         "    return optax.sgd(optax.cosine_decay_schedule(lr, steps))\n\ndef plain(lr=0.1):\n    return optax.sgd(lr)\n"
     )
     assert entrants.entrant(f"{file}:plain", ("lr=0.1", "lr=0.2")).optimizers == (
         f"{file}:plain:lr=0.1",
         f"{file}:plain:lr=0.2",
     )
+    (named,) = candidates.read([f"{file}:mine"]).values()
+    assert candidates.candidate(named, by_name.resolve("quadratic"), 10).label == "own.py:mine"  # outside a race too
     assert entrants.entrant(f"{file}:plain").meta_tasks == ()
     assert entrants.entrant("lolo-small", ("schedule=cosine",)).meta_tasks == ("fashion-mlp",)
     with pytest.raises(ValueError, match="6 settings; expected 1 to 5"):

@@ -68,10 +68,15 @@ def sgdm(learning_rate: Rate) -> Expert:
 IsMatrix: TypeAlias = Callable[[str, Any], bool]  # path and parameter -> whether Muon moves it, or AdamW
 
 
+def has_two_axes(path: str, param: Any) -> bool:
+    """Whether a parameter has two axes or more: what counts as a matrix where nobody says otherwise."""
+    return param.ndim > 1
+
+
 def muon(
     learning_rate: Rate,
     weight_decay: float | jax.Array = 0.0,
-    is_matrix: IsMatrix = lambda path, param: param.ndim > 1,
+    is_matrix: IsMatrix = has_two_axes,
     adam_scale: float | jax.Array = 1.0,
 ) -> Expert:
     """optax's Muon: Nesterov momentum .95, five Newton-Schulz iterations, times √max(rows, columns).

@@ -149,8 +149,8 @@ def function_of(name: str) -> NamedFunction | None:
     parameters = inspect.signature(function).parameters
 
     def make(steps: int, is_matrix: experts.IsMatrix | None = None) -> optax.GradientTransformation:
-        known: dict[str, Any] = {"steps": steps, "is_matrix": is_matrix}
-        of_the_run = {name: value for name, value in known.items() if name in parameters and value is not None}
+        known: dict[str, Any] = {"steps": steps, "is_matrix": is_matrix or experts.has_two_axes}
+        of_the_run = {name: value for name, value in known.items() if name in parameters}
         try:
             with user_code.neighbours(folder):
                 optimizer = function(**of_the_run | given)
