@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -243,6 +244,12 @@ def check_arguments(learner: LearnerSettings, names: Iterable[str]) -> None:
 def is_array(value: Any) -> bool:
     """Whether a setting comes as an array, as `optax.inject_hyperparams` has it; its value is not looked at."""
     return isinstance(value, jax.Array)
+
+
+def takes_arrays(learner: LearnerSettings) -> bool:
+    """Whether the architecture's deployment settings may be arrays, traced ones too: whether `build` takes them."""
+    kinds = [parameter.kind for parameter in inspect.signature(of(learner).build).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def is_known(value: jax.Array) -> bool:

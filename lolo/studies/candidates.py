@@ -332,7 +332,9 @@ def _make(
 def _weights(named: NamedWeights, steps: int, is_matrix: experts.IsMatrix | None) -> Candidate:
     """Weights as a candidate. Deployments that differ in numbers alone share a compiled program."""
     label, seed, weights, deployed = named
-    inside = {name: x for name, x in deployed.learner.items() if isinstance(x, int | float)}
+    inside: dict[str, Any] = {}
+    if architecture.takes_arrays(weights.learner):
+        inside = {name: x for name, x in deployed.learner.items() if type(x) in (int, float)}
     numbers = dict(inside)
     if deployed.step_scale != 1.0:
         numbers["step_scale"] = deployed.step_scale
