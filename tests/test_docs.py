@@ -1,6 +1,7 @@
 """Every block of Python in the documentation runs, page by page, in a folder that holds the files it speaks of."""
 
 import json
+import math
 import pathlib
 import re
 
@@ -10,6 +11,8 @@ from test_readers import write_npz
 
 from lolo.data import prepare
 from lolo.optimizers import interop
+from lolo.race import records, report, results, stages
+from lolo.studies.names import in_words
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "studies").glob("*.md"))]
@@ -126,6 +129,25 @@ def test_a_claim_is_short_agrees_with_its_number_and_stands_on_a_page_with_files
             assert verdict == {"-": "✓", "+": "✗"}[sign]
         elif sign:
             assert verdict == "~"
+
+
+@pytest.mark.parametrize("page", ["results.md", "studies/race.md"])
+def test_the_table_of_the_race_is_that_of_the_published_rows(page):
+    published = stages.read(records.KEPT)
+    times = {(t.workload, t.entrant): t.seconds for t in published.step_times}
+    by_rules = {
+        rules: {of.entrant: of for of in results.standings(published.rows, published.targets, rules, times)}
+        for rules in results.RULES
+    }
+    expected = set()
+    for name, one in by_rules["self-tuning"].items():
+        five = by_rules["tuned"][name]
+        reached = [f"{sum(map(math.isfinite, of.steps.values()))} of {len(of.steps)}" for of in (one, five)]
+        scores = [report.number(x) for x in (one.profile, five.profile, five.speed_up, five.speed_up_seconds)]
+        label = f"`{name}`" if name.startswith("lolo-") else in_words(name)
+        expected.add((label, scores[0], reached[0], scores[1], reached[1], *scores[2:]))
+    lines = re.findall(r"^\|(.*± .* of .*)\|$", (ROOT / "docs" / page).read_text().replace("**", ""), re.M)
+    assert {tuple(cell.strip() for cell in line.split("|")) for line in lines} == expected and len(expected) == 10
 
 
 def test_losses_stand_first():

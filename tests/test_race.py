@@ -210,6 +210,7 @@ def test_entrants_come_back_from_their_rows_unless_their_weights_are_elsewhere()
         entrants.Entrant("mine", ("adamw:1e-3",)),
         entrants.Entrant("lolo-small", ("lolo-small", "lolo-small:step_scale=2")),
     ]
+    assert stages.published([*adamw, *turned], but=found[1:]) == found[:1]
 
 
 @pytest.mark.parametrize(("times", "panels"), [({}, 1), ({("near", "adamw"): 1.0}, 2)])

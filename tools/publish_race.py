@@ -7,6 +7,7 @@ An entrant's rows in a folder replace those that were published under its name.
 
 from __future__ import annotations
 
+import operator
 import sys
 from pathlib import Path
 
@@ -17,15 +18,12 @@ from lolo.race.records import KEPT, RaceRow, StepTime, Trial
 def publish(folder: Path) -> None:
     """Merge one folder."""
     for file, kind, key in (
-        (stages.ROWS_FILE, RaceRow, lambda row: (row.entrant, row.workload)),
-        (stages.TRIALS_FILE, Trial, lambda trial: (trial.kind, trial.workload)),
-        (stages.TIMES_FILE, StepTime, lambda time: (time.entrant, time.workload)),
+        (stages.ROWS_FILE, RaceRow, stages.RUN_OF),
+        (stages.TRIALS_FILE, Trial, operator.attrgetter("kind", "workload")),
+        (stages.TIMES_FILE, StepTime, stages.RUN_OF),
     ):
-        new = records.read(folder / file, kind)
-        replaced = {key(record) for record in new}
-        there = [record for record in records.read(KEPT / file, kind) if key(record) not in replaced]
-        if new:
-            records.write(KEPT / file, [*there, *new])
+        if new := records.read(folder / file, kind):
+            records.write(KEPT / file, records.with_new(records.read(KEPT / file, kind), new, key))
 
 
 if __name__ == "__main__":

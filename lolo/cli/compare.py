@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tyro
@@ -90,6 +91,19 @@ def eval_command(argv: list[str]) -> int:
     return call(evaluate_, argv, "lolo eval")
 
 
+def check_no_race(argv: Sequence[str], no_race: Mapping[str, tuple[str, ...]], of_a_race: Mapping[str, object]) -> None:
+    """Raise ValueError for an option that is no race but has no optimizer, or another option that does not fit it.
+
+    no_race, of_a_race: the options' values by name.
+    """
+    for option, optimizers in no_race.items():
+        if option in argv and not optimizers:
+            raise ValueError(f"{option} needs at least one optimizer, for instance {option} lolo-norm.")
+    given, *others = [option for option, value in {**no_race, **of_a_race}.items() if value] or [""]
+    if given in no_race and others:
+        raise ValueError(f"{given} is no race: leave out {others[0]}.")
+
+
 def race_command(argv: list[str]) -> int:
     """lolo race"""
 
@@ -144,24 +158,19 @@ def race_command(argv: list[str]) -> int:
             raise ValueError("--settings, --search and --name are of --optimizer: give one.")
         if settings and search:
             raise ValueError("--search finds the settings: leave out --settings.")
+        of_a_race = {
+            "--optimizer": optimizer,
+            "--from-scratch": from_scratch,
+            "--time-steps": time_steps,
+            "--dry-run": dry_run,
+        }
+        check_no_race(argv, {"--transfer": transfer, "--validate": validate}, of_a_race)
         environment.set_up()
         with logged_warnings():
             mine = [entrants.entrant(optimizer, settings, name, code)] if optimizer else []
             searched = [tuning.weights(optimizer, name, code)] if search else []
         if from_scratch:
             searched += [tuning.rival(kind) for kind in race_search.SPACES]
-        for option, values in (("--transfer", transfer), ("--validate", validate)):
-            if option in argv and not values:
-                raise ValueError(f"{option} needs at least one optimizer, for instance {option} lolo-norm.")
-            others = {
-                "--optimizer": optimizer,
-                "--from-scratch": from_scratch,
-                "--time-steps": time_steps,
-                "--dry-run": dry_run,
-                "--validate": validate if option == "--transfer" else (),
-            }
-            if values and (other := next((name for name, given in others.items() if given), None)):
-                raise ValueError(f"{option} is no race: leave out {other}.")
         if dry_run:
             count = race_search.FIVE if search else sum(len(one.optimizers) for one in mine)
             print(stages.outlook(count, len(searched), seeds, only, out, from_scratch))
@@ -187,10 +196,9 @@ def race_command(argv: list[str]) -> int:
             rivals = stages.rivals(stages.read(out).trials)
             field = [*(rivals if from_scratch else ()), *mine]
             stages.race(out, field, seeds, only, on_progress)
-            if time_steps or mine:
-                names = {one.name for one in mine}
-                there = [one for one in stages.published(stages.read(out).rows) if one.name not in names]
-                stages.time_steps(out, [*(there if time_steps else ()), *mine], only, on_progress)
+            timed = [*(stages.published(stages.read(out).rows, but=mine) if time_steps else ()), *mine]
+            if timed:
+                stages.time_steps(out, timed, only, on_progress)
         print(race_report.write(stages.read(out, only), out, mine, shlex.join(["lolo", "race", *argv])))
         print(f"\nReport, rows and pictures: {out}")
         return 0

@@ -107,6 +107,12 @@ def write(path: Path, records: Sequence[Record]) -> None:
     disk.write_bytes(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
+def with_new(there: Sequence[Record], new: Sequence[Record], key: Callable[[Any], Any]) -> list[Record]:
+    """The records that are there, without those that have a new one's key, and the new ones behind them."""
+    replaced = set(map(key, new))
+    return [record for record in there if key(record) not in replaced] + list(new)
+
+
 def read_part(path: Path, kind: type[Record]) -> list[Record]:
     """The same, of rows that a command makes again where their file is not there. Raises FileError, which says so."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,9 @@ from lolo.studies.rows import slug
 
 TRIALS_FILE, ROWS_FILE, TRANSFER_FILE = "trials.jsonl.gz", "rows.jsonl.gz", "transfer.jsonl.gz"
 TARGETS_FILE, TIMES_FILE = "targets.jsonl", "step-times.jsonl"
+
+
+RUN_OF = operator.attrgetter("entrant", "workload")  # of rows and step times; new ones replace those of equal keys
 
 
 class Race(NamedTuple):
@@ -130,7 +134,7 @@ def race(
         for entrant in field:
             before = steps.done
             made = entrants.run_on(entrant, name, seeds, out, steps)
-            rows = [row for row in rows if (row.entrant, row.workload) != (entrant.name, name)] + made
+            rows = records.with_new(rows, made, RUN_OF)
             records.write(out / ROWS_FILE, rows)
             due = workloads.WORKLOADS[name].steps * (len(entrant.optimizers) + 1) * seeds
             if steps.done > before:
@@ -147,8 +151,7 @@ def time_steps(out: Path, field: Sequence[Entrant], only: Sequence[str], on_prog
     for name in chosen:
         made = step_times.measure(name, field, machine, done)
         environment.forget_programs()
-        places = {(t.workload, t.entrant) for t in made}
-        times = [t for t in times if (t.workload, t.entrant) not in places] + made
+        times = records.with_new(times, made, RUN_OF)
         records.write(out / TIMES_FILE, times)
 
 
@@ -191,23 +194,26 @@ def validate(
     validation.check(named)
     ready(out)
     files = {
-        (workload, name): entrants.part_file(out, workload, name, one, "validation")
+        workload: {name: entrants.part_file(out, workload, name, one, "validation") for name, one in named.items()}
         for workload in chosen
-        for name, one in named.items()
     }
-    rows = {place: records.read_part(file, ValidationRow) for place, file in files.items()}
-    missing = [place for place in files if not validation.is_complete(rows[place], place[0], drawn)]
-    total = sum(tuning.steps_of_search(workloads.WORKLOADS[workload]) for workload, _ in missing)
+    rows = {
+        workload: {name: records.read_part(file, ValidationRow) for name, file in mine.items()}
+        for workload, mine in files.items()
+    }
+    missing = {
+        workload: {name: named[name] for name in mine if not validation.is_complete(mine[name], workload, drawn)}
+        for workload, mine in rows.items()
+    }
+    total = sum(tuning.steps_of_search(workloads.WORKLOADS[workload]) * len(of) for workload, of in missing.items())
     steps = Steps(total * seeds, "validating", on_progress)
-    for workload, name in missing:
-        rows[workload, name] = validation.run(name, named[name], workload, drawn, steps)
-        records.write(files[workload, name], rows[workload, name])
+    for workload, of in missing.items():
+        for name, made in validation.run(of, workload, drawn, steps).items():
+            rows[workload][name] = made
+            records.write(files[workload][name], made)
         environment.forget_programs()
     means = {
-        name: {
-            workload: float(np.mean([row.loss for row in rows[workload, name] if row.seed in drawn]))
-            for workload in chosen
-        }
+        name: {w: float(np.mean([row.loss for row in rows[w][name] if row.seed in drawn])) for w in chosen}
         for name in named
     }
     return validation.table(means)
@@ -221,12 +227,17 @@ def rivals(trials: Sequence[Trial]) -> list[Entrant]:
     return [entrants.rival(kind, trials) for kind in search.SPACES]
 
 
-def published(rows: Sequence[RaceRow]) -> list[Entrant]:
-    """The entrants of rows, without those whose weights or code are elsewhere. Their first setting is self-tuning."""
+def published(rows: Sequence[RaceRow], but: Sequence[Entrant] = ()) -> list[Entrant]:
+    """The entrants of rows, without those of some names, and without those whose weights or code are elsewhere.
+
+    Their first setting is that of the self-tuning rules.
+    """
     settings: dict[str, dict[str, bool]] = {}
     for row in rows:
         mine = settings.setdefault(row.entrant, {})
         mine[row.optimizer] = mine.get(row.optimizer, False) or row.held_out
+    for one in but:
+        settings.pop(one.name, None)
     found = []
     for name, mine in settings.items():
         ordered = sorted(mine, key=lambda optimizer: not mine[optimizer])

@@ -31,17 +31,19 @@ def check(named: Mapping[str, candidates.Named]) -> None:
 
 
 def run(
-    name: str, named: candidates.Named, workload: str, seeds: Sequence[int], on_steps: tuning.OnSteps
-) -> list[ValidationRow]:
-    """An optimizer on a workload and on these seeds, with as many steps as a trial of the search."""
-    of = workloads.WORKLOADS[workload]
+    named: Mapping[str, candidates.Named], workload: str, seeds: Sequence[int], on_steps: tuning.OnSteps
+) -> dict[str, list[ValidationRow]]:
+    """Each optimizer on a workload and on these seeds, with as many steps as a trial of the search."""
+    of, rows = workloads.WORKLOADS[workload], dict[str, list[ValidationRow]]()
     steps = tuning.steps_of_search(of)
-    losses = tuning.run(of.task, [tuning.candidate(named, of.task, steps)], seeds, steps, on_steps).held_loss[:, -1]
-    contents = contents_of(named)
-    return [
-        ValidationRow(workload, name, contents, seed, steps, round(float(loss), 6))
-        for seed, loss in zip(seeds, losses, strict=True)
-    ]
+    for group in tuning.together(named, of.task, steps):
+        losses = tuning.run(of.task, list(group.values()), seeds, steps, on_steps).held_loss[:, -1]
+        for name, mine in zip(group, losses.reshape(len(group), len(seeds)), strict=True):
+            rows[name] = [
+                ValidationRow(workload, name, contents_of(named[name]), seed, steps, round(float(loss), 6))
+                for seed, loss in zip(seeds, mine, strict=True)
+            ]
+    return rows
 
 
 def is_complete(rows: Sequence[ValidationRow], workload: str, seeds: Sequence[int]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lolo.method import experts
 from lolo.method.task import Splits
 from lolo.tasks import by_name
 
@@ -111,7 +112,7 @@ class MatrixRule:
     outside: frozenset[str]  # embeddings and output layers, which AdamW moves
 
     def __call__(self, path: str, param: Any) -> bool:
-        return param.ndim > 1 and path not in self.outside
+        return experts.has_two_axes(path, param) and path not in self.outside
 
 
 @functools.cache
