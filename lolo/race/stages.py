@@ -103,7 +103,7 @@ def search_all(
         records.write(file, tuning.trials(of, name, steps))
         environment.forget_programs()
     names, files = {of.name for of in optimizers}, sorted((out / "trials").glob("*.jsonl"))
-    of_files = {file: records.read(file, Trial) for file in files}
+    of_files = {file: records.read_part(file, Trial) for file in files}
     found = [t for file, made in of_files.items() for t in made if file in parts.values() or t.kind not in names]
     records.write(out / TRIALS_FILE, found)
     return found
