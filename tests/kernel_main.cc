@@ -66,10 +66,11 @@ int main(int count, char** words) {
                 if ((kind != FACTORED && (outer > 1 || a > 1 || inner > 1)) || (b > 100 && a * outer > 3)) continue;
                 const int64_t size = outer * a * inner * b, lanes = kind == ADAM ? 1 : 3;
                 const int64_t rows = outer * a * inner, columns = outer * inner * b;
-                for (int flags = 0; flags < 8; flags++) {
+                for (int flags = 0; flags < 16; flags++) {
                   Tensor of = {};
                   of.kind = kind, of.outer = outer, of.a = a, of.inner = inner, of.b = b, of.size = size, of.count = 3;
                   of.last_is_largest = flags & 1, of.baseline = flags >> 1 & 1, of.unfinished = flags >> 2 & 1;
+                  of.adam_sized = flags >> 3;
                   of.in_place = of.baseline, of.decay = of.unfinished ? 0.1f : 0.0f;
                   auto grad = array(size - (broken && size > 1)), param = array(size), momentum = array(lanes * size), rms = array(size);
                   const bool over_last = of.last_is_largest;

@@ -66,6 +66,9 @@ def main():
         reference = jax.jit(lambda params, optimizer=optimizer: steps(optimizer, params, optimizer.init(params)))(start)
         gathered = inside_shard_map(0, start, reference, orthogonal=orthogonal)
         assert gathered == orthogonal, "only Newton-Schulz puts tensors together"
+        sized = make(orthogonal=orthogonal, step_rms="adam")
+        of_adam = jax.jit(lambda params, optimizer=sized: steps(optimizer, params, optimizer.init(params)))(start)
+        inside_shard_map(0, start, of_adam, orthogonal=orthogonal, step_rms="adam")
         if orthogonal:
             inside_shard_map(-1, start, reference)
             for kind in (AxisType.Auto, AxisType.Explicit):

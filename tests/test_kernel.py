@@ -104,6 +104,8 @@ SETTINGS = {
     "network alone": dict(orthogonal=False, baseline="none"),
     "momentum": dict(orthogonal=False, baseline="momentum", weight_decay=0.1, adam_scale=0.5),
     "Newton-Schulz": dict(orthogonal=True, baseline="momentum", weight_decay=0.1),
+    "AdamW's size": dict(orthogonal=True, step_rms="adam", weight_decay=0.1),
+    "AdamW's size, vectors too": dict(orthogonal=False, step_rms="adam", is_matrix=lambda name, param: True),
     "vectors too": dict(orthogonal=False, baseline="none", is_matrix=lambda name, param: True),
     "AdamW alone": dict(is_matrix=lambda name, param: False, weight_decay=0.1, adam_scale=0.5),
 }

@@ -114,10 +114,13 @@ def test_pylo_normalises_convolutions_over_the_last_two_axes_and_ours_over_the_w
 # The textbook form
 
 
-@pytest.mark.parametrize(("orthogonal", "baseline"), [(False, "none"), (True, "momentum")])
+FRAMES = [(False, "none", "one"), (True, "momentum", "one"), (False, "momentum", "adam"), (True, "momentum", "adam")]
+
+
+@pytest.mark.parametrize(("orthogonal", "baseline", "step_rms"), FRAMES)
 @pytest.mark.slow
-def test_all_shapes_equal_the_textbook(orthogonal, baseline):
-    settings = dict(orthogonal=orthogonal, baseline=baseline, weight_decay=0.1, adam_scale=0.5)
+def test_all_shapes_equal_the_textbook(orthogonal, baseline, step_rms):
+    settings = dict(orthogonal=orthogonal, baseline=baseline, step_rms=step_rms, weight_decay=0.1, adam_scale=0.5)
     params = draw(SHAPES, 3)
     reference = run(textbook.norm_fc(PHI, 0.01, **settings), params)[0]
     assert_close(run(make(**settings), params)[0], reference, rtol=2e-3, atol=2e-5)

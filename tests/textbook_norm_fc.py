@@ -20,6 +20,7 @@ def norm_fc(
     weight_decay=0.0,
     orthogonal=True,
     baseline="momentum",
+    step_rms="one",
     adam_scale=1.0,
     is_matrix=lambda name, p: p.ndim > 1,
     reference=False,
@@ -39,14 +40,16 @@ def norm_fc(
             g, p = grads[name].astype(jnp.float32), param.astype(jnp.float32)
             new[name] = moments = accumulate(old[name], g)
             decay = weight_decay
+            mean, square = moments["m"][0] / (1 - 0.9 ** (count + 1)), moments["v"] / (1 - 0.95 ** (count + 1))
+            adam = mean / (jnp.sqrt(square) + 1e-8)
             if is_matrix(name, p):
                 step = direction(phi, g, p, moments, baseline, window(g) if reference else None)
                 if orthogonal and g.ndim > 1:
                     step = orthogonalize(step, batched=reference)
                 step = normalize(step * (moments["v"] > 0), window(g) if reference else None)
+                step = step * jnp.sqrt(jnp.mean(adam * adam)) if step_rms == "adam" else step
             else:
-                mean, square = moments["m"][0] / (1 - 0.9 ** (count + 1)), moments["v"] / (1 - 0.95 ** (count + 1))
-                step = adam_scale * mean / (jnp.sqrt(square) + 1e-8)
+                step = adam_scale * adam
                 decay = decay * (adam_scale if reference else 1.0)
             updates[name] = (-rate * (step + decay * p)).astype(param.dtype)
         return updates, (new, count + 1)

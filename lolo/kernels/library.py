@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("_norm_fc.so")
-VERSION = 2  # of the library's functions and structs; one of another version is not used
+VERSION = 3  # of the library's functions and structs; one of another version is not used
 FORMS = ("portable", "avx2", "avx512")  # as the library numbers them, the narrowest first
 VARIABLE = "LOLO_KERNEL"
 OFF = ("0", "plain")
@@ -28,7 +28,7 @@ class Tensor(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("grad", "param", "momentum", "rms", "row", "column")],
         *[(name, ctypes.c_void_p) for name in ("new_momentum", "new_rms", "new_row", "new_column", "step", "out")],
         *[(name, ctypes.c_int64) for name in ("kind", "outer", "a", "inner", "b", "size")],
-        *[(name, ctypes.c_int64) for name in ("last_is_largest", "baseline", "unfinished", "in_place", "count")],
+        *[(name, ctypes.c_int64) for name in ("last_is_largest", "baseline", "unfinished", "in_place", "adam_sized", "count")],
         ("decay", ctypes.c_float),
     ]
 

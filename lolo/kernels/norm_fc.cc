@@ -61,7 +61,8 @@ struct Tensor {
   float *step, *out;  // step: of the network, at first; may be `out` unless that is the parameter; null: `steps`
   int64_t kind, outer, a, inner, b, size;
   int64_t last_is_largest, baseline, unfinished, in_place;  // in_place: `out` gets the new parameter, not the update
-  int64_t count;                                            // gradients so far, this one included
+  int64_t adam_sized;  // the step gets the root mean square of AdamW's, not 1
+  int64_t count;       // gradients so far, this one included
   float decay;
 };
 
@@ -230,7 +231,7 @@ int64_t step_shared(int64_t form, Tensor* tensors, int64_t count, const Phi& phi
 }  // namespace
 
 // What lolo/kernels/library.py calls VERSION.
-EXPORT int64_t lolo_kernel_version() { return 2; }
+EXPORT int64_t lolo_kernel_version() { return 3; }
 
 // The number of the widest form that this processor runs: 0 portable, 1 AVX2, 2 AVX-512.
 EXPORT int64_t lolo_norm_fc_widest() {
@@ -269,7 +270,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t WORDS = 8;  // of the attribute `tensors`, per tensor: kind, outer, a, inner, b, ...
+constexpr int64_t WORDS = 9;  // of the attribute `tensors`, per tensor: kind, outer, a, inner, b, ...
 
 // Pointers to operand and result buffers, one batch element after the other: every buffer has the batch's axes first.
 struct Reader {
@@ -291,7 +292,7 @@ struct Reader {
 Tensor shaped(const int64_t* words, float decay, int64_t count) {
   Tensor of = {};
   of.kind = words[0], of.outer = words[1], of.a = words[2], of.inner = words[3], of.b = words[4];
-  of.last_is_largest = words[5], of.baseline = words[6], of.unfinished = words[7];
+  of.last_is_largest = words[5], of.baseline = words[6], of.unfinished = words[7], of.adam_sized = words[8];
   of.size = of.outer * of.a * of.inner * of.b, of.decay = decay, of.count = count;
   return of;
 }
@@ -328,18 +329,21 @@ ffi::Error step_xla(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   return ffi::Error::Success();
 }
 
-// Operands: [rate, adam_scale]; decays [T]; of each tensor the orthogonalised step, rms, and parameter. Results: updates.
+// Operands: gradients so far; [rate, adam_scale]; decays [T]; of each tensor the orthogonalised step, rms and parameter,
+// and the momenta where AdamW's step decides the size, all after the gradient. Results: updates.
 ffi::Error finish_xla(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> words, int64_t form) {
   const int64_t count = (int64_t)words.size() / WORDS;
-  const int64_t batch = (int64_t)args.get<ffi::AnyBuffer>(0)->element_count() / 2;
+  const int64_t batch = (int64_t)args.get<ffi::AnyBuffer>(0)->element_count();
   std::vector<Tensor> tensors(count);
   for (int64_t lane = 0; lane < batch; lane++) {
     Reader read{args, rets, batch, lane};
+    const int64_t done = *(const int32_t*)read.arg();
     const float *numbers = read.arg(), *decays = read.arg();
     for (int64_t t = 0; t < count; t++) {
-      Tensor& of = tensors[t] = shaped(words.begin() + t * WORDS, decays[t], 0);
+      Tensor& of = tensors[t] = shaped(words.begin() + t * WORDS, decays[t], done + 1);
       of.step = const_cast<float*>(read.arg()), of.new_rms = const_cast<float*>(read.arg());
       of.param = read.arg(), of.out = read.ret();
+      if (of.adam_sized) of.new_momentum = const_cast<float*>(read.arg());
     }
     const Settings settings = {numbers[0], numbers[1]};
     lolo_norm_fc_finish(form, tensors.data(), count, &settings);

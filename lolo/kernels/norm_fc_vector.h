@@ -409,6 +409,32 @@ static double learn(const Tensor& of, const Network& net, float* scratch) {
 }
 #undef WALK
 
+// AdamW's step before learning rate and decay, bias-corrected by these factors.
+INLINE Vec adam_step(Vec m, Vec v, float mean_scale, float square_scale) {
+  return splat(mean_scale) * m / (root(splat(square_scale) * v) + splat(ADAM_EPSILON));
+}
+
+INLINE float correction(float decay, const Tensor& of) {
+  return (float)(1.0 / (1.0 - __builtin_pow(decay, (double)of.count)));
+}
+
+INLINE void add_adam(const Tensor& of, float mean_scale, float square_scale, long i, int n, Vec& squares) {
+  Vec step = adam_step(load(of.new_momentum + i, n), load(of.new_rms + i, n), mean_scale, square_scale);
+  squares += step * step;
+}
+
+// The root mean square of AdamW's step, from the new moments.
+static float adam_rms(const Tensor& of) {
+  const float mean_scale = correction(DECAYS[0], of), square_scale = correction(RMS_DECAY, of);
+  Sums sums;
+  clear(sums, 1);
+  long i = 0;
+  for (; i + LANES <= of.size; i += LANES)
+    add_adam(of, mean_scale, square_scale, i, LANES, sums.lanes[0]), collect(sums, 1, LANES);
+  if (i < of.size) add_adam(of, mean_scale, square_scale, i, (int)(of.size - i), sums.lanes[0]);
+  return __builtin_sqrtf((float)(total(sums, 0) / of.size));
+}
+
 INLINE void scaled(const Tensor& of, const Settings& settings, float scale, bool masked, long i, int n) {
   Vec step = splat(scale) * load(of.step + i, n);
   if (masked) step = load(of.new_rms + i, n) == splat(0.0f) ? Vec{} : step;
@@ -423,7 +449,7 @@ INLINE void scaled(const Tensor& of, const Settings& settings, float scale, bool
 
 // Pass 4: the update, from the step and the sum of its squares. masked: entries without a gradient are not 0 yet.
 static void finish(const Tensor& of, const Settings& settings, double squares, bool masked) {
-  const float scale = normalizer(squares, of.size, NORMALIZE_EPSILON);
+  const float unit = normalizer(squares, of.size, NORMALIZE_EPSILON), scale = of.adam_sized ? unit * adam_rms(of) : unit;
   long i = 0;
   for (; i + LANES <= of.size; i += LANES) scaled(of, settings, scale, masked, i, LANES);
   if (i < of.size) scaled(of, settings, scale, masked, i, (int)(of.size - i));
@@ -450,15 +476,14 @@ INLINE void adam(const Tensor& of, const Settings& settings, float mean_scale, f
   Vec m = splat(DECAYS[0]) * load(of.momentum + i, n) + splat(GAINS[0]) * g;
   Vec v = splat(RMS_DECAY) * load(of.rms + i, n) + splat(RMS_GAIN) * (g * g);
   store(of.new_momentum + i, m, n), store(of.new_rms + i, v, n);
-  Vec step = splat(mean_scale) * m / (root(splat(square_scale) * v) + splat(ADAM_EPSILON));
-  Vec change = splat(-settings.rate) * (splat(settings.adam_scale) * step + splat(of.decay) * p);
+  Vec step = splat(settings.adam_scale) * adam_step(m, v, mean_scale, square_scale);
+  Vec change = splat(-settings.rate) * (step + splat(of.decay) * p);
   store(of.out + i, of.in_place ? p + change : change, n);
 }
 
 // AdamW's update, bias-corrected after `of.count` gradients.
 static void finish_adam(const Tensor& of, const Settings& settings) {
-  const float mean_scale = (float)(1.0 / (1.0 - __builtin_pow(DECAYS[0], (double)of.count)));
-  const float square_scale = (float)(1.0 / (1.0 - __builtin_pow(RMS_DECAY, (double)of.count)));
+  const float mean_scale = correction(DECAYS[0], of), square_scale = correction(RMS_DECAY, of);
   long i = 0;
   for (; i + LANES <= of.size; i += LANES) adam(of, settings, mean_scale, square_scale, i, LANES);
   if (i < of.size) adam(of, settings, mean_scale, square_scale, i, (int)(of.size - i));

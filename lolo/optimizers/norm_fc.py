@@ -59,6 +59,7 @@ class NormFcArguments(NamedTuple):
     weight_decay: Number | Schedule
     orthogonal: bool
     baseline: str
+    step_rms: str
     adam_scale: Number
     is_matrix: Any
     state_dtype: Any
@@ -85,6 +86,7 @@ def norm_fc(
     weight_decay: Number | Schedule = 0.0,
     orthogonal: bool = True,
     baseline: str = "momentum",
+    step_rms: str = "one",
     adam_scale: Number = 1.0,
     is_matrix: Callable[[str, Any], bool | MuonDimensionNumbers] | PyTree = None,
     state_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -143,6 +145,7 @@ def norm_fc(
         weight_decay,
         orthogonal,
         baseline,
+        step_rms,
         adam_scale,
         is_matrix,
         jnp.dtype(state_dtype),
@@ -202,6 +205,8 @@ def check_settings(hidden: int, settings: NormFcArguments) -> None:
         raise ValueError(f"hidden={hidden!r} must be a whole number from 1 to {spec.MAX_HIDDEN}.")
     if settings.baseline not in spec.BASELINES:
         raise ValueError(f"baseline={settings.baseline!r} must be one of {', '.join(map(repr, spec.BASELINES))}.")
+    if settings.step_rms not in spec.STEP_RMS:
+        raise ValueError(f"step_rms={settings.step_rms!r} must be one of {', '.join(map(repr, spec.STEP_RMS))}.")
     if settings.state_dtype not in STATE_DTYPES:
         raise ValueError(f"state_dtype={settings.state_dtype} must be float32 or bfloat16.")
     if settings.kernel not in CHOICES:
@@ -237,6 +242,8 @@ def update_all(
         new = nf.accumulate(old, g, of.layout)
         if of.learned:
             step = learned_step(weights, g, p, new, of, settings.baseline)
+            if settings.step_rms == "adam":
+                step = step * rms_of(adam_step(new, state.step + 1), of.layout)
         else:
             step = adam_scale * adam_step(new, state.step + 1)
         update = (-rate * (step + decay * p)).astype(param.dtype)
@@ -258,6 +265,7 @@ def kernel_step(
     tensors = [
         norm_fc_kernel.KernelTensor(
             *(grad, param, moments, of.layout.axes, of.learned),
+            adam_sized=of.learned and settings.step_rms == "adam",
             orthogonalize=None if of.axes is None else partial(orthogonalize, axes=of.axes),
         )
         for grad, param, moments, of in zip(jax.tree.leaves(grads), leaves, old, parts, strict=True)
@@ -312,6 +320,11 @@ def limited(grad: Entries) -> Entries:
 def unit(x: Entries, of: Layout, epsilon: float) -> Entries:
     """x divided by its root mean square over the whole tensor."""
     return x * jax.lax.rsqrt(epsilon + over_parts(jnp.mean(x * x), of))
+
+
+def rms_of(x: Entries, of: Layout) -> jax.Array:
+    """The root mean square of x over the whole tensor."""
+    return jnp.sqrt(over_parts(jnp.mean(x * x), of))
 
 
 def on_full_tensor(

@@ -35,6 +35,7 @@ class KernelTensor(NamedTuple):
     moments: NormFcMoments
     axes: FactoredAxes | None
     learned: bool
+    adam_sized: bool  # whether its step gets the root mean square of AdamW's, not 1
     orthogonalize: Callable[[jax.Array], jax.Array] | None  # what comes before the step's normalisation; None: nothing
 
 
@@ -111,7 +112,8 @@ def step(
         return done
     places = [place_of(tensors[i]) for i in present]
     words = [
-        place.words(baseline, tensors[i].orthogonalize is not None) for i, place in zip(present, places, strict=True)
+        [*place.words(baseline, tensors[i].orthogonalize is not None), int(tensors[i].adam_sized)]
+        for i, place in zip(present, places, strict=True)
     ]
     phi = {name: x.astype(jnp.float32) for name, x in meta_params.items()}
     network = [phi["w0"], phi["b0"], phi["w1"], phi["b1"], phi["w2"][:, 0], phi["b2"][0]]
@@ -129,7 +131,7 @@ def step(
     found = iter(call(*arguments, tensors=np.array(words).ravel(), hidden=np.int64(hidden), form=np.int64(number)))
     for i, place in zip(present, places, strict=True):
         done[i] = restored(found, tensors[i], place)
-    return finished(form, numbers, decays, tensors, done)
+    return finished(form, count, numbers, decays, tensors, done)
 
 
 def stacked(decays: Sequence[float | jax.Array], chosen: Sequence[int]) -> Float[Array, "T"]:
@@ -138,6 +140,7 @@ def stacked(decays: Sequence[float | jax.Array], chosen: Sequence[int]) -> Float
 
 def finished(
     form: str,
+    count: Int[Array, ""],
     numbers: Float[Array, "2"],
     decays: Sequence[float | jax.Array],
     tensors: Sequence[KernelTensor],
@@ -147,13 +150,15 @@ def finished(
     steps = {i: x.orthogonalize(done[i][0]) for i, x in enumerate(tensors) if x.orthogonalize and x.param.size}
     if not steps:
         return done
-    arguments: list[jax.Array] = [numbers, stacked(decays, list(steps))]
-    for i, direction in steps.items():
+    arguments: list[jax.Array] = [count, numbers, stacked(decays, list(steps))]
+    aliases: dict[int, int] = {}
+    for k, (i, direction) in enumerate(steps.items()):
+        aliases[len(arguments)] = k
         arguments += [direction, done[i][1].rms, tensors[i].param.astype(jnp.float32)]
+        arguments += [done[i][1].momentum] if tensors[i].adam_sized else []
     results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in steps.values()]
-    aliases = {2 + 3 * k: k for k in range(len(steps))}
     call = jax.ffi.ffi_call(FINISH, results, vmap_method="broadcast_all", input_output_aliases=aliases)
-    words = [[VECTOR, 1, 1, 1, x.size, 1, 0, 0] for x in steps.values()]
+    words = [[VECTOR, 1, 1, 1, x.size, 1, 0, 0, int(tensors[i].adam_sized)] for i, x in steps.items()]
     updates = call(*arguments, tensors=np.array(words).ravel(), form=np.int64(library.FORMS.index(form)))
     for i, update in zip(steps, updates, strict=True):
         done[i] = update, done[i][1]

@@ -35,6 +35,7 @@ BASELINE_EPSILON = 1e-30  # the same in the momentum baseline, so that it has ro
 LARGEST_GRADIENT = 2.0**24
 
 BASELINES = ("momentum", "none")
+STEP_RMS = ("one", "adam")
 MAX_HIDDEN = 16  # sums over hidden units are written out: XLA needs gigabytes to compile 32 of them on a tiny tensor
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -102,6 +103,7 @@ class NormFcSettings(settings.Alternative):
     weight_decay: float = 0.0  # decoupled, times the learning rate; the expert gets the same
     orthogonal: bool = True  # orthogonalise directions by Newton-Schulz, as Muon does
     baseline: str = "momentum"  # what the network corrects: momentum or none
+    step_rms: str = settings.added("one")  # root mean square of a matrix's step: one, or adam: that of AdamW's step
     adam_scale: float = 1.0  # learning rate of vectors' AdamW, in learning rates of matrices
     # auto: the CPU kernel where it serves, with other last bits; plain: JAX's operations
     kernel: str = settings.added("plain")
@@ -119,9 +121,17 @@ def kernel(value: Any) -> str:
     return value
 
 
+def step_rms(value: Any) -> str:
+    """One of `STEP_RMS`. Raises ValueError."""
+    if value not in STEP_RMS:
+        raise ValueError(f"must be one of {', '.join(map(repr, STEP_RMS))}.")
+    return value
+
+
 DEPLOYMENT: Mapping[str, Callable[[Any], Any]] = {
     "learning_rate": learning_rate,
     "weight_decay": settings.number,
+    "step_rms": step_rms,
     "adam_scale": settings.number,
     "kernel": kernel,
 }
@@ -144,6 +154,7 @@ def check(learner: NormFcSettings) -> None:
     if learner.hidden > MAX_HIDDEN:
         raise RecipeError(f"learner.hidden={learner.hidden} must be at most {MAX_HIDDEN}.")
     settings.pick(dict.fromkeys(BASELINES), "learner.baseline", learner.baseline)
+    settings.pick(dict.fromkeys(STEP_RMS), "learner.step_rms", learner.step_rms)
     settings.pick(dict.fromkeys(library.CHOICES), "learner.kernel", learner.kernel)
 
 

@@ -84,6 +84,7 @@ class Weights(NamedTuple):
         sharded_axis: int | None = None,
         step_decay: Number | None = None,
         learning_rate: Number | Schedule | None = None,
+        step_rms: str | None = None,
         adam_scale: Number | None = None,
         is_matrix: Callable[[str, Any], Any] | PyTree = None,
         state_dtype: jax.typing.DTypeLike | None = None,
@@ -105,6 +106,8 @@ class Weights(NamedTuple):
           sharded_axis: the axis along which they are cut, in equal parts; None: the first.
           step_decay: updates are divided by √(1 + t/step_decay); None: as shipped; inf switches it off.
           learning_rate: of norm_fc, a float or a schedule step -> float; None: as shipped.
+          step_rms: of norm_fc, "one": a matrix's step has root mean square learning_rate; "adam": learning_rate times
+            that of AdamW's step; None: as shipped.
           adam_scale: of norm_fc, the learning rate of vectors in units of learning_rate; None: as shipped.
           is_matrix: of norm_fc, which parameters the network moves, as `lolo.norm_fc` has it; AdamW moves the others,
             as advised for embeddings and output layers. None: all of two axes or more are matrices.
@@ -133,6 +136,7 @@ class Weights(NamedTuple):
         requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
         requested |= {"learning_rate": learning_rate, "adam_scale": adam_scale}
         _check_kinds(requested | {"step_scale": step_scale})
+        requested["step_rms"] = step_rms
         if not isinstance(freeze_unseen, bool | np.bool_):
             raise ValueError(f"freeze_unseen={freeze_unseen!r}; expected True or False.")
         schedules = {name: requested[name] for name in SCHEDULED if callable(requested[name])}

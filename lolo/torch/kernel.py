@@ -98,6 +98,7 @@ def prepare(
     entry.outer, entry.a, entry.inner, entry.b = kept, other, 1, last
     entry.last_is_largest, entry.baseline = view.last_is_largest, group["baseline"] == "momentum"
     entry.unfinished, entry.in_place = step is not None, direct
+    entry.adam_sized = place is not None and group["step_rms"] == "adam"
     entry.count, entry.decay = int(state["step"]), float(group["weight_decay"])
     for name, moment in moments.items():
         setattr(entry, name, moment.data_ptr())

@@ -28,7 +28,7 @@ from lolo.torch.sharding import State, Zeros
 
 WIDER = 2  # a block has this many times the entries of one of small_fc: the network is narrower
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-ADDED = {"kernel": "auto"}  # settings of a group that states saved before there was a kernel lack
+ADDED = {"kernel": "auto", "step_rms": "one"}  # settings of a group that states saved before there were such lack
 # Rows of a block's inputs: what is multiplied by the same thing lies side by side. Below two axes the last is absent.
 ORDER = (
     *("momentum", "gradient", "scaled_momentum", "scaled_gradient", "factored_gradient"),
@@ -93,7 +93,11 @@ def settings_of(learner: spec.NormFcSettings, given: Mapping[str, Any]) -> dict[
         raise ValueError(f"state_dtype={state_dtype!r}; expected torch.float32 or torch.bfloat16.")
     if given["kernel"] not in (None, *CHOICES):
         raise ValueError(f"kernel={given['kernel']!r} must be one of {', '.join(map(repr, CHOICES))}.")
-    kind = {"orthogonal": learner.orthogonal, "baseline": learner.baseline, "kernel": given["kernel"] or "auto"}
+    step_rms = learner.step_rms if given["step_rms"] is None else given["step_rms"]
+    if step_rms not in spec.STEP_RMS:
+        raise ValueError(f"step_rms={step_rms!r} must be one of {', '.join(map(repr, spec.STEP_RMS))}.")
+    kind = {"orthogonal": learner.orthogonal, "baseline": learner.baseline, "step_rms": step_rms}
+    kind["kernel"] = given["kernel"] or "auto"
     return {"adam_scale": adam_scale, "is_matrix": is_matrix, "state_dtype": state_dtype, **kind}
 
 
@@ -207,8 +211,13 @@ def step_batch(
             (rows,) = yield WholeMatrices(rows, place.cut.share, newton_schulz)
             change = arranged(rows, place, tuple(params[0].shape))
     change = change.mul_(batch.rms > 0)  # NaN stays NaN
-    (squares,) = yield from blocks.total([blocks.sum_of_squares(change.flatten(1).unsqueeze(0))], place)
+    sums = [blocks.sum_of_squares(change.flatten(1).unsqueeze(0))]
+    if group["step_rms"] == "adam":
+        sums.append(blocks.sum_of_squares(adam_steps(batch, params, state).flatten(1).unsqueeze(0)))
+    squares, *of_adam = yield from blocks.total(sums, place)
     scale = blocks.normalizer(squares, math.prod(place.whole), spec.NORMALIZE_EPSILON)
+    for adam_squares in of_adam:
+        scale.mul_((adam_squares / math.prod(place.whole)).sqrt_())
     change.mul_(scale.view(-1, 1, 1, 1))
     rate, decay = float(group["lr"]), float(group["weight_decay"])
     if decay:
@@ -331,6 +340,21 @@ def newton_schulz(x: torch.Tensor) -> torch.Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def adam_steps(batch: Batch, params: list[torch.Tensor], state: State) -> torch.Tensor:
+    """AdamW's step of T tensors, from their moments after the gradient, whose count is not yet in. -> [T, K, A, B]"""
+    counts = [state[param]["step"] + 1 for param in params]
+    first, second = adam_corrections(counts, (spec.MOMENTUM_DECAYS[0], spec.RMS_DECAY), 1.0)
+    roots = batch.rms.sqrt().div_(along_tensors(second, batch)).add_(spec.ADAM_EPSILON)
+    return torch.div(batch.momentum[0], roots, out=roots).mul_(along_tensors(first, batch))
+
+
+def along_tensors(numbers: list[Any], batch: Batch) -> torch.Tensor:
+    """One number of each tensor -> [T, 1, 1, 1]"""
+    if not isinstance(numbers[0], torch.Tensor):
+        return batch.rms.new_tensor(numbers).view(-1, 1, 1, 1)
+    return torch.stack(numbers).to(batch.rms.device).view(-1, 1, 1, 1)
 
 
 def adam_step(params: list[torch.Tensor], state: State, group: Mapping[str, Any]) -> None:

@@ -73,6 +73,8 @@ class LoLO(torch.optim.Optimizer):
         padding rows, rows never looked up, and masked weights drift: about 0.02 to 0.15 in 1,000 steps.
         Gradients below about 1e-22 count as none, since their squares are 0.
         (`norm_fc` gives such entries no step; weight decay reaches them.)
+      step_rms: of `norm_fc`: "one": a matrix's step has root mean square lr; "adam": lr times that of AdamW's step; None:
+        as shipped.
       adam_scale: of `norm_fc`: AdamW's learning rate in units of lr; None: as shipped.
       is_matrix: of `norm_fc`: whether the network moves the tensors of a group; None: those of two axes or more; False:
         AdamW; True: vectors too. Axis 0 is a matrix's output, all others are its input, as in torch's layers.
@@ -121,6 +123,7 @@ class LoLO(torch.optim.Optimizer):
         *,
         maximize: bool = False,
         freeze_unseen: bool = False,
+        step_rms: str | None = None,
         adam_scale: float | None = None,
         is_matrix: bool | None = None,
         state_dtype: torch.dtype | None = None,
@@ -135,7 +138,8 @@ class LoLO(torch.optim.Optimizer):
         self._networks: dict[str, tuple[str, Any]] = {}  # architecture and network by the weights' sha256
         self._spaces: dict[torch.device, Workspace] = {}
         small_fc = {"clock_limit": clock_limit, "step_decay": step_decay, "freeze_unseen": freeze_unseen}
-        norm_fc = {"adam_scale": adam_scale, "is_matrix": is_matrix, "state_dtype": state_dtype, "kernel": kernel}
+        norm_fc = {"step_rms": step_rms, "adam_scale": adam_scale, "is_matrix": is_matrix}
+        norm_fc |= {"state_dtype": state_dtype, "kernel": kernel}
         common = {"lr": lr, "weights": weights, "weight_decay": weight_decay, "maximize": maximize}
         self._complete = False
         super().__init__(params, {**common, **small_fc, **norm_fc})

@@ -312,6 +312,10 @@ def learn(
             steps.copy_(orthogonalize(steps, first.place, tuple(first.param.shape)))
         run.measure_orthogonal[regions](*here, ALIGNED=common["ALIGNED"], **tile)
     run.normalize[(len(some),)](table, scratch, HIDDEN=hidden, BLOCK=256, **OPTIONS)
+    if group["step_rms"] == "adam":
+        kinds = {"MOMENTUM_TYPE": common["MOMENTUM_TYPE"], "ALIGNED": common["ALIGNED"]}
+        run.measure_adam[regions](*here, **kinds, **tile)
+        run.size_as_adam[(len(some),)](table, scratch, HIDDEN=hidden, BLOCK=256, **OPTIONS)
     numbers = {**numbers_of(group, space), "PARAM_TYPE": common["PARAM_TYPE"], "ALIGNED": common["ALIGNED"]}
     run.finish[regions](*here, **numbers, HIDDEN=hidden, MASKED=not orthogonal, **tile)
 

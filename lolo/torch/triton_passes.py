@@ -342,6 +342,51 @@ def normalize(table, scratch, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def corrections(row):
+    """What AdamW's mean is divided by, and its root, after this gradient."""
+    count = tl.load(tl.load(row + COUNT).to(tl.pointer_type(tl.int64))).to(tl.float64)
+    first = (1.0 - tl.exp2(count * FIRST_DECAY_LOG)).to(tl.float32)
+    return first, tl.sqrt(1.0 - tl.exp2(count * RMS_DECAY_LOG)).to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def measure_adam(
+    table,
+    owners,
+    scratch,
+    MOMENTUM_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The sum of squares of AdamW's step in a region, from the new moments."""
+    row, region, first, tiles, place = region_of(table, owners, HEIGHT, WIDTH, ALIGNED)
+    momentum = dense(address(row, MOMENTUM, MOMENTUM_TYPE, ALIGNED), place)
+    rms = dense(address(row, RMS, tl.float32, ALIGNED), place)
+    mean_scale, root_scale = corrections(row)
+    squares = tl.zeros([HEIGHT, WIDTH], tl.float32)
+    for tile in range(first, first + tiles):
+        rows, inside = rows_of(tile, place, HEIGHT)
+        m = tl.load(momentum + rows * place[3], mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(rms + rows * place[3], mask=inside, other=0.0)
+        step = m / mean_scale / (tl.sqrt(v) / root_scale + ADAM_EPSILON)
+        squares += step * step
+    tl.store(scratch + tl.load(row + STEP_SUMS) + region, tl.sum(squares))
+
+
+@triton.jit
+@no_type_check
+def size_as_adam(table, scratch, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+    """What `normalize` has left, times the root mean square of AdamW's step."""
+    row = table + tl.program_id(0).to(tl.int64) * WORDS
+    squares = total_of(scratch + tl.load(row + STEP_SUMS), tl.load(row + REGIONS), BLOCK)
+    at = scratch + tl.load(row + WEIGHTS) + ENTRY_INPUTS * HIDDEN + 1
+    tl.store(at, tl.load(at) * tl.sqrt((squares / tl.load(row + SIZE)).to(tl.float32)))
+
+
+@triton.jit
+@no_type_check
 def finish(
     table,
     owners,
@@ -395,16 +440,14 @@ def adam(
     if ALIGNED:
         size = tl.multiple_of(size, 4)
     inside = at < size
-    count = tl.load(tl.load(row + COUNT).to(tl.pointer_type(tl.int64))).to(tl.float64)
+    mean_scale, root_scale = corrections(row)
     grad, param = address(row, GRAD, GRAD_TYPE, ALIGNED), address(row, PARAM, PARAM_TYPE, ALIGNED)
     momentum, rms = address(row, MOMENTUM, MOMENTUM_TYPE, ALIGNED), address(row, RMS, tl.float32, ALIGNED)
     g = read_gradient(grad + at, inside, sign)
     p = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
     m = moved(tl.load(momentum + at, mask=inside, other=0.0).to(tl.float32), g, GAIN_0)
     v = tl.load(rms + at, mask=inside, other=0.0) * RMS_DECAY + RMS_GAIN * (g * g)
-    first = (adam_scale / (1.0 - tl.exp2(count * FIRST_DECAY_LOG))).to(tl.float32)
-    second = tl.sqrt(1.0 - tl.exp2(count * RMS_DECAY_LOG)).to(tl.float32)
-    change = m / (tl.sqrt(v) / second + ADAM_EPSILON) * first
+    change = m / (tl.sqrt(v) / root_scale + ADAM_EPSILON) * (adam_scale / mean_scale)
     tl.store(momentum + at, m.to(MOMENTUM_TYPE), mask=inside)
     tl.store(rms + at, v, mask=inside)
     p -= read_rate(rate, RATE_IS_TENSOR) * (change + decay * p)

@@ -69,7 +69,7 @@ def steps(found, target):
     kernel.form = lambda group, space: triton_kernel.FORM
     for dtype, settings, arguments in (
         (torch.float32, {"orthogonal": False}, {}),
-        (torch.bfloat16, {}, {"state_dtype": torch.bfloat16, "is_matrix": True}),
+        (torch.bfloat16, {"step_rms": "adam"}, {"state_dtype": torch.bfloat16, "is_matrix": True}),
     ):
         params = [torch.randn(shape, dtype=dtype) for shape in ((8, 64), (40, 40), (7, 33), (12,), (5,))]
         for param in params:

@@ -39,7 +39,7 @@ def norm_fc_file(meta_params=None, **learner):
     meta_params = draw_norm_fc() if meta_params is None else meta_params
     learner = {
         **{"name": "norm_fc", "hidden": len(meta_params["b0"]), "learning_rate": 1e-3, "weight_decay": 0.0},
-        **{"orthogonal": True, "baseline": "momentum", "adam_scale": 1.0},
+        **{"orthogonal": True, "baseline": "momentum", "step_rms": "one", "adam_scale": 1.0},
         **learner,
     }
     return WeightsFile(dict(meta_params), learner, {}, {}, tensors.digest(meta_params))

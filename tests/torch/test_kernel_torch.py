@@ -97,6 +97,8 @@ SETTINGS = {
     "network alone": (dict(orthogonal=False, baseline="none"), {}),
     "momentum": (dict(orthogonal=False, weight_decay=0.1, adam_scale=0.5), {}),
     "Newton-Schulz": (dict(weight_decay=0.1), {}),
+    "AdamW's size": (dict(step_rms="adam", weight_decay=0.1), {}),
+    "AdamW's size, vectors too": (dict(orthogonal=False, step_rms="adam"), {"is_matrix": True}),
     "vectors too": (dict(orthogonal=False), {"is_matrix": True}),
     "AdamW alone": (dict(weight_decay=0.1, adam_scale=0.5), {"is_matrix": False}),
     "climbing": (dict(orthogonal=False), {"maximize": True}),

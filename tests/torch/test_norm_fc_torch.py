@@ -129,21 +129,22 @@ def distances(shapes, weights, steps=4, turn=turned, **jax_options):
 
 
 @pytest.mark.parametrize("orthogonal", [False, True])
-@pytest.mark.parametrize("baseline", ["momentum", "none"])
-def test_updates_and_moments_agree_with_jax(orthogonal, baseline):
-    weights = norm_fc_file(PHI, orthogonal=orthogonal, baseline=baseline, weight_decay=0.1, adam_scale=0.5)
+@pytest.mark.parametrize(("baseline", "step_rms"), [("momentum", "one"), ("none", "one"), ("momentum", "adam")])
+def test_updates_and_moments_agree_with_jax(orthogonal, baseline, step_rms):
+    settings = dict(orthogonal=orthogonal, baseline=baseline, step_rms=step_rms, weight_decay=0.1, adam_scale=0.5)
+    weights = norm_fc_file(PHI, **settings)
     update, moment = distances(SHAPES, weights)
     assert update <= 1e-5 and moment <= 1e-6
 
 
 @pytest.mark.parametrize(
     "other",
-    [{"baseline": "none"}, {"orthogonal": False}, {"weight_decay": 0.0}, {"adam_scale": 1.0}, {"learning_rate": 2e-3}],
+    [{"baseline": "none"}, {"step_rms": "adam"}, {"orthogonal": False}, {"weight_decay": 0.0}, {"adam_scale": 1.0}, {"learning_rate": 2e-3}],
     ids=str,
 )
 def test_the_comparison_notices_other_settings(other):
     shapes = {n: SHAPES[n] for n in ("vector", "square")}
-    assert distances(shapes, norm_fc_file(PHI, weight_decay=0.1, adam_scale=0.5), 1, **other)[0] > 1e-3
+    assert distances(shapes, norm_fc_file(PHI, weight_decay=0.1, adam_scale=0.5), 2, **other)[0] > 1e-3
 
 
 def test_the_names_of_axes_make_a_square_layer_agree_with_its_transpose_in_jax():

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = pathlib.Path(__file__).with_name("compile_triton.py")
 KERNELS = {
     *("add_squares", "average", "project", "measure", "scale", "move", "measure_orthogonal", "normalize", "finish"),
-    "adam",
+    *("measure_adam", "size_as_adam", "adam"),
 }
 
 
