@@ -254,22 +254,6 @@ def test_deployments_that_differ_in_numbers_alone_share_a_program(weights, words
     assert candidates.candidate(plain, splits, 20).make is not entries[0].make
 
 
-def test_what_muon_leaves_to_adamw_has_a_learning_rate_of_its_own():
-    params = {"w": jax.random.normal(jax.random.key(0), (6, 4)), "b": jnp.ones(4)}
-    found = {}
-    for scale in (1, 5):
-        (named,) = candidates.read([f"muon:1e-2,weight_decay=0.1,adam_scale={scale}"]).values()
-        entry = candidates.candidate(named, QUADRATIC, 20)
-        optimizer = entry.make(entry.setting)
-        found[scale], _ = optimizer.update(params, optimizer.init(params), params)
-    np.testing.assert_array_equal(found[1]["w"], found[5]["w"])
-    decay = -1e-2 * 0.1 * params["b"]  # the same for both
-    np.testing.assert_allclose(found[5]["b"] - decay, 5 * (found[1]["b"] - decay), rtol=1e-4)
-    assert entry.label == "muon 0.01 wd 0.1 adam_scale 5"
-    with pytest.raises(ValueError, match="unknown setting of adamw.*'adam_scale'"):
-        candidates.read(["adamw:1e-2,adam_scale=5"])
-
-
 def test_entries_that_never_had_a_gradient_stand_still_if_asked_to(tmp_path):
     path, grads, params = write(tmp_path / "a.safetensors", small("lolo")), jnp.array([1.0, 0.0]), jnp.ones(2)
 

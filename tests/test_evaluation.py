@@ -149,6 +149,7 @@ OPTAX = {
     "nesterov": lambda rate: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(rate, 0.9, nesterov=True)),
     "lion": lambda rate: optax.lion(rate, weight_decay=0.1),
     "muon": lambda rate: optax.contrib.muon(rate, weight_decay=0.1, adam_weight_decay=0.1, consistent_rms=1.0),
+    "muon-matched": lambda rate: optax.contrib.muon(rate, weight_decay=0.1, adam_weight_decay=0.1, consistent_rms=0.2),
     "schedule-free": lambda rate: optax.contrib.schedule_free_adamw(rate, weight_decay=0.1),
     "prodigy": lambda rate: optax.contrib.prodigy(rate, weight_decay=0.1, safeguard_warmup=True),
 }

@@ -41,17 +41,17 @@ def eval_command(argv: list[str]) -> int:
         adds these.
 
         Args:
-          optimizers: weights, rivals, or your own. Weights are a name of `lolo weights` or a file; settings follow
-            a colon: FILE:step_scale=2,step_decay=3000,weight_decay=0.1,clock_limit=10000. FILE:freeze_unseen=true
-            does not move entries that never had a gradient; FILE:untrained=true is φ before meta-training. Rivals are
-            adamw, adam, nadamw, sgdm, nesterov, lion, muon, schedule-free and prodigy. adamw:1e-3 has one learning
-            rate; adamw:grid has the best of several, picked on other seeds; adamw:wide-grid tries weight decay 0.1
-            too. All take a schedule: adamw:1e-3,schedule=cosine (or adamw-cosine:1e-3), FILE:schedule=cosine. Others
-            are rsqrt (over √(1 + t/3000)), warmup, warmup-cosine and wsd (warm-up, constant, down to 0 in the last
-            fifth). A warm-up takes 2 % of the steps, unless it is set: muon:1e-3,schedule=warmup-cosine,warmup=0.05.
-            muon:1e-3,adam_scale=5 gives what Muon leaves to AdamW five times its learning rate, as norm_fc has it.
-            Your own is path.py:function or path.py:function:lr=0.01, a function that returns an optax optimizer. An
-            argument named steps gets the number of steps.
+          optimizers: weights, rivals, or your own. Weights are a name of `lolo weights` or a file; settings follow a
+            colon: FILE:step_scale=2,step_decay=3000,weight_decay=0.1,clock_limit=10000. FILE:freeze_unseen=true does
+            not move entries that never had a gradient; FILE:untrained=true is φ before meta-training. Rivals are adamw,
+            adam, nadamw, sgdm, nesterov, lion, muon, muon-matched (its steps are as large as AdamW's, so that AdamW's
+            rates suit it), schedule-free and prodigy. adamw:1e-3 has one learning rate; adamw:grid has the best of
+            several, picked on other seeds; adamw:wide-grid tries weight decay 0.1 too. All take a schedule:
+            adamw:1e-3,schedule=cosine (or adamw-cosine:1e-3), FILE:schedule=cosine. Others are rsqrt (over √(1 +
+            t/3000)), warmup, warmup-cosine and wsd (warm-up, constant, down to 0 in the last fifth). A warm-up takes 2
+            % of the steps, unless it is set: muon:1e-3,schedule=warmup-cosine,warmup=0.05. Your own is path.py:function
+            or path.py:function:lr=0.01, a function that returns an optax optimizer. An argument named steps gets the
+            number of steps.
           task: a name of `lolo tasks`, or path.py:function.
           steps: inner steps of each run.
           seeds: runs per optimizer.

@@ -71,6 +71,13 @@ def prodigy(rate: experts.Rate, weight_decay: Number) -> optax.GradientTransform
     return optax.contrib.prodigy(rate, weight_decay=weight_decay, safeguard_warmup=callable(rate))
 
 
+def muon_matched(
+    rate: experts.Rate, weight_decay: Number, is_matrix: experts.IsMatrix = experts.has_two_axes
+) -> optax.GradientTransformation:
+    """Muon with steps of .2, about as large as AdamW's: one rate suits both (Moonlight, arXiv 2502.16982)."""
+    return experts.muon(rate, weight_decay, is_matrix, rms=0.2)
+
+
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SGD_GRID = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
@@ -82,7 +89,7 @@ class Rival(NamedTuple):
     rates: tuple[float, ...] = GRID  # of its grids
     decays: bool = True  # whether it has a weight decay
     scored: long_runs.Scored = long_runs.params_of  # where its scores are taken
-    tells_matrices_apart: bool = False  # whether it has arguments is_matrix and adam_scale
+    tells_matrices_apart: bool = False  # whether it has an argument is_matrix
 
 
 RIVALS: dict[str, Rival] = {
@@ -93,6 +100,7 @@ RIVALS: dict[str, Rival] = {
     "nesterov": Rival(nesterov, rates=SGD_GRID),
     "lion": Rival(lion, rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
     "muon": Rival(experts.muon, tells_matrices_apart=True),
+    "muon-matched": Rival(muon_matched, tells_matrices_apart=True),
     "schedule-free": Rival(
         schedule_free, scored=lambda state: optax.contrib.schedule_free_eval_params(state.learner, state.params)
     ),
@@ -113,9 +121,8 @@ GRIDS = {"grid": (WEIGHT_DECAY,), "wide-grid": (WEIGHT_DECAY, 0.1)}
 def maker(name: str, is_matrix: experts.IsMatrix | None = None) -> long_runs.Make:
     """setting -> the optimizer of that name, one object for all settings, so that they share a compiled program.
 
-    A setting holds numbers by name: lr, weight_decay, for a schedule steps and warmup, in steps, and for a rival that
-    tells matrices apart adam_scale. is_matrix: the parameters that such a rival moves as matrices; None: all of two
-    axes or more.
+    A setting holds numbers by name: lr, weight_decay, and for a schedule steps and warmup, in steps. is_matrix: the
+    parameters that a rival which tells matrices apart moves as such; None: all of two axes or more.
     """
     kind, schedule = NAMES[name]
     optimizer, factor, apart = RIVALS[kind].optimizer, schedules.SCHEDULES[schedule], RIVALS[kind].tells_matrices_apart
@@ -126,8 +133,7 @@ def maker(name: str, is_matrix: experts.IsMatrix | None = None) -> long_runs.Mak
         rate: experts.Rate = setting["lr"]
         if schedule != "constant":
             rate = lambda count: setting["lr"] * factor(count, setting["steps"], setting["warmup"])  # noqa: E731
-        more = {"adam_scale": setting["adam_scale"]} if apart else {}
-        return optimizer(rate, setting["weight_decay"], **more)
+        return optimizer(rate, setting["weight_decay"])
 
     return make
 
@@ -138,13 +144,11 @@ def rival(
     steps: int,
     weight_decay: float = WEIGHT_DECAY,
     warmup: float = schedules.WARMUP,
-    adam_scale: float = 1.0,
     is_matrix: experts.IsMatrix | None = None,
 ) -> long_runs.Candidate:
     """A rival as a candidate: "adamw", 1e-3 -> AdamW with learning rate 1e-3 and weight decay 1e-4.
 
-    steps: of the run; warmup: the share of it in which a schedule's warm-up rises; adam_scale: learning rate of what a
-    rival that tells matrices apart leaves to AdamW, in learning rates of matrices; is_matrix: see `maker`.
+    steps: of the run; warmup: the share of it in which a schedule's warm-up rises; is_matrix: see `maker`.
     """
     label = f"{name} {lr:g}"
     if weight_decay != WEIGHT_DECAY:
@@ -152,9 +156,6 @@ def rival(
     if warmup != schedules.WARMUP:
         label += f" warmup {warmup:g}"
     setting = {"lr": lr, "weight_decay": weight_decay, "steps": float(steps), "warmup": warmup * steps}
-    if RIVALS[NAMES[name][0]].tells_matrices_apart:
-        setting["adam_scale"] = adam_scale
-        label += f" adam_scale {adam_scale:g}" if adam_scale != 1 else ""
     return long_runs.Candidate(label, None, maker(name, is_matrix), setting, RIVALS[NAMES[name][0]].scored)
 
 

@@ -28,7 +28,10 @@ class Tensor(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("grad", "param", "momentum", "rms", "row", "column")],
         *[(name, ctypes.c_void_p) for name in ("new_momentum", "new_rms", "new_row", "new_column", "step", "out")],
         *[(name, ctypes.c_int64) for name in ("kind", "outer", "a", "inner", "b", "size")],
-        *[(name, ctypes.c_int64) for name in ("last_is_largest", "baseline", "unfinished", "in_place", "adam_sized", "count")],
+        *[
+            (name, ctypes.c_int64)
+            for name in ("last_is_largest", "baseline", "unfinished", "in_place", "adam_sized", "count")
+        ],
         ("decay", ctypes.c_float),
     ]
 

@@ -77,25 +77,20 @@ def muon(
     learning_rate: Rate,
     weight_decay: float | jax.Array = 0.0,
     is_matrix: IsMatrix = has_two_axes,
-    adam_scale: float | jax.Array = 1.0,
+    rms: float = 1.0,
 ) -> Expert:
-    """optax's Muon: Nesterov momentum .95, five Newton-Schulz iterations, times √max(rows, columns).
+    """optax's Muon: Nesterov momentum .95, five Newton-Schulz iterations, times rms·√max(rows, columns).
 
-    That gives a step of root mean square 1, times the rate, where all singular values come out as 1: .8 to 1 for a
+    That gives a step of root mean square rms, times the rate, where all singular values come out as 1: .8 to 1 for a
     full rank, less for a low one, such as an embedding's of which few rows were read. A tensor that `is_matrix` names
-    is the matrix [all other axes, last axis]; the others are on AdamW (.9, .999), with Nesterov too, as optax has it,
-    at adam_scale times the rate. Weights decay by weight_decay times the rate, the others too.
+    is the matrix [all other axes, last axis]; the others are on AdamW (.9, .999), with Nesterov too, as optax has it.
+    Weights decay by weight_decay times the rate, the others too.
     """
-
-    adam_rate: Rate = (
-        (lambda count: adam_scale * learning_rate(count)) if callable(learning_rate) else adam_scale * learning_rate
-    )
     muon_ = optax.contrib.muon(
         learning_rate,
         weight_decay=weight_decay,
-        adam_learning_rate=adam_rate,
-        adam_weight_decay=weight_decay / adam_scale,
-        consistent_rms=1.0,
+        adam_weight_decay=weight_decay,
+        consistent_rms=rms,
         muon_weight_dimension_numbers=functools.partial(last_axis_is_output, is_matrix),
     )
     return optax.with_extra_args_support(muon_)

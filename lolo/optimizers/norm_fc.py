@@ -98,18 +98,21 @@ def norm_fc(
     """A learned direction with a step of fixed size, 30 → hidden → hidden → 1 (Celo2; ELO-Celo2, LoLO's successor).
 
     θ ← θ − learning_rate·(step + weight_decay·θ). For matrices step is the network's direction, orthogonalised if asked
-    for, divided by its root mean square over the tensor. For all other tensors it is AdamW's (.9, .95, 1e-8) times
-    adam_scale. Entries that never had a gradient get no step.
+    for, divided by its root mean square over the tensor, and as large as step_rms says. For all other tensors it is
+    AdamW's (.9, .95, 1e-8) times adam_scale. Entries that never had a gradient get no step.
 
     Args:
       hidden: width of the two hidden layers; 8 gives 329 meta-parameters.
-      learning_rate: root mean square of a matrix's step; a number, or a schedule: step count -> number. It may be
-        traced, and so may weight_decay and adam_scale: `optax.inject_hyperparams` works.
+      learning_rate: root mean square of a matrix's step, if step_rms is "one"; a number, or a schedule: step count ->
+        number. It may be traced, and so may weight_decay and adam_scale: `optax.inject_hyperparams` works.
       weight_decay: a number or a schedule; decoupled, times the learning rate (`small_fc` has λ1 in its place).
       orthogonal: orthogonalise the direction by five Newton-Schulz iterations, as Muon does.
       baseline: "momentum": the network's output is added to Nesterov momentum (decay .9) of root mean square 1, and its
         last layer starts at zero, so that an untrained φ is Muon, or momentum of fixed step size if not orthogonal;
         "none": the network alone.
+      step_rms: root mean square of a matrix's step before the learning rate: "one"; or "adam": that of the step which
+        AdamW (.9, .95, 1e-8) would make, as in grafting (Agarwal et al., arXiv 2002.11803). It falls where gradients
+        are noise, and learning rates are those of AdamW.
       adam_scale: AdamW's learning rate is adam_scale·learning_rate.
       is_matrix: which tensors the network moves. None: all of two axes or more. A function (path, param) -> answer,
         path as in "decoder/embedding", or a tree of answers, which may be a prefix of the parameters' tree. An answer

@@ -40,6 +40,7 @@ SPACES: dict[str, Space] = {
     "nesterov": Space((3e-3, 1.0), weight_decay=(1e-6, 1e-3)),  # L2
     "lion": Space((1e-5, 3e-3), weight_decay=(1e-2, 5.0)),  # ten times the decay at a tenth of the rate, as advised
     "muon": Space((1e-4, 3e-2)),
+    "muon-matched": Space((3e-4, 3e-2)),
     "schedule-free": Space((3e-4, 3e-2), schedule="warmup"),  # as it is meant
     "prodigy": Space((0.3, 3.0)),  # multiplies the rate that it finds
 }

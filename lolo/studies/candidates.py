@@ -97,7 +97,6 @@ class NamedRival(NamedTuple):
     learning_rate: float | str  # a number, or a grid of `rivals.GRIDS`
     weight_decay: float = rivals.WEIGHT_DECAY
     warmup: float = schedules.WARMUP
-    adam_scale: float = 1.0  # of one that tells matrices apart
 
 
 class NamedFunction(NamedTuple):
@@ -180,8 +179,6 @@ def rival(name: str) -> NamedRival | None:
         rate, *others = words.split(",")
         rules: dict[str, Callable[[Any], Any]] = {"weight_decay": settings.number, "warmup": _share}
         rules |= {"schedule": _schedule_of(name)} if kind in rivals.RIVALS else {}
-        if rivals.RIVALS[rivals.NAMES[kind][0]].tells_matrices_apart:
-            rules["adam_scale"] = functools.partial(settings.number, positive=True)
         found = _parse_words(others, rules, name)
         kind = f"{kind}-{falling}" if (falling := found.pop("schedule", "constant")) != "constant" else kind
         return NamedRival(kind, _learning_rate(name, kind, rate), **found)
@@ -363,7 +360,7 @@ def candidate(
     if isinstance(named, NamedFunction):
         optimizer = named.make(steps, is_matrix)
         return Candidate(named.label, None, lambda setting: optimizer, 0.0)
-    name, rate, weight_decay, warmup, adam_scale = named
+    name, rate, weight_decay, warmup = named
     if isinstance(rate, str):
         return rivals.best_of_grid(splits, name, steps, rate, on_steps=on_steps)
-    return rivals.rival(name, rate, steps, weight_decay, warmup, adam_scale, is_matrix)
+    return rivals.rival(name, rate, steps, weight_decay, warmup, is_matrix)

@@ -34,9 +34,8 @@ def part_files(parts: Path, task: str, optimizers: Mapping[str, candidates.Named
             return f"{slug(named.label)[:160]}-{contents_of(named)[:8]}.jsonl"
         name, rate, *others = named
         words = [rate if isinstance(rate, str) else f"{rate:g}"]
-        defaults = [rivals.WEIGHT_DECAY, schedules.WARMUP, 1.0]  # adam_scale: named where it is another one
-        if others != defaults:
-            words += [f"{x:g}" for x in (others if others[-1] != 1 else others[:-1])]
+        if others != [rivals.WEIGHT_DECAY, schedules.WARMUP]:
+            words += [f"{x:g}" for x in others]
         return slug("-".join([name, *words])) + ".jsonl"
 
     return {name: parts / place / part(named) for name, named in optimizers.items()}

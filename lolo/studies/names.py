@@ -26,6 +26,7 @@ RIVALS = {
     "nesterov": "Nesterov SGD",
     "lion": "Lion",
     "muon": "Muon",
+    "muon-matched": "Muon, matched",
     "schedule-free": "Schedule-Free",
     "prodigy": "Prodigy",
 }

@@ -73,8 +73,8 @@ class LoLO(torch.optim.Optimizer):
         padding rows, rows never looked up, and masked weights drift: about 0.02 to 0.15 in 1,000 steps.
         Gradients below about 1e-22 count as none, since their squares are 0.
         (`norm_fc` gives such entries no step; weight decay reaches them.)
-      step_rms: of `norm_fc`: "one": a matrix's step has root mean square lr; "adam": lr times that of AdamW's step; None:
-        as shipped.
+      step_rms: of `norm_fc`: "one": a matrix's step has root mean square lr; "adam": lr times that of AdamW's step;
+        None: as shipped.
       adam_scale: of `norm_fc`: AdamW's learning rate in units of lr; None: as shipped.
       is_matrix: of `norm_fc`: whether the network moves the tensors of a group; None: those of two axes or more; False:
         AdamW; True: vectors too. Axis 0 is a matrix's output, all others are its input, as in torch's layers.

@@ -139,7 +139,14 @@ def test_updates_and_moments_agree_with_jax(orthogonal, baseline, step_rms):
 
 @pytest.mark.parametrize(
     "other",
-    [{"baseline": "none"}, {"step_rms": "adam"}, {"orthogonal": False}, {"weight_decay": 0.0}, {"adam_scale": 1.0}, {"learning_rate": 2e-3}],
+    [
+        {"baseline": "none"},
+        {"step_rms": "adam"},
+        {"orthogonal": False},
+        {"weight_decay": 0.0},
+        {"adam_scale": 1.0},
+        {"learning_rate": 2e-3},
+    ],
     ids=str,
 )
 def test_the_comparison_notices_other_settings(other):
