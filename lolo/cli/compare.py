@@ -132,7 +132,7 @@ def race_command(argv: list[str]) -> int:
             parameter) that is false for embeddings and output layers.
           settings: of the optimizer, up to five, as they stand after its name: lr=0.01 lr=0.03. All workloads get the
             same; the first is the one of the self-tuning rules.
-          search: find five settings of the optimizer, which must be weights, as those of the rivals were found: twenty
+          search: find five settings of the optimizer, weights or the kind of a rival, as they were found for all rivals: twenty
             trials on every workload, on validation data.
           name: what the optimizer is called in tables and pictures; default: as --optimizer has it.
           only: these workloads: mlp, convolution, resnet, vit, transformer, gru, autoencoder, words, finetuning,
@@ -167,8 +167,8 @@ def race_command(argv: list[str]) -> int:
         check_no_race(argv, {"--transfer": transfer, "--validate": validate}, of_a_race)
         environment.set_up()
         with logged_warnings():
-            mine = [entrants.entrant(optimizer, settings, name, code)] if optimizer else []
-            searched = [tuning.weights(optimizer, name, code)] if search else []
+            mine = [entrants.entrant(optimizer, settings, name, code)] if optimizer and not search else []
+            searched = [tuning.searched(optimizer, name, code)] if search else []
         if from_scratch:
             searched += [tuning.rival(kind) for kind in race_search.SPACES]
         if dry_run:

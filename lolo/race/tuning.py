@@ -84,6 +84,15 @@ def weights(optimizer: str, name: str = "", code: Sequence[Path] = ()) -> Search
     return Searched(name or optimizer, space, start, digest, tuple(code))
 
 
+def searched(optimizer: str, name: str = "", code: Sequence[Path] = ()) -> Searched:
+    """A rival by its kind, or weights, as `weights` has them. Raises ValueError."""
+    return (
+        rival(optimizer)._replace(name=name or optimizer)
+        if optimizer in search.SPACES
+        else weights(optimizer, name, code)
+    )
+
+
 def steps_of_search(workload: Workload) -> int:
     """Steps of a trial, and of a run that sets a target."""
     return round(workload.steps * workloads.SHARE_OF_TARGET)
