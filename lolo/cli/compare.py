@@ -132,7 +132,7 @@ def race_command(argv: list[str]) -> int:
             parameter) that is false for embeddings and output layers.
           settings: of the optimizer, up to five, as they stand after its name: lr=0.01 lr=0.03. All workloads get the
             same; the first is the one of the self-tuning rules.
-          search: find five settings of the optimizer, weights or the kind of a rival, as those of the rivals were found:
+          search: find five settings of the optimizer, weights or a kind of rival, as those of the rivals were found:
             twenty trials on every workload, on validation data.
           name: what the optimizer is called in tables and pictures; default: as --optimizer has it.
           only: these workloads: mlp, convolution, resnet, vit, transformer, gru, autoencoder, words, finetuning,
