@@ -200,6 +200,27 @@ def test_vectors_get_adamw():
     assert_close(run(make(adam_scale=0.5, weight_decay=0.1), params)[0], reference, rtol=1e-4)
 
 
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_a_matrix_may_step_as_far_as_adamw_would(orthogonal):
+    """Root mean square of each update, tensor by tensor; gradients that are noise make it small, steady ones do not."""
+    params = draw({"tall": (30, 6), "window": (3, 3, 4, 8)}, 3)
+    adam = optax.chain(optax.scale_by_adam(0.9, 0.95, 1e-8), optax.scale(-0.01))
+
+    def sizes(optimizer, drawn):
+        update, state, found = jax.jit(optimizer.update), optimizer.init(params), []
+        for seed in drawn:
+            change, state = update(draw({n: p.shape for n, p in params.items()}, seed), state, params)
+            found.append({name: float(jnp.sqrt(jnp.mean(x * x))) for name, x in change.items()})
+        return found[-1]
+
+    ours = make(orthogonal=orthogonal, step_rms="adam")
+    noisy, steady = (sizes(ours, drawn) for drawn in (range(40), [1] * 40))
+    for drawn, found in ((range(40), noisy), ([1] * 40, steady)):
+        assert found == pytest.approx(sizes(adam, drawn), rel=1e-4)
+        assert sizes(make(orthogonal=orthogonal), drawn) == pytest.approx({"tall": 0.01, "window": 0.01}, rel=1e-2)
+    assert all(noisy[name] < 0.4 * steady[name] for name in params)
+
+
 # Which tensors, and which of their axes
 
 TREE = {"embedding": (20, 4), "layer": (4, 6), "bias": (6,)}
@@ -233,7 +254,9 @@ def test_weights_take_is_matrix_and_state_dtype_as_norm_fc_does():
     state = optimizer.init(params)
     assert {name: x.shape[0] for name, x in state.momentum.items()} == {"embedding": 1, "layer": 3, "bias": 1}
     assert {x.dtype for x in jax.tree.leaves(state.momentum)} == {jnp.dtype(jnp.bfloat16)}
-    for words in ({"is_matrix": TREE}, {"state_dtype": jnp.bfloat16}):
+    with pytest.raises(ValueError, match="step_rms='sgd' must be one of 'one', 'adam'"):
+        weights.optimizer(step_rms="sgd")
+    for words in ({"is_matrix": TREE}, {"state_dtype": jnp.bfloat16}, {"step_rms": "adam"}):
         with pytest.raises(ValueError, match=f"'small_fc' has no {next(iter(words))}; leave it out"):
             pretrained.load("lolo-small").optimizer(**words)
 
@@ -492,6 +515,7 @@ def test_the_cures_work():
     [
         ({"hidden": 0}, "hidden=0"),
         ({"baseline": "adam"}, "must be one of 'momentum', 'none'"),
+        ({"step_rms": "muon"}, "step_rms='muon' must be one of 'one', 'adam'"),
         ({"state_dtype": "float16"}, "state_dtype=float16 must be float32 or bfloat16"),
     ],
 )

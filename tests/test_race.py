@@ -116,9 +116,12 @@ def test_every_architecture_of_shipped_weights_has_a_space():
 
 
 @pytest.mark.parametrize("name", ["adamw:1e-3", "muon:1e-3"])
-def test_only_weights_are_searched(name):
+def test_only_weights_and_kinds_of_rivals_are_searched(name):
     with pytest.raises(ValueError, match="the search is for weights; give --settings"):
-        tuning.weights(name)
+        tuning.searched(name)
+    kind = name.partition(":")[0]
+    assert tuning.searched(kind, "again") == tuning.rival(kind)._replace(name="again")
+    assert tuning.searched("lolo-norm") == tuning.weights("lolo-norm")
 
 
 def test_one_setting_for_all_has_the_lowest_mean_rank_and_five_cover_what_it_misses():
