@@ -221,6 +221,16 @@ def test_a_matrix_may_step_as_far_as_adamw_would(orthogonal):
     assert all(noisy[name] < 0.4 * steady[name] for name in params)
 
 
+@pytest.mark.parametrize(("step_rms", "stops"), [("adam", True), ("one", False)])
+def test_without_a_gradient_a_matrix_stops_as_under_adamw_if_its_step_is_as_large(step_rms, stops):
+    params, optimizer = draw({"w": (12, 7)}, 3), make(step_rms=step_rms)
+    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    for step in range(150):
+        change, state = update(jax.tree.map(lambda x, step=step: x * (step < 10), params), state, params)
+    size = float(jnp.sqrt(jnp.mean(change["w"] ** 2)))
+    assert size < 1e-4 * 0.01 if stops else size == pytest.approx(0.01, rel=1e-2)
+
+
 # Which tensors, and which of their axes
 
 TREE = {"embedding": (20, 4), "layer": (4, 6), "bias": (6,)}

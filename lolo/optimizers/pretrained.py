@@ -196,8 +196,8 @@ def warn_of_rate(learning_rate: Any) -> None:
     """Warn of a learning rate of norm_fc that looks like a multiple of the shipped step, as small_fc has it."""
     if isinstance(learning_rate, int | float | np.number) and learning_rate > LARGEST_RATE:
         warnings.warn(
-            f"learning_rate={learning_rate:g} is the root mean square of each step, as with Muon, and no multiple of "
-            "the shipped one: rates of 1e-4 to 1e-2 are usual. Leave it out for the weights' own.",
+            f"learning_rate={learning_rate:g} is a learning rate, as AdamW's or Muon's, and no multiple of the shipped "
+            "one: rates of 1e-4 to 1e-2 are usual. Leave it out for the weights' own.",
             stacklevel=4,
         )
 
