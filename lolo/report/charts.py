@@ -14,20 +14,23 @@ from lolo.studies import style
 from lolo.studies.style import Curve, styled
 
 
-def curves(title: str, lines: Sequence[Curve], xlabel: str, ylabel: str) -> Html:
-    """Curves over a step, with their names at their ends. Non-finite values are gaps."""
+def curves(title: str, lines: Sequence[Curve], xlabel: str, ylabel: str, log: bool = False) -> Html:
+    """Curves over a step, with their names at their ends. Non-finite values are gaps. log: of the y axis."""
     if not any(np.isfinite(style.drawable(line.y)).any() for line in lines):
         return nothing(title)
-    return figure(title, panel(lines, xlabel, ylabel), [line.label for line in lines])
+    return figure(title, panel(lines, xlabel, ylabel, log), [line.label for line in lines])
 
 
 @styled
-def panel(lines: Sequence[Curve], xlabel: str, ylabel: str) -> Any:
-    """One panel of curves."""
+def panel(lines: Sequence[Curve], xlabel: str, ylabel: str, log: bool = False) -> Any:
+    """One panel of curves. log: of the y axis."""
     drawn, (axis,) = style.panels(1, height=3.0)
     style.draw_lines(axis, lines, style.even([line.label for line in lines]))
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.set_ylim(*style.limits(np.concatenate([line.y[len(line.y) // 20 :] for line in lines])))
+    if log:
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(*style.limits(np.concatenate([line.y[len(line.y) // 20 :] for line in lines])))
     if len(lines) > 1:
         style.name_lines(axis, str)
     return drawn

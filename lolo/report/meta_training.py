@@ -130,6 +130,11 @@ def run_curves(run: RunFolder) -> list[Html]:
                 "Signal-to-noise of the meta-gradient", [single("", "signal_to_noise")], "outer step", "signal-to-noise"
             ),
         ]
+        ratio = single("", "gradient_ratio")
+        if (ratio.y > 0).any():  # there is imitation
+            positive = ratio._replace(y=np.where(ratio.y > 0, ratio.y, np.nan))
+            title = "Norm of the imitation's gradient over the task's, before they are normalised (Eq. 5)"
+            drawn.append(charts.curves(title, [positive], "outer step", "ratio of norms", log=True))
     if run.log.validations:
         x = np.array([row["step"] for row in run.log.validations])
         losses = [

@@ -195,6 +195,14 @@ STUDY: dict[str, Study] = {
         rivals=("adamw:1e-3", "adamw:grid"),
         changes=(("outer.steps", 2000), ("validation.every", 0)),
     ),
+    "restarts": Study(
+        about="replay without imitation, at three shares of unrolls that start afresh",
+        tasks=("fashion-mlp",),
+        methods=("replay-only", *(f"replay-only replay.threshold={share}" for share in (0.02, 0.4))),
+        meta_seeds=3,
+        rivals=("adamw:1e-3",),
+        changes=(("outer.steps", 2000), ("validation.every", 0)),
+    ),
     "transfer": Study(
         about="meta-trained on two small tasks at once, used unchanged on models that were never seen",
         tasks=("fashion-mlp+books-mlp",),
