@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_training import small
 
+from lolo.cli.main import main
 from lolo.evaluation import long_runs
 from lolo.evaluation.statistics import Row
 from lolo.files.disk import FileError
@@ -80,6 +81,15 @@ def nothing():
 
 def broken():
     return absent
+
+def torn():
+    return optax.GradientTransformation(lambda params: params["absent"], optax.sgd(0.1).update)
+
+def late():
+    return optax.GradientTransformation(optax.sgd(0.1).init, lambda grads, state, params: absent)
+
+def single():
+    return optax.GradientTransformation(lambda params: (), lambda grads, state, params: grads)
 """
 
 
@@ -126,6 +136,20 @@ def test_a_user_s_optimizer_that_can_t_be_used_is_refused_before_the_first_run(o
         candidates.read([f"{own_file}:{words}"])
     with pytest.raises(ValueError, match=r"optimizer file .*none.py does not exist"):
         candidates.read(["none.py:mine"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("torn", r"init of .*own.py:torn failed with KeyError: 'absent'"),
+        ("late", r"update of .*own.py:late failed with NameError: name 'absent' is not defined"),
+        ("single", r"update of .*own.py:single returned \w+; expected \(updates, state\)"),
+    ],
+)
+def test_a_user_s_optimizer_that_fails_under_way_says_where(own_file, words, message, caplog, capsys):
+    assert main(["eval", f"{own_file}:{words}", "--task", "quadratic", "--steps", "50", "--seeds", "1"]) == 2
+    said = "".join(capsys.readouterr().err.split("\n")) + caplog.text
+    assert re.search(message, said) and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

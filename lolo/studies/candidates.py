@@ -157,10 +157,27 @@ def function_of(name: str) -> NamedFunction | None:
             raise ValueError(f"{name} failed with {type(error).__name__}: {error}.") from error
         if not isinstance(optimizer, optax.GradientTransformation):
             raise ValueError(f"{name} returned {type(optimizer).__name__}; expected an optax optimizer.")
-        return optimizer
+        parts = ((part, getattr(optimizer, part)) for part in ("init", "update"))
+        return optimizer._replace(**{part: _guarded(call, f"{part} of {name}") for part, call in parts})
 
     make(1)  # what is wrong is said before the first run
     return NamedFunction(f"{own.path.name}:{own.function}:{own.settings}".rstrip(":"), sha256, make)
+
+
+def _guarded(call: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """A user's init or update, which says what it is where it fails, and where an update is no pair."""
+
+    @functools.wraps(call)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            found = call(*args, **kwargs)
+        except Exception as error:
+            raise ValueError(f"{what} failed with {type(error).__name__}: {error}.") from error
+        if what.startswith("update") and not (isinstance(found, tuple) and len(found) == 2):
+            raise ValueError(f"{what} returned {type(found).__name__}; expected (updates, state).")
+        return found
+
+    return guarded
 
 
 def with_settings(name: str, words: str) -> str:
