@@ -489,3 +489,13 @@ def test_what_can_t_race_is_refused_in_one_line(words, message, capsys, tmp_path
     assert main(["race", "--out", str(tmp_path / "race"), *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "race").exists()
+
+
+def test_a_folder_that_another_process_works_on_is_refused(capsys, tmp_path):
+    words = ["race", "--validate", "adamw:1e-3", "--only", "small-batch", "--out", str(tmp_path / "race")]
+    with stages.held(tmp_path / "race"):
+        assert main(words) == 2
+    assert "another process is at work on" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*words[:-1], str(tmp_path / "file")]) == 2
+    assert "can't be a folder" in capsys.readouterr().err

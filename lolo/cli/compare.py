@@ -177,7 +177,7 @@ def race_command(argv: list[str]) -> int:
             return 0
         stop = interrupt.Stop()
         if transfer or validate:
-            with progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
+            with stages.held(out), progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
                 on_progress = interrupt.interruptible(stop, display, out)
                 if transfer:
                     said = str(stages.transfer_rates(out, transfer, on_progress))
@@ -185,16 +185,14 @@ def race_command(argv: list[str]) -> int:
                     said = stages.validate(out, validate, seeds, only, code, on_progress)
             print(said)
             return 0
-        stages.ready(out)
-        with progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
+        with stages.held(out), progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
             on_progress = interrupt.interruptible(stop, display, out)
             found = stages.search_all(out, searched, only, on_progress) if searched else []
             if search:
                 mine = [entrants.searched(searched[0], found)]
             if from_scratch:
                 stages.set_targets(out, only, on_progress)
-            rivals = stages.rivals(stages.read(out).trials)
-            field = [*(rivals if from_scratch else ()), *mine]
+            field = [*(stages.rivals(stages.read(out).trials) if from_scratch else ()), *mine]
             stages.race(out, field, seeds, only, on_progress)
             timed = [*(stages.published(stages.read(out).rows, but=mine) if time_steps else ()), *mine]
             if timed:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from lolo.files import disk
 from lolo.files.disk import FileError
 from lolo.race import entrants, records, search, step_times, transfer, tuning, validation, workloads
 from lolo.race.entrants import Entrant
@@ -64,12 +65,20 @@ def read(out: Path, only: Sequence[str] = ()) -> Race:
     )
 
 
-def ready(out: Path) -> None:
-    """Make the folder of a race. Raises FileError where that can't be: before the first run rather than after it."""
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """The folder of a race, made where there is none, for this process alone.
+
+    Raises FileError where that can't be: before the first run rather than after it.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"{out} can't be a folder ({error.strerror}); give another --out.") from error
+    with disk.locked(out) as free:
+        if not free:
+            raise FileError(f"another process is at work on {out}; wait for it, stop it, or give another --out.")
+        yield
 
 
 class Steps:
@@ -162,7 +171,6 @@ def transfer_rates(out: Path, optimizers: Sequence[str], on_progress: interrupt.
     """
     file, rows = out / TRANSFER_FILE, records.read(out / TRANSFER_FILE, TransferRow)
     contents = {name: transfer.contents_of(name) for name in optimizers}
-    ready(out)
     rows = [row for row in rows if contents.get(row.entrant, row.contents) == row.contents]  # not of other weights
     missing = [name for name in optimizers if not any(row.entrant == name for row in rows)]
     models = len(transfer.WIDTHS) * len(transfer.DEPTHS) * transfer.SEEDS
@@ -192,7 +200,6 @@ def validate(
     chosen, drawn = only or tuple(workloads.WORKLOADS), validation.seeds_of(seeds)
     named = candidates.read(optimizers, code=code)
     validation.check(named)
-    ready(out)
     files = {
         workload: {name: entrants.part_file(out, workload, name, one, "validation") for name, one in named.items()}
         for workload in chosen
