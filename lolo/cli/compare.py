@@ -177,7 +177,7 @@ def race_command(argv: list[str]) -> int:
             return 0
         stop = interrupt.Stop()
         if transfer or validate:
-            with stages.held(out), progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
+            with progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
                 on_progress = interrupt.interruptible(stop, display, out)
                 if transfer:
                     said = str(stages.transfer_rates(out, transfer, on_progress))

@@ -169,19 +169,20 @@ def transfer_rates(out: Path, optimizers: Sequence[str], on_progress: interrupt.
 
     Rows that are there are not made again. Returns the picture's path. Raises ValueError, FileError.
     """
-    file, rows = out / TRANSFER_FILE, records.read(out / TRANSFER_FILE, TransferRow)
     contents = {name: transfer.contents_of(name) for name in optimizers}
-    rows = [row for row in rows if contents.get(row.entrant, row.contents) == row.contents]  # not of other weights
-    missing = [name for name in optimizers if not any(row.entrant == name for row in rows)]
-    models = len(transfer.WIDTHS) * len(transfer.DEPTHS) * transfer.SEEDS
-    runs = sum(len(transfer.names_of(name)) for name in missing) * models
-    steps = Steps(runs * transfer.STEPS, "trying learning rates on transformers", on_progress)
-    for name in missing:
-        rows += transfer.run(name, steps)
-        records.write(file, rows)
-        environment.forget_programs()
-    picture = out / "transfer.svg"
-    style.save_figure(transfer.picture([row for row in rows if row.entrant in optimizers]), picture)
+    with held(out):
+        file, rows = out / TRANSFER_FILE, records.read(out / TRANSFER_FILE, TransferRow)
+        rows = [row for row in rows if contents.get(row.entrant, row.contents) == row.contents]  # not of other weights
+        missing = [name for name in optimizers if not any(row.entrant == name for row in rows)]
+        models = len(transfer.WIDTHS) * len(transfer.DEPTHS) * transfer.SEEDS
+        runs = sum(len(transfer.names_of(name)) for name in missing) * models
+        steps = Steps(runs * transfer.STEPS, "trying learning rates on transformers", on_progress)
+        for name in missing:
+            rows += transfer.run(name, steps)
+            records.write(file, rows)
+            environment.forget_programs()
+        picture = out / "transfer.svg"
+        style.save_figure(transfer.picture([row for row in rows if row.entrant in optimizers]), picture)
     return picture
 
 
@@ -200,25 +201,26 @@ def validate(
     chosen, drawn = only or tuple(workloads.WORKLOADS), validation.seeds_of(seeds)
     named = candidates.read(optimizers, code=code)
     validation.check(named)
-    files = {
-        workload: {name: entrants.part_file(out, workload, name, one, "validation") for name, one in named.items()}
-        for workload in chosen
-    }
-    rows = {
-        workload: {name: records.read_part(file, ValidationRow) for name, file in mine.items()}
-        for workload, mine in files.items()
-    }
-    missing = {
-        workload: {name: named[name] for name in mine if not validation.is_complete(mine[name], workload, drawn)}
-        for workload, mine in rows.items()
-    }
-    total = sum(tuning.steps_of_search(workloads.WORKLOADS[workload]) * len(of) for workload, of in missing.items())
-    steps = Steps(total * seeds, "validating", on_progress)
-    for workload, of in missing.items():
-        for name, made in validation.run(of, workload, drawn, steps).items():
-            rows[workload][name] = made
-            records.write(files[workload][name], made)
-        environment.forget_programs()
+    with held(out):
+        files = {
+            workload: {name: entrants.part_file(out, workload, name, one, "validation") for name, one in named.items()}
+            for workload in chosen
+        }
+        rows = {
+            workload: {name: records.read_part(file, ValidationRow) for name, file in mine.items()}
+            for workload, mine in files.items()
+        }
+        missing = {
+            workload: {name: named[name] for name in mine if not validation.is_complete(mine[name], workload, drawn)}
+            for workload, mine in rows.items()
+        }
+        total = sum(tuning.steps_of_search(workloads.WORKLOADS[workload]) * len(of) for workload, of in missing.items())
+        steps = Steps(total * seeds, "validating", on_progress)
+        for workload, of in missing.items():
+            for name, made in validation.run(of, workload, drawn, steps).items():
+                rows[workload][name] = made
+                records.write(files[workload][name], made)
+            environment.forget_programs()
     means = {
         name: {w: float(np.mean([row.loss for row in rows[w][name] if row.seed in drawn])) for w in chosen}
         for name in named
