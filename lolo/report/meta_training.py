@@ -50,10 +50,13 @@ class RunFolder(NamedTuple):
 def read_run(path: Path) -> RunFolder:
     """A run's folder, checked. Raises FileError."""
     try:
-        recipe = run_folder.read_recipe(path)
+        recipe = run_folder.recipe_in(path)
+        if recipe is None:
+            raise FileError(f"{path} holds no meta-training: neither recipe.json nor last.safetensors with a recipe.")
         check(recipe)
     except RecipeError as error:
-        raise FileError(f"{path}/recipe.json: {error}") from error
+        told_by = next(name for name in ("recipe.json", "last.safetensors") if (path / name).is_file())
+        raise FileError(f"{path}/{told_by}: {error}") from error
     logs = [path / name for name in ("log.jsonl", "validation.jsonl") if (path / name).is_file()]
     log = doctor.read_log(logs[0], len(recipe.tasks)) if logs else doctor.Log([], [])
     weights = {

@@ -54,8 +54,8 @@ def build(folders: Sequence[Path]) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a meta-training's."""
-    return (folder / "recipe.json").is_file()
+    """Whether a folder is a meta-training's, of which no more than the last weights may be kept."""
+    return any((folder / name).is_file() for name in ("recipe.json", "last.safetensors"))
 
 
 Section = tuple[list[Html], list[Html]]
@@ -71,7 +71,8 @@ def part_of(folder: Path) -> Section:
     if rows_of(folder) or run_folders(folder):
         return study_part(folder)
     raise FileError(
-        f"{folder} holds neither a meta-training (recipe.json), nor an evaluation (rows-TASK.jsonl), nor a study."
+        f"{folder} holds neither a meta-training (recipe.json or last.safetensors), nor an evaluation "
+        "(rows-TASK.jsonl), nor a study."
     )
 
 
@@ -83,7 +84,7 @@ def rows_of(folder: Path) -> list[Path]:
 
 def run_folders(study: Path) -> list[Path]:
     """The meta-trainings of a study."""
-    return sorted(path.parent for path in (study / "runs").glob("*/recipe.json"))
+    return sorted(path for path in (study / "runs").glob("*") if is_run(path))
 
 
 def study_part(folder: Path) -> Section:

@@ -54,7 +54,7 @@ def meta_train(
     def progress(p: loop.Progress) -> None:
         on_progress(what, p.step, p.total, f"loss {p.task_loss:.3f} α {p.alpha:.2f} K {p.start_step:.0f}")
 
-    if there := recipe_in(run):
+    if there := run_folder.recipe_in(run):
         changed = settings.diff(there, recipe)
         if changed:
             raise RunError(f"{run} holds another recipe ({', '.join(changed)} differ); give another --out.")
@@ -69,14 +69,6 @@ def meta_train(
     if not result.finished:
         raise interrupt.Interrupted(interrupt.stopped_message(runs.parent))
     return run / "last.safetensors"
-
-
-def recipe_in(run: Path) -> Recipe | None:
-    """The recipe of a meta-training: of its folder, or of its last weights where nothing else was kept; or None."""
-    if (run / "recipe.json").is_file():
-        return run_folder.read_recipe(run)
-    weights = run / "last.safetensors"
-    return recipes.from_dict(weights_file.read_weights(weights).recipe) if weights.is_file() else None
 
 
 def finished(run: Path, recipe: Recipe) -> bool:

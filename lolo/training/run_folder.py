@@ -8,6 +8,7 @@ from typing import Any
 from lolo.files import disk
 from lolo.files.disk import FileError
 from lolo.files.settings import RecipeError
+from lolo.optimizers import weights_file
 from lolo.training import recipes
 from lolo.training.recipes import Recipe
 
@@ -43,6 +44,15 @@ def read_recipe(run: Path) -> Recipe:
         return recipes.from_dict(disk.read_json(run / "recipe.json"))
     except RecipeError as error:
         raise RecipeError(f"{run}/recipe.json: {error}") from error
+
+
+def recipe_in(run: Path) -> Recipe | None:
+    """The recipe of a meta-training: of its folder, or of its last weights where nothing else was kept; or None."""
+    if (run / "recipe.json").is_file():
+        return read_recipe(run)
+    weights = run / "last.safetensors"
+    kept = weights_file.read_weights(weights).recipe if weights.is_file() else {}
+    return recipes.from_dict(kept) if kept else None
 
 
 def read_about(run: Path) -> dict[str, Any]:
