@@ -219,7 +219,8 @@ def reproduce_command(argv: list[str]) -> int:
           study: quick (minutes), books or mini (hours), or study: all parts of the study in docs/results.md (a day).
           out: folder of the study; default: runs/STUDY.
           only: these parts of study alone: figure2, figure2-books, naive-tuned, naive-tuned-books, long, long-books,
-            settings, settings-confirmed, outer-steps, restarts, transfer, norm-fc, norm-fc-long.
+            settings, settings-confirmed, outer-steps, restarts, transfer, norm-fc, norm-fc-long,
+            default, default-long.
           smoke: the smallest form, to see that everything runs; in a folder `smoke` inside, so that no rows are lost.
         """
         files_settings.pick({**definitions.STUDIES, "study": None}, "study", study)

@@ -58,6 +58,16 @@ NORM_FC = Study(
     changes=(("validation.every", 0), ("validation.tasks", ())),
 )
 
+DEFAULT_METHODS = ("norm-fc", "norm-fc-bc-only", "norm-fc-naive")
+SHIPPED_AS = f"{FALLING},warmup=0.05,step_rms=adam,learning_rate=1.6e-2,weight_decay=0.1"  # as `lolo-norm-2` is
+DEFAULT = dataclasses.replace(
+    NORM_FC,
+    about="norm_fc as `lolo-norm-2` is deployed, three meta-seeds, on models that no meta-training met",
+    methods=DEFAULT_METHODS,
+    rivals=("adamw-warmup-cosine:wide-grid", "muon-warmup-cosine:wide-grid"),
+    deployments=(*((method, SHIPPED_AS) for method in DEFAULT_METHODS), ("norm-fc", f"{SHIPPED_AS},untrained=true")),
+)
+
 STUDIES: dict[str, Study] = {
     "quick": Study(
         about="one meta-seed, shortened meta-training: what a fresh machine shows within ten minutes",
@@ -222,6 +232,10 @@ STUDY: dict[str, Study] = {
     "norm-fc": NORM_FC,
     "norm-fc-long": dataclasses.replace(
         NORM_FC, about="the same over five times as many steps", eval_steps=10_000, eval_seeds=2
+    ),
+    "default": DEFAULT,
+    "default-long": dataclasses.replace(
+        DEFAULT, about="the same over five times as many steps", eval_steps=10_000, eval_seeds=2
     ),
 }
 """The parts of `lolo reproduce study`. They share the meta-trainings that they have in common."""
