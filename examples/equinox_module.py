@@ -9,11 +9,13 @@ import lolo
 from lolo.data import embedded
 
 
-def main(steps: int = 300, weights: str = "lolo-anytime") -> tuple[float, float]:
+def main(steps: int = 300) -> tuple[float, float]:
     """Returns the first loss, and the mean of the last ten."""
     images, labels = (jnp.asarray(x) for x in embedded.fashion_mnist()["train"])
     model = eqx.nn.MLP(64, 10, width_size=32, depth=1, key=jax.random.key(0))
-    optimizer = lolo.load(weights).optimizer()  # was: optax.adamw(1e-3)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.6e-2, steps // 20, steps)
+    layout = optax.contrib.MuonDimensionNumbers(1, 0)  # inputs and outputs: equinox's layers are [out, in]
+    optimizer = lolo.load().optimizer(learning_rate=schedule, is_matrix=lambda _, x: x.ndim == 2 and layout)
     state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
     def loss_of(model, batch):

@@ -9,12 +9,14 @@ import lolo
 from lolo.data import embedded
 
 
-def main(steps: int = 300, weights: str = "lolo-anytime") -> tuple[float, float]:
+def main(steps: int = 300) -> tuple[float, float]:
     """Returns the first loss, and the mean of the last ten."""
     images, labels = (jnp.asarray(x) for x in embedded.fashion_mnist()["train"])
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Linear(64, 32, rngs=rngs), nnx.relu, nnx.Linear(32, 10, rngs=rngs))
-    optimizer = nnx.Optimizer(model, lolo.load(weights).optimizer(), wrt=nnx.Param)  # was: optax.adamw(1e-3)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.6e-2, steps // 20, steps)
+    learned = lolo.load().optimizer(learning_rate=schedule)  # was: optax.adamw(schedule)
+    optimizer = nnx.Optimizer(model, learned, wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer, key):

@@ -22,7 +22,7 @@ from lolo.optimizers.small_fc_spec import LARGEST_GRADIENT
 
 pytestmark = pytest.mark.slow  # nearly all of it is compilation
 
-SMALL_FC = lolo.load()
+SMALL_FC = lolo.load("lolo-anytime")
 
 
 def weights_of(name):
@@ -470,7 +470,7 @@ from lolo.optimizers import architecture
 from lolo.optimizers.pretrained import Weights
 
 params = {"w": jnp.ones((3, 2))}
-small = lolo.load()
+small = lolo.load("lolo-anytime")
 learner = architecture.ARCHITECTURES["norm_fc"].settings()
 norm = Weights(architecture.build_learner(learner).init(jax.random.key(0)), learner, {}, {})
 adamw = optax.adamw(1e-3).init(params)

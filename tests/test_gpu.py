@@ -37,7 +37,7 @@ def test_the_tests_run_on_the_gpu():
 
 
 def test_an_update_is_that_of_the_cpu():
-    optimizer = lolo.load().optimizer()
+    optimizer = lolo.load("lolo-anytime").optimizer()
     params, gradient = models.mlp((784, 256, 64, 10)).init(jax.random.key(0))[0], jax.random.key(1)
     keys = jax.tree.unflatten(jax.tree.structure(params), jax.random.split(gradient, len(jax.tree.leaves(params))))
     grads = jax.tree.map(lambda key, x: 0.01 * jax.random.normal(key, x.shape), keys, params)
@@ -107,7 +107,7 @@ def test_torch_steps_are_those_of_the_cpu(torch, dtype, tolerance):
     for device in ("cpu", "cuda"):
         params, generator = drawn(torch, device, getattr(torch, dtype))
         start = [param.detach().clone() for param in params]
-        take_steps(torch, LoLO(params), params, generator)
+        take_steps(torch, LoLO(params, "lolo-anytime"), params, generator)
         moved[device] = [(p.detach() - s).float().cpu().numpy() for p, s in zip(params, start, strict=True)]
     for ours, reference in zip(moved["cuda"], moved["cpu"], strict=True):
         assert relative(ours, reference) < tolerance
@@ -117,14 +117,14 @@ def test_a_state_saved_on_the_gpu_continues_there_and_on_the_cpu(torch):
     from lolo.torch import LoLO
 
     params, generator = drawn(torch, "cuda", torch.float32)
-    optimizer = LoLO(params)
+    optimizer = LoLO(params, "lolo-anytime")
     take_steps(torch, optimizer, params, generator)
     saved, values = copy.deepcopy(optimizer.state_dict()), [param.detach().clone() for param in params]
     drawing = generator.get_state()
     take_steps(torch, optimizer, params, generator)
     for device, tolerance in (("cuda", 0.0), ("cpu", 1e-4)):
         again = [torch.nn.Parameter(value.to(device).clone()) for value in values]
-        other = LoLO(again)
+        other = LoLO(again, "lolo-anytime")
         other.load_state_dict(saved)
         generator.set_state(drawing)
         take_steps(torch, other, again, generator)
@@ -140,7 +140,7 @@ def test_torch_trains_under_autocast_with_a_gradient_scaler(torch):
     model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3)).cuda()
     x = torch.randn(256, 20, device="cuda")
     y = (x[:, :3] + 0.1 * torch.randn(256, 3, device="cuda")).argmax(1)
-    optimizer, scaler = LoLO(model.parameters()), torch.amp.GradScaler("cuda")
+    optimizer, scaler = LoLO(model.parameters(), "lolo-anytime"), torch.amp.GradScaler("cuda")
     losses = []
     for _ in range(200):
         optimizer.zero_grad()

@@ -54,7 +54,7 @@ def test_reprs_are_one_line(result):
     assert repr(small.quadratic().train) == "Task(1,000 examples, batch 4, resident data)"
     assert "\n" not in repr(result) and len(repr(result)) < 200
     assert len(repr(small.fashion_mlp())) < 300
-    assert lolo.__version__.count(".") == 2 and repr(lolo.load()).startswith("Weights(small_fc, ")
+    assert lolo.__version__.count(".") == 2 and repr(lolo.load()).startswith("Weights(norm_fc, ")
 
 
 def test_a_meta_training_is_drawn_from_its_log(result):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow  # nearly all of it is compilation
 
 LEARNER = architecture.ARCHITECTURES["norm_fc"].settings()
 WEIGHTS = {
-    "small_fc": lolo.load(),
+    "small_fc": lolo.load("lolo-anytime"),
     "norm_fc": Weights(architecture.build_learner(LEARNER).init(jax.random.key(0)), LEARNER, {}, {}),
 }
 all_weights = pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)

@@ -58,7 +58,7 @@ def import_learned_optimization(path: str | Path) -> Arrays:
 
     Returns: float32 arrays by our names. Raises disk.FileError, and ImportError where msgpack is not installed.
 
-    >>> lolo.interop.export_learned_optimization(lolo.load().meta_params, "theta.state")
+    >>> lolo.interop.export_learned_optimization(lolo.load("lolo-anytime").meta_params, "theta.state")
     >>> phi = lolo.interop.import_learned_optimization("theta.state")
     >>> phi["w0"].shape
     (39, 32)
@@ -84,7 +84,7 @@ def export_learned_optimization(meta_params: Mapping[str, Any], path: str | Path
 
     Raises ValueError for arrays that are no `small_fc`, or with_decays=False where decays were learned.
 
-    >>> lolo.interop.export_learned_optimization(lolo.load().meta_params, "theta.state")
+    >>> lolo.interop.export_learned_optimization(lolo.load("lolo-anytime").meta_params, "theta.state")
     """
     arrays = _checked(dict(meta_params), "meta_params")
     decays = {name: arrays[name] for name in spec.DECAY_OFFSETS if name in arrays}
@@ -108,7 +108,7 @@ def import_pylo(path: str | Path) -> Arrays:
 
     PyLO keeps decays in its optimizer, not in this file: there are none to read. Raises disk.FileError.
 
-    >>> lolo.interop.export_pylo(lolo.load().meta_params, "pylo.safetensors")
+    >>> lolo.interop.export_pylo(lolo.load("lolo-anytime").meta_params, "pylo.safetensors")
     >>> phi = lolo.interop.import_pylo("pylo.safetensors")
     >>> optimizer = lolo.small_fc().optimizer(jax.tree.map(jnp.asarray, phi))
     """
@@ -129,7 +129,7 @@ def export_pylo(meta_params: Mapping[str, Any], path: str | Path) -> None:
     Raises ValueError for arrays that are no `small_fc`, and for learned decays that are not zero: the file has no place
     for them.
 
-    >>> lolo.interop.export_pylo(lolo.load().meta_params, "pylo.safetensors")
+    >>> lolo.interop.export_pylo(lolo.load("lolo-anytime").meta_params, "pylo.safetensors")
     """
     arrays = _checked(dict(meta_params), "meta_params")
     if any(arrays[name].any() for name in spec.DECAY_OFFSETS if name in arrays):

@@ -127,10 +127,10 @@ class Weights(NamedTuple):
         lie on several devices without a word here. Warns of a step_scale below 0.02, which looks like another
         optimizer's rate.
 
-        >>> schedule = optax.cosine_decay_schedule(2e-3, 10_000)
-        >>> optimizer = lolo.load("lolo-norm").optimizer(learning_rate=schedule, weight_decay=0.1)
+        >>> schedule = optax.warmup_cosine_decay_schedule(0.0, 1.6e-2, 500, 10_000)
+        >>> optimizer = lolo.load().optimizer(learning_rate=schedule, weight_decay=0.1)
         >>> cosine = optax.cosine_decay_schedule(1.0, 10_000)
-        >>> optimizer = lolo.load().optimizer(step_decay=math.inf, step_scale=cosine)
+        >>> optimizer = lolo.load("lolo-anytime").optimizer(step_decay=math.inf, step_scale=cosine)
         """
         check_scale(step_scale)
         requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
@@ -273,7 +273,7 @@ def load(
 
     >>> weights = lolo.load()
     >>> weights
-    Weights(small_fc, 2,402 numbers, meta-trained on fashion-mlp, T = 2,000)
+    Weights(norm_fc, 329 numbers, meta-trained on fashion-mlp+books-mlp, T = 1,000)
     >>> optimizer = weights.optimizer()
     >>> params = {"weight": jnp.ones((3, 2))}
     >>> updates, state = optimizer.update(params, optimizer.init(params), params)

@@ -26,7 +26,7 @@ WEIGHTS_VERSION = 2  # 1, which is still read, had no sum over learner, recipe a
 ABOUT = ("learner", "recipe", "card")
 MAX_WEIGHTS_BYTES = 64 << 20
 SHIPPED = Path(__file__).parents[1] / "weights"
-DEFAULT_WEIGHTS = "lolo-anytime"  # of SHIPPED, what `lolo.load()` and `lolo.torch.LoLO` take when nothing is said
+DEFAULT_WEIGHTS = "lolo-norm-2"  # of SHIPPED, what `lolo.load()` and `lolo.torch.LoLO` take when nothing is said
 HUB_FILE = "model.safetensors"  # of a repository, when no file is named
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<file>[\w./-]+\.safetensors))?"

@@ -8,13 +8,13 @@ import pytest
 import torch
 from drawn import norm_fc_file
 
-from lolo.optimizers.weights_file import DEFAULT_WEIGHTS
 from lolo.torch.optimizer import LoLO
 
 pytestmark = pytest.mark.torch
 
-ARCHITECTURES = {"small_fc": DEFAULT_WEIGHTS, "norm_fc": norm_fc_file()}
-WEIGHTS = DEFAULT_WEIGHTS  # of the architecture that a test runs with
+SMALL = "lolo-anytime"
+ARCHITECTURES = {"small_fc": SMALL, "norm_fc": norm_fc_file()}
+WEIGHTS = SMALL  # of the architecture that a test runs with
 
 
 @pytest.fixture(autouse=True, params=ARCHITECTURES)
@@ -171,7 +171,7 @@ def test_an_lr_of_adamw_warns_once(lr):
 def test_each_group_with_an_lr_of_adamw_warns_added_later_too():
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr} for lr in (1e-3, 1.0, 2e-3, 3e-3)]
     with pytest.warns(UserWarning, match="leave lr out") as seen:
-        optimizer = LoLO(groups[:2])
+        optimizer = LoLO(groups[:2], WEIGHTS)
     assert len(seen) == 1
     with pytest.warns(UserWarning, match="lr=0.002 is a multiple") as seen:
         optimizer.add_param_group(groups[2])
@@ -183,7 +183,7 @@ def test_each_group_with_an_lr_of_adamw_warns_added_later_too():
 @pytest.mark.parametrize("lr", ["a", True, float("nan"), [1.0]])
 def test_an_lr_that_is_no_number_is_refused_by_name(lr):
     with pytest.raises(ValueError, match="lr=.*; expected a number that is not negative"):
-        LoLO([{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr}])
+        LoLO([{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr}], WEIGHTS)
 
 
 @pytest.mark.parametrize("name", ["maximize", "freeze_unseen"])
@@ -191,7 +191,7 @@ def test_an_lr_that_is_no_number_is_refused_by_name(lr):
 @small_fc_only
 def test_a_word_is_no_flag(name, wrong):
     with pytest.raises(ValueError, match=f"{name}=.*; expected True or False"):
-        LoLO([{"params": [torch.nn.Parameter(torch.ones(2))], name: wrong}])
+        LoLO([{"params": [torch.nn.Parameter(torch.ones(2))], name: wrong}], WEIGHTS)
 
 
 @pytest.mark.parametrize("architecture", ["norm_fc"], indirect=True)
@@ -223,7 +223,7 @@ def test_an_lr_of_adamw_is_one_of_norm_fc_too():
 def test_other_rates_and_the_values_of_schedules_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for lr in (0.02, 0.1, 0.0) if WEIGHTS is not DEFAULT_WEIGHTS else (0.02, 0.5, 1.0, 0.0):
+        for lr in (0.02, 0.1, 0.0) if WEIGHTS is not SMALL else (0.02, 0.5, 1.0, 0.0):
             make(lr=lr)
         optimizer = make()
         torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1e-4)
@@ -275,6 +275,6 @@ def test_a_state_from_before_the_option_continues_without_it():
     params, optimizer = trained()
     saved = optimizer.state_dict()
     del saved["param_groups"][0]["freeze_unseen"]
-    again = LoLO(params)
+    again = LoLO(params, WEIGHTS)
     again.load_state_dict(saved)
     assert again.param_groups[0]["freeze_unseen"] is False

@@ -479,7 +479,7 @@ def test_the_state_of_one_architecture_is_refused_by_the_other_with_the_weights_
     path = tmp_path / "mine.safetensors"
     weights_file.write_weights(path, PHI, learner=norm_fc_file(PHI).learner)
     norm = LoLO([torch.nn.Parameter(torch.ones(2))], path)
-    small = LoLO([torch.nn.Parameter(torch.ones(2))])
+    small = LoLO([torch.nn.Parameter(torch.ones(2))], "lolo-anytime")
     names = [("lolo-anytime", weights_file.read_weights("lolo-anytime")), (str(path), weights_file.read_weights(path))]
     for ours, theirs in ((norm, small), (small, norm)):
         with pytest.raises(ValueError, match="was saved with the weights") as error:

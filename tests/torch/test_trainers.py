@@ -14,7 +14,7 @@ ACCELERATE, LIGHTNING, TRANSFORMERS = (
     for name in ("accelerate", "lightning", "transformers")
 )
 STEPS, HALF = 6, 3
-SHIPPED_DECAY = LoLO([torch.zeros(1)]).param_groups[0]["weight_decay"]
+SHIPPED_RATE, SHIPPED_DECAY = (LoLO([torch.zeros(1)]).param_groups[0][name] for name in ("lr", "weight_decay"))
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,9 @@ def test_hugging_faces_trainer_resumes_bit_for_bit(tmp_path):
     assert len(losses) == STEPS and others == losses
     assert_same(resumed[:2], plain[:2])
     # What it adds by itself, as docs/use.md says: a line from 1 to 0, and clipping. Weight decay stays as shipped.
-    assert logged(plain[2], "learning_rate") == pytest.approx([1 - step / STEPS for step in range(STEPS)])
+    assert logged(plain[2], "learning_rate") == pytest.approx(
+        [SHIPPED_RATE * (1 - step / STEPS) for step in range(STEPS)]
+    )
     assert plain[2].args.max_grad_norm == 1.0
     assert [group["weight_decay"] for group in plain[1].param_groups] == [SHIPPED_DECAY]
 
@@ -107,7 +109,7 @@ def test_hugging_faces_trainer_switches_weight_decay_off_where_it_makes_the_opti
     trainer = trainer_of(tmp_path, language_model(), optimizer_cls_and_kwargs=(LoLO, {}))
     trainer.create_optimizer()
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.0, 0.0]
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1.0, 1.0]
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [SHIPPED_RATE] * 2
     assert SHIPPED_DECAY > 0
 
 
