@@ -48,15 +48,15 @@ class LoLO(torch.optim.Optimizer):
     >>> model(torch.ones(3, 4)).square().mean().backward()
     >>> optimizer.step()
 
-    The weights say which architecture it is. `small_fc` has no hyper-parameter to tune:
-    θ ← θ − lr·λ1/√(1 + t/step_decay)·(d·exp(λ2·m) + weight_decay·θ), (d, m) the network's outputs for an entry (Eq. 7).
-
-    `norm_fc` chooses directions, and its learning rate is the root mean square of a matrix's step:
-    θ ← θ − lr·(step + weight_decay·θ). Vectors and scalars get AdamW (.9, .95, 1e-8) at lr·adam_scale, and so should
+    The weights say which architecture it is. That of the default ones, `norm_fc`, chooses directions:
+    θ ← θ − lr·(step + weight_decay·θ), a matrix's step as large as `step_rms` says. Vectors and scalars get AdamW (.9, .95, 1e-8) at lr·adam_scale, and so should
     embeddings and output layers, which you name:
 
     >>> groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "is_matrix": False}]
-    >>> optimizer = LoLO(groups, "lolo-norm", lr=1e-3)
+    >>> optimizer = LoLO(groups, lr=1.6e-2, weight_decay=0.1)
+
+    `small_fc` (`lolo-anytime`) has no hyper-parameter to tune:
+    θ ← θ − lr·λ1/√(1 + t/step_decay)·(d·exp(λ2·m) + weight_decay·θ), (d, m) the network's outputs for an entry (Eq. 7).
 
     Args:
       params: parameters, named parameters or param groups; a group may have all settings below for itself. float32,

@@ -41,10 +41,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     assert difference(trained(steps=19), trained()) > 1e-2  # so that the test can tell
 
 
-def test_gradients_scaled_far_down_move_less_here_and_not_in_adamw():
-    """So a loss is not to be scaled down, nor gradients clipped at a tiny norm."""
+def small_fc(params):
+    return LoLO(params, "lolo-anytime")
+
+
+def test_gradients_scaled_far_down_move_less_in_small_fc_and_not_in_norm_fc_and_adamw():
+    """So under small_fc a loss is not to be scaled down, nor gradients clipped at a tiny norm."""
     assert difference(trained(factor=1e-4, make=torch.optim.AdamW), trained(make=torch.optim.AdamW)) < 0.05
-    assert (trained(factor=1e-4) - START).norm() < 0.5 * (trained() - START).norm()
+    assert difference(trained(factor=1e-4), trained()) < 0.1
+    move = (trained(factor=factor, make=small_fc) - START for factor in (1e-4, 1.0))
+    assert next(move).norm() < 0.5 * next(move).norm()
 
 
 def without_decay(model):
