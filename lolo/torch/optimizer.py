@@ -49,8 +49,8 @@ class LoLO(torch.optim.Optimizer):
     >>> optimizer.step()
 
     The weights say which architecture it is. That of the default ones, `norm_fc`, chooses directions:
-    θ ← θ − lr·(step + weight_decay·θ), a matrix's step as large as `step_rms` says. Vectors and scalars get AdamW (.9, .95, 1e-8) at lr·adam_scale, and so should
-    embeddings and output layers, which you name:
+    θ ← θ − lr·(step + weight_decay·θ), a matrix's step as large as `step_rms` says. Vectors and scalars get
+    AdamW (.9, .95, 1e-8) at lr·adam_scale, and so should embeddings and output layers, which you name:
 
     >>> groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "is_matrix": False}]
     >>> optimizer = LoLO(groups, lr=1.6e-2, weight_decay=0.1)
