@@ -70,6 +70,7 @@ def test_a_rival_s_name_holds_its_schedule_and_settings():
 
 
 OWN = """
+import jax
 import optax
 from beside import MOMENTUM
 
@@ -90,6 +91,24 @@ def late():
 
 def single():
     return optax.GradientTransformation(lambda params: (), lambda grads, state, params: grads)
+
+def bare(update):
+    return optax.GradientTransformation(lambda params: {"count": 0}, lambda grads, state, params: update(grads, state))
+
+def listed():
+    return bare(lambda grads, state: ([grads], state))
+
+def flat():
+    return bare(lambda grads, state: (jax.tree.map(lambda g: g.sum(), grads), state))
+
+def grown():
+    return bare(lambda grads, state: (grads, state | {"flag": True}))
+
+def halved():
+    return bare(lambda grads, state: (grads, {"count": 0.5 * state["count"]}))
+
+def worded():
+    return bare(lambda grads, state: (grads, {"count": "three"}))
 """
 
 
@@ -143,6 +162,11 @@ def test_a_user_s_optimizer_that_can_t_be_used_is_refused_before_the_first_run(o
     [
         ("torn", r"init of .*own.py:torn failed with KeyError: 'absent'"),
         ("late", r"update of .*own.py:late failed with NameError: name 'absent' is not defined"),
+        ("listed", r"update of .*own.py:listed returned updates of another tree"),
+        ("flat", r"update of .*own.py:flat returned updates of another tree, or of other shapes, than the gradients"),
+        ("grown", r"update of .*own.py:grown returned a state of another tree"),
+        ("halved", r"update of .*own.py:halved returned a state .* or dtypes, than it was given"),
+        ("worded", r"update of .*own.py:worded: its state or its updates hold what is no number or array"),
         ("single", r"update of .*own.py:single returned \w+; expected \(updates, state\)"),
     ],
 )

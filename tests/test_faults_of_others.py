@@ -514,7 +514,7 @@ def test_words_flags_and_states_of_another_kind_are_refused_by_name():
 
 
 def test_a_multiple_of_the_step_as_norm_fc_s_learning_rate_warns():
-    with pytest.warns(UserWarning, match="learning_rate=1 is a learning rate, as AdamW's or Muon's"):
+    with pytest.warns(UserWarning, match="learning_rate=1 is no multiple of the shipped rate"):
         WEIGHTS["norm_fc"].optimizer(learning_rate=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

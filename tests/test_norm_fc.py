@@ -221,6 +221,20 @@ def test_a_matrix_may_step_as_far_as_adamw_would(orthogonal):
     assert all(noisy[name] < 0.4 * steady[name] for name in params)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "plain"])
+@pytest.mark.parametrize("step_rms", ["one", "adam"])
+def test_derivatives_are_finite_where_a_gradient_is_zero(step_rms, kernel):
+    params = draw({"w": (4, 3), "b": (3,)}, 3)
+
+    def moved(phi):
+        optimizer = make(phi, step_rms=step_rms, kernel=kernel)
+        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+        return updates
+
+    for x in jax.tree.leaves(jax.jvp(moved, (PHI,), (PHI,))):
+        assert np.isfinite(x).all()
+
+
 @pytest.mark.parametrize(("step_rms", "stops"), [("adam", True), ("one", False)])
 def test_without_a_gradient_a_matrix_stops_as_under_adamw_if_its_step_is_as_large(step_rms, stops):
     params, optimizer = draw({"w": (12, 7)}, 3), make(step_rms=step_rms)

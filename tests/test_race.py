@@ -117,11 +117,41 @@ def test_every_architecture_of_shipped_weights_has_a_space():
 
 @pytest.mark.parametrize("name", ["adamw:1e-3", "muon:1e-3"])
 def test_only_weights_and_kinds_of_rivals_are_searched(name):
-    with pytest.raises(ValueError, match="the search is for weights; give --settings"):
+    with pytest.raises(ValueError, match="the search finds the learning rate; give "):
         tuning.searched(name)
+    with pytest.raises(ValueError, match="the search is for weights; give --settings"):
+        tuning.weights(name)
     kind = name.partition(":")[0]
-    assert tuning.searched(kind, "again") == tuning.rival(kind)._replace(name="again")
+    assert (
+        tuning.searched(kind, "again").name_of(search.settings_of(search.SPACES[kind])[0]).startswith(f"{kind}-warmup-")
+    )
+    assert tuning.searched(kind) == tuning.rival(kind) != tuning.searched(kind, "again")
     assert tuning.searched("lolo-norm") == tuning.weights("lolo-norm")
+
+
+def test_rivals_under_one_name_do_not_share_trials(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        tuning, "trials", lambda of, workload, on_steps: [Trial(workload, of.name, 1.0, 1.0, 1.0, float(len(of.start)))]
+    )
+    found = {
+        kind: stages.search_all(tmp_path, [tuning.searched(kind, "mine")], ("mlp",), quiet)
+        for kind in ("muon", "lion", "nadamw")
+    }
+    assert [trials for trials in found.values()] == [
+        [Trial("mlp", "mine", 1.0, 1.0, 1.0, float(len(tuning.rival(kind).start)))] for kind in found
+    ]
+
+
+def test_an_entrant_in_the_folder_replaces_all_its_published_rows(small, tmp_path):
+    published = RaceRow("near", False, "muon", "muon:1", 0, 8, [1.0], 1.0, {"loss": 1.0})
+    other = dataclasses.replace(published, entrant="adamw")
+    mine = dataclasses.replace(published, workload="far", optimizer="muon:2")
+    records.write(tmp_path / "kept" / stages.ROWS_FILE, [published, other])
+    records.write(tmp_path / "mine" / stages.ROWS_FILE, [mine])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "KEPT", tmp_path / "kept")
+        assert {row.optimizer for row in stages.read(tmp_path / "mine").rows if row.entrant == "muon"} <= {"muon:2"}
+        assert any(row.entrant == "adamw" for row in stages.read(tmp_path / "mine").rows)
 
 
 def test_one_setting_for_all_has_the_lowest_mean_rank_and_five_cover_what_it_misses():
@@ -480,6 +510,9 @@ def test_a_comparison_has_its_interval_and_says_what_diverged():
         (["--validate", "lolo-norm:kernel=plain,kernel=auto"], "kernel is given twice"),
         (["--only", "mpl"], "did you mean 'mlp'"),
         (["--settings", "lr=1"], "are of --optimizer"),
+        (["--optimizer", "lolo-norm", "--name", "muon"], "--name muon is a rival's; give another"),
+        (["--optimizer", "muon:1e-3", "--search"], "the search finds the learning rate; give muon alone"),
+        (["--optimizer", "sgdm", "--search"], "the search knows the rivals adamw, nadamw"),
         (["--seeds", "0"], "at least 1"),
         (["--optimizer", "none.py:mine"], "does not exist"),
         (["--optimizer", "adamw"], "adamw"),

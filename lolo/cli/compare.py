@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ def eval_command(argv: list[str]) -> int:
 
         Args:
           optimizers: weights, rivals, or your own. Weights are a name of `lolo weights` or a file; settings follow a
-            colon: FILE:step_scale=2,step_decay=3000,weight_decay=0.1,clock_limit=10000. FILE:freeze_unseen=true does
+            colon: FILE:step_scale=2,step_decay=3000,weight_decay=0.1,clock_limit=10000, of norm_fc
+            FILE:learning_rate=1e-2,step_rms=adam,adam_scale=1. FILE:freeze_unseen=true does
             not move entries that never had a gradient; FILE:untrained=true is φ before meta-training. Rivals are adamw,
             adam, nadamw, sgdm, nesterov, lion, muon, muon-matched (its steps are as large as AdamW's, so that AdamW's
             rates suit it), schedule-free and prodigy. adamw:1e-3 has one learning rate; adamw:grid has the best of
@@ -156,6 +158,8 @@ def race_command(argv: list[str]) -> int:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
         if (settings or search or name) and not optimizer:
             raise ValueError("--settings, --search and --name are of --optimizer: give one.")
+        if name in race_search.SPACES and name != optimizer:
+            raise ValueError(f"--name {name} is a rival's; give another.")
         if settings and search:
             raise ValueError("--search finds the settings: leave out --settings.")
         of_a_race = {
@@ -170,7 +174,7 @@ def race_command(argv: list[str]) -> int:
             mine = [entrants.entrant(optimizer, settings, name, code)] if optimizer and not search else []
             searched = [tuning.searched(optimizer, name, code)] if search else []
         if from_scratch:
-            searched += [tuning.rival(kind) for kind in race_search.SPACES]
+            searched += [tuning.rival(kind) for kind in race_search.SPACES if kind not in [of.name for of in searched]]
         if dry_run:
             count = race_search.FIVE if search else sum(len(one.optimizers) for one in mine)
             print(stages.outlook(count, len(searched), seeds, only, out, from_scratch))
@@ -185,7 +189,8 @@ def race_command(argv: list[str]) -> int:
                     said = stages.validate(out, validate, seeds, only, code, on_progress)
             print(said)
             return 0
-        with stages.held(out), progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
+        held = stages.held(out) if optimizer or from_scratch or time_steps else contextlib.nullcontext()
+        with held, progress_display() as display, interrupt.stop_on_signals(stop), logged_warnings():
             on_progress = interrupt.interruptible(stop, display, out)
             found = stages.search_all(out, searched, only, on_progress) if searched else []
             if search:

@@ -95,7 +95,7 @@ def norm_fc(
     mask: Mask = None,
     kernel: str = "auto",
 ) -> LearnedOptimizer:
-    """A learned direction with a step of fixed size, 30 → hidden → hidden → 1 (Celo2; ELO-Celo2, LoLO's successor).
+    """A learned direction whose size is a learning rate, 30 → hidden → hidden → 1 (Celo2; ELO-Celo2, LoLO's successor).
 
     θ ← θ − learning_rate·(step + weight_decay·θ). For matrices step is the network's direction, orthogonalised if asked
     for, divided by its root mean square over the tensor, and as large as step_rms says. For all other tensors it is
@@ -112,7 +112,7 @@ def norm_fc(
         "none": the network alone.
       step_rms: root mean square of a matrix's step before the learning rate: "one"; or "adam": that of the step which
         AdamW (.9, .95, 1e-8) would make, as in grafting (Agarwal et al., arXiv 2002.11803). It falls where gradients
-        are noise, and learning rates are those of AdamW.
+        are noise, and learning rates are of AdamW's order, about eight times those for "one".
       adam_scale: AdamW's learning rate is adam_scale·learning_rate.
       is_matrix: which tensors the network moves. None: all of two axes or more. A function (path, param) -> answer,
         path as in "decoder/embedding", or a tree of answers, which may be a prefix of the parameters' tree. An answer
@@ -208,7 +208,7 @@ def check_settings(hidden: int, settings: NormFcArguments) -> None:
         raise ValueError(f"hidden={hidden!r} must be a whole number from 1 to {spec.MAX_HIDDEN}.")
     if settings.baseline not in spec.BASELINES:
         raise ValueError(f"baseline={settings.baseline!r} must be one of {', '.join(map(repr, spec.BASELINES))}.")
-    if settings.step_rms not in spec.STEP_RMS:
+    if not isinstance(settings.step_rms, str) or settings.step_rms not in spec.STEP_RMS:
         raise ValueError(f"step_rms={settings.step_rms!r} must be one of {', '.join(map(repr, spec.STEP_RMS))}.")
     if settings.state_dtype not in STATE_DTYPES:
         raise ValueError(f"state_dtype={settings.state_dtype} must be float32 or bfloat16.")
@@ -310,7 +310,12 @@ def adam_step(moments: NormFcMoments, count: Int[Array, ""]) -> Entries:
         x * nf.reciprocal(1 - d**t, least=1 - d)
         for x, d in zip((moments.momentum[0], moments.rms), decays, strict=True)
     )
-    return mean / (jnp.sqrt(square) + spec.ADAM_EPSILON)
+    return mean / (root(square) + spec.ADAM_EPSILON)
+
+
+def root(x: jax.Array) -> jax.Array:
+    """√x, with derivative 0 at 0."""
+    return jnp.where(x == 0, 0.0, jnp.sqrt(jnp.where(x == 0, 1.0, x)))
 
 
 def limited(grad: Entries) -> Entries:
@@ -327,7 +332,7 @@ def unit(x: Entries, of: Layout, epsilon: float) -> Entries:
 
 def rms_of(x: Entries, of: Layout) -> jax.Array:
     """The root mean square of x over the whole tensor."""
-    return jnp.sqrt(over_parts(jnp.mean(x * x), of))
+    return root(over_parts(jnp.mean(x * x), of))
 
 
 def on_full_tensor(

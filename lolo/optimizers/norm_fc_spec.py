@@ -95,11 +95,11 @@ def hidden_of(numbers: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class NormFcSettings(settings.Alternative):
-    """A learned direction with a step of fixed size."""
+    """A learned direction; the size of a step is fixed, or AdamW's."""
 
     name: str = "norm_fc"  # the architecture: --learner.name NAME --help lists the fields of another one
     hidden: int = 8  # width of the two hidden layers
-    learning_rate: float = 1e-3  # root mean square of a matrix's step
+    learning_rate: float = 1e-3  # root mean square of a matrix's step, if step_rms is one; about 8e-3 if it is adam
     weight_decay: float = 0.0  # decoupled, times the learning rate; the expert gets the same
     orthogonal: bool = True  # orthogonalise directions by Newton-Schulz, as Muon does
     baseline: str = "momentum"  # what the network corrects: momentum or none
@@ -116,14 +116,14 @@ def learning_rate(value: Any) -> Any:
 
 def kernel(value: Any) -> str:
     """One of `library.CHOICES`. Raises ValueError."""
-    if value not in library.CHOICES:
+    if not isinstance(value, str) or value not in library.CHOICES:
         raise ValueError(f"must be one of {', '.join(map(repr, library.CHOICES))}.")
     return value
 
 
 def step_rms(value: Any) -> str:
     """One of `STEP_RMS`. Raises ValueError."""
-    if value not in STEP_RMS:
+    if not isinstance(value, str) or value not in STEP_RMS:
         raise ValueError(f"must be one of {', '.join(map(repr, STEP_RMS))}.")
     return value
 

@@ -107,7 +107,7 @@ class Weights(NamedTuple):
           step_decay: updates are divided by √(1 + t/step_decay); None: as shipped; inf switches it off.
           learning_rate: of norm_fc, a float or a schedule step -> float; None: as shipped.
           step_rms: of norm_fc, "one": a matrix's step has root mean square learning_rate; "adam": learning_rate times
-            that of AdamW's step; None: as shipped.
+            that of AdamW's step, which wants about eight times the rate; None: as shipped.
           adam_scale: of norm_fc, the learning rate of vectors in units of learning_rate; None: as shipped.
           is_matrix: of norm_fc, which parameters the network moves, as `lolo.norm_fc` has it; AdamW moves the others,
             as advised for embeddings and output layers. None: all of two axes or more are matrices.
@@ -196,8 +196,8 @@ def warn_of_rate(learning_rate: Any) -> None:
     """Warn of a learning rate of norm_fc that looks like a multiple of the shipped step, as small_fc has it."""
     if isinstance(learning_rate, int | float | np.number) and learning_rate > LARGEST_RATE:
         warnings.warn(
-            f"learning_rate={learning_rate:g} is a learning rate, as AdamW's or Muon's, and no multiple of the shipped "
-            "one: rates of 1e-4 to 1e-2 are usual. Leave it out for the weights' own.",
+            f"learning_rate={learning_rate:g} is no multiple of the shipped rate, but a rate itself, as AdamW's and "
+            "Muon's: 1e-4 to 3e-2 are usual. Leave it out for the weights' own.",
             stacklevel=4,
         )
 

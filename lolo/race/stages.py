@@ -45,22 +45,21 @@ def source_of(out: Path) -> Path:
 def read(out: Path, only: Sequence[str] = ()) -> Race:
     """The race in a folder, on top of the published one unless it has targets of its own. Raises FileError.
 
-    only: these workloads; none: all. An entrant's rows in the folder replace those that were published.
+    only: these workloads; none: all. An entrant's rows in the folder replace all that were published under its name.
     """
     source = source_of(out)
-    rows: dict[tuple[str, str], list[RaceRow]] = {}
-    for folder in dict.fromkeys((source, out)):
-        found: dict[tuple[str, str], list[RaceRow]] = {}
-        for row in records.read(folder / ROWS_FILE, RaceRow):
-            found.setdefault((row.entrant, row.workload), []).append(row)
-        rows |= found
+    mine = records.read(out / ROWS_FILE, RaceRow)
+    names = {row.entrant for row in mine}
+    others = (
+        [] if source == out else [row for row in records.read(source / ROWS_FILE, RaceRow) if row.entrant not in names]
+    )
     measured = [t for folder in (source, out) for t in records.read(folder / TIMES_FILE, StepTime)]
     times = {(t.workload, t.entrant): t for t in measured}
     chosen = only or tuple(workloads.WORKLOADS)
     return Race(
         records.read(source / TRIALS_FILE, Trial),
         tuning.read_targets(source),
-        [row for (_, workload), mine in rows.items() for row in mine if workload in chosen],
+        [row for row in (*others, *mine) if row.workload in chosen],
         list(times.values()),
     )
 

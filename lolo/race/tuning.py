@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lolo.evaluation import long_runs
+from lolo.evaluation import long_runs, rivals
 from lolo.files.disk import FileError
 from lolo.optimizers import architecture
 from lolo.race import records, search, workloads
@@ -85,12 +86,21 @@ def weights(optimizer: str, name: str = "", code: Sequence[Path] = ()) -> Search
 
 
 def searched(optimizer: str, name: str = "", code: Sequence[Path] = ()) -> Searched:
-    """A rival by its kind, or weights, as `weights` has them. Raises ValueError."""
-    return (
-        rival(optimizer)._replace(name=name or optimizer)
-        if optimizer in search.SPACES
-        else weights(optimizer, name, code)
-    )
+    """A rival by its kind, or weights, as `weights` has them. Raises ValueError.
+
+    Trials are kept by name and contents: a rival under another name than its own has its kind's digest.
+    """
+    kind = optimizer.partition(":")[0]
+    if kind in rivals.NAMES and optimizer not in search.SPACES:
+        if kind in search.SPACES:
+            raise ValueError(f"{optimizer}: the search finds the learning rate; give {kind} alone.")
+        raise ValueError(f"{optimizer}: the search knows the rivals {', '.join(search.SPACES)}; give --settings.")
+    if optimizer not in search.SPACES:
+        return weights(optimizer, name, code)
+    of = rival(optimizer)
+    if name in ("", optimizer):
+        return of
+    return of._replace(name=name, contents=hashlib.sha256(optimizer.encode()).hexdigest())
 
 
 def steps_of_search(workload: Workload) -> int:

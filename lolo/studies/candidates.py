@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lolo.evaluation import long_runs, rivals, schedules
@@ -164,6 +165,25 @@ def function_of(name: str) -> NamedFunction | None:
     return NamedFunction(f"{own.path.name}:{own.function}:{own.settings}".rstrip(":"), sha256, make)
 
 
+def _check_update(found: Any, grads: Any, state: Any, what: str) -> None:
+    """Raise ValueError unless an update gives updates like the gradients, and a state like the one before."""
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise ValueError(f"{what} returned {type(found).__name__}; expected (updates, state).")
+
+    def form(tree: Any) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, [(jnp.shape(x), getattr(x, "dtype", None) or jnp.result_type(x)) for x in leaves]
+
+    try:
+        (updates, grads_, after, before) = map(form, (found[0], grads, found[1], state))
+    except TypeError as error:
+        raise ValueError(f"{what}: its state or its updates hold what is no number or array: {error}.") from error
+    if (updates[0], [shape for shape, _ in updates[1]]) != (grads_[0], [shape for shape, _ in grads_[1]]):
+        raise ValueError(f"{what} returned updates of another tree, or of other shapes, than the gradients have.")
+    if after != before:
+        raise ValueError(f"{what} returned a state of another tree, or of other shapes or dtypes, than it was given.")
+
+
 def _guarded(call: Callable[..., Any], what: str) -> Callable[..., Any]:
     """A user's init or update, which says what it is where it fails, and where an update is no pair."""
 
@@ -173,8 +193,8 @@ def _guarded(call: Callable[..., Any], what: str) -> Callable[..., Any]:
             found = call(*args, **kwargs)
         except Exception as error:
             raise ValueError(f"{what} failed with {type(error).__name__}: {error}.") from error
-        if what.startswith("update") and not (isinstance(found, tuple) and len(found) == 2):
-            raise ValueError(f"{what} returned {type(found).__name__}; expected (updates, state).")
+        if what.startswith("update"):
+            _check_update(found, args[0], args[1], what)
         return found
 
     return guarded

@@ -41,7 +41,7 @@ COLOURS = {
     "nadamw": "#cf5f7a",
     "nesterov": "#5b8f2a",
     "lion": "#1590a8",
-    "muon-matched": "#0f7f8a",
+    "muon-matched": "#b31fd1",
     "schedule-free": "#8a5ad1",
     "prodigy": "#4f7a96",
 }

@@ -111,8 +111,8 @@ def warn_of_rates(groups: Iterable[Mapping[str, Any]], stacklevel: int) -> None:
             )
         elif "step_mult" not in group and rate > LARGEST_RATE:
             words = (
-                f"lr={rate:g} is a learning rate, as AdamW's or Muon's, and no multiple of the shipped one: "
-                "rates of 1e-4 to 1e-2 are usual. Leave lr out for the weights' own."
+                f"lr={rate:g} is no multiple of the shipped rate, but a rate itself, as AdamW's and Muon's: "
+                "1e-4 to 3e-2 are usual. Leave lr out for the weights' own."
             )
         if words:
             warnings.warn(words, stacklevel=stacklevel + 1)

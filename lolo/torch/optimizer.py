@@ -73,8 +73,8 @@ class LoLO(torch.optim.Optimizer):
         padding rows, rows never looked up, and masked weights drift: about 0.02 to 0.15 in 1,000 steps.
         Gradients below about 1e-22 count as none, since their squares are 0.
         (`norm_fc` gives such entries no step; weight decay reaches them.)
-      step_rms: of `norm_fc`: "one": a matrix's step has root mean square lr; "adam": lr times that of AdamW's step;
-        None: as shipped.
+      step_rms: of `norm_fc`: "one": a matrix's step has root mean square lr; "adam": lr times that of AdamW's step,
+        which wants about eight times the lr; None: as shipped.
       adam_scale: of `norm_fc`: AdamW's learning rate in units of lr; None: as shipped.
       is_matrix: of `norm_fc`: whether the network moves the tensors of a group; None: those of two axes or more; False:
         AdamW; True: vectors too. Axis 0 is a matrix's output, all others are its input, as in torch's layers.
@@ -298,6 +298,12 @@ class LoLO(torch.optim.Optimizer):
                     f"{saved['weights_sha256'][:12]}…), this optimizer has {group['weights']!r} "
                     f"({group['weights_sha256'][:12]}…). Build it with LoLO(params, weights=...) of the saved ones."
                 )
+            for name in ("orthogonal", "baseline", "step_rms"):  # of the architecture, which training does not change
+                if saved.get(name, group.get(name)) != group.get(name):
+                    raise ValueError(
+                        f"param group {index} was saved with {name}={saved[name]!r} (weights {saved['weights']!r}); "
+                        f"this optimizer has {group[name]!r} (weights {group['weights']!r}). Build it as that one was."
+                    )
         for name, param, group in self._named_by(state_dict):
             state = state_dict["state"].get(name)
             own = self._architecture(group).zeros(param, group)

@@ -118,7 +118,7 @@ def check_learner(recipe: recipes.Recipe) -> None:
     if recipe.imitation.loss == "direction-magnitude" and row.fixed_size:
         raise RecipeError(
             f"imitation.loss='direction-magnitude' has nothing to teach learner.name={learner.name!r} about magnitude: "
-            "its step has the size of its learning rate; use imitation.loss='direction'."
+            "the size of its step is not learned; use imitation.loss='direction'."
         )
 
 

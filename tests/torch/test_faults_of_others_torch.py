@@ -196,7 +196,7 @@ def test_a_word_is_no_flag(name, wrong):
 
 @pytest.mark.parametrize("architecture", ["norm_fc"], indirect=True)
 def test_a_multiple_of_the_shipped_step_is_no_lr_of_norm_fc():
-    with pytest.warns(UserWarning, match="lr=1 is a learning rate, as AdamW's or Muon's") as seen:
+    with pytest.warns(UserWarning, match="lr=1 is no multiple of the shipped rate") as seen:
         make(lr=1.0)
     assert len(seen) == 1
 

@@ -487,6 +487,24 @@ def test_the_state_of_one_architecture_is_refused_by_the_other_with_the_weights_
         assert all(name in str(error.value) and file.sha256[:12] in str(error.value) for name, file in names)
 
 
+@pytest.mark.parametrize(("one", "other"), [("lolo-norm", "lolo-norm-2"), ("lolo-norm-2", "lolo-norm")])
+def test_the_state_of_equal_numbers_with_another_step_size_is_refused(one, other):
+    params = list(as_parameters(draw(LAYER, 1)).values())
+    saved, optimizer = LoLO(params, one).state_dict(), LoLO(params, other)
+    with pytest.raises(ValueError, match=f"was saved with step_rms=.*'{one}'.*this optimizer has .*'{other}'"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["weights"] == other
+    LoLO(params, one).load_state_dict(saved)
+
+
+def test_a_step_size_that_there_is_not_is_refused_when_a_group_has_it():
+    params = as_parameters(draw(LAYER, 1))
+    optimizer = stepped(params)
+    optimizer.param_groups[0]["step_rms"] = "Adam"
+    with pytest.raises(ValueError, match="step_rms='Adam' must be one of 'one', 'adam'"):
+        optimizer.step()
+
+
 def test_the_state_of_another_is_matrix_is_refused():
     saved = stepped(as_parameters(draw(LAYER, 1))).state_dict()
     with pytest.raises(ValueError, match=r"parameter 0 of shape \(20, 30\).*Was is_matrix another one\?"):
