@@ -73,7 +73,9 @@ def jax_calls(count: int, orthogonal: bool) -> dict[str, Callable[[], Any]]:
     phi = learned.init(jax.random.key(0))
     rival = ("optax.contrib.muon", optax.contrib.muon(1e-3)) if orthogonal else ("optax.adamw", optax.adamw(1e-3))
     plain = norm_fc.norm_fc(orthogonal=orthogonal, kernel="plain").optimizer(phi)
-    optimizers = [(f"norm_fc, {library.path()}", learned.optimizer(phi)), ("norm_fc, plain", plain), rival]
+    sized = norm_fc.norm_fc(orthogonal=orthogonal, step_rms="adam").optimizer(phi)
+    ours = [(f"norm_fc, {library.path()}", learned.optimizer(phi)), ("norm_fc, step_rms adam", sized)]
+    optimizers = [*ours, ("norm_fc, plain", plain), rival]
     keys = jax.random.split(jax.random.key(1), count)
     params = {f"w{i}": 0.03 * jax.random.normal(key, (SIDE, SIDE)) for i, key in enumerate(keys)}
     grads = jax.tree.map(lambda x: 0.01 * x[::-1], params)
