@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("name")
-    parser.add_argument("rows", type=Path, nargs="*")
+    parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--use", default="", help="settings that they are shipped with: clock_limit=10000,step_scale=2")
     parser.add_argument("--commit", required=True, help="the commit that the study ran at")
     parser.add_argument("--limits", required=True, help="what the weights are not for, in a sentence")
