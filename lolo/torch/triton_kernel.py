@@ -150,9 +150,9 @@ def refused(device: torch.device) -> str | None:
 @functools.cache
 def kernels() -> Any:
     """The kernels by name. This imports Triton, which takes a second, and which is not everywhere."""
-    from lolo.torch import triton_passes, triton_rows
+    from lolo.torch import triton_adam, triton_passes, triton_rows
 
-    return types.SimpleNamespace(**{**vars(triton_rows), **vars(triton_passes)})
+    return types.SimpleNamespace(**{**vars(triton_rows), **vars(triton_passes), **vars(triton_adam)})
 
 
 def type_of(dtype: torch.dtype) -> Any:
