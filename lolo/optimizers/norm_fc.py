@@ -206,14 +206,11 @@ def check_settings(hidden: int, settings: NormFcArguments) -> None:
     """Raise ValueError for values that no norm_fc has."""
     if not isinstance(hidden, int) or not 1 <= hidden <= spec.MAX_HIDDEN:
         raise ValueError(f"hidden={hidden!r} must be a whole number from 1 to {spec.MAX_HIDDEN}.")
-    if settings.baseline not in spec.BASELINES:
-        raise ValueError(f"baseline={settings.baseline!r} must be one of {', '.join(map(repr, spec.BASELINES))}.")
-    if not isinstance(settings.step_rms, str) or settings.step_rms not in spec.STEP_RMS:
-        raise ValueError(f"step_rms={settings.step_rms!r} must be one of {', '.join(map(repr, spec.STEP_RMS))}.")
+    spec.one_of(spec.BASELINES, settings.baseline, "baseline")
+    spec.one_of(spec.STEP_RMS, settings.step_rms, "step_rms")
     if settings.state_dtype not in STATE_DTYPES:
         raise ValueError(f"state_dtype={settings.state_dtype} must be float32 or bfloat16.")
-    if settings.kernel not in CHOICES:
-        raise ValueError(f"kernel={settings.kernel!r} must be one of {', '.join(map(repr, CHOICES))}.")
+    spec.one_of(CHOICES, settings.kernel, "kernel")
 
 
 def zero_state(settings: NormFcArguments, params: PyTree) -> NormFcState:

@@ -112,7 +112,7 @@ def step(
         return done
     places = [place_of(tensors[i]) for i in present]
     words = [
-        [*place.words(baseline, tensors[i].orthogonalize is not None), int(tensors[i].adam_sized)]
+        place.words(baseline, tensors[i].orthogonalize is not None, tensors[i].adam_sized)
         for i, place in zip(present, places, strict=True)
     ]
     phi = {name: x.astype(jnp.float32) for name, x in meta_params.items()}
@@ -173,8 +173,8 @@ class Place(NamedTuple):
     last_is_largest: bool
     order: tuple[int, ...] | None  # of the axes where they must be transposed: a factored axis has to be the last
 
-    def words(self, baseline: bool, unfinished: bool) -> list[int]:
-        return [self.kind, *self.extents, int(self.last_is_largest), int(baseline), int(unfinished)]
+    def words(self, baseline: bool, unfinished: bool, adam_sized: bool) -> list[int]:
+        return [self.kind, *self.extents, *map(int, (self.last_is_largest, baseline, unfinished, adam_sized))]
 
     def arrange(self, x: jax.Array, without: int | None = None) -> jax.Array:
         """[..., *shape less one axis] -> the same with its axes in the kernel's order."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,18 +114,21 @@ def learning_rate(value: Any) -> Any:
     return settings.number(value, positive=True)
 
 
+def one_of(words: Sequence[str], value: Any, name: str = "") -> str:
+    """A value that is one of some words. Raises ValueError, which begins with the name and the value if it is given."""
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{name and f'{name}={value!r} '}must be one of {', '.join(map(repr, words))}.")
+    return value
+
+
 def kernel(value: Any) -> str:
     """One of `library.CHOICES`. Raises ValueError."""
-    if not isinstance(value, str) or value not in library.CHOICES:
-        raise ValueError(f"must be one of {', '.join(map(repr, library.CHOICES))}.")
-    return value
+    return one_of(library.CHOICES, value)
 
 
 def step_rms(value: Any) -> str:
     """One of `STEP_RMS`. Raises ValueError."""
-    if not isinstance(value, str) or value not in STEP_RMS:
-        raise ValueError(f"must be one of {', '.join(map(repr, STEP_RMS))}.")
-    return value
+    return one_of(STEP_RMS, value)
 
 
 DEPLOYMENT: Mapping[str, Callable[[Any], Any]] = {

@@ -55,8 +55,7 @@ def read_run(path: Path) -> RunFolder:
             raise FileError(f"{path} holds no meta-training: neither recipe.json nor last.safetensors with a recipe.")
         check(recipe)
     except RecipeError as error:
-        told_by = next(name for name in ("recipe.json", "last.safetensors") if (path / name).is_file())
-        raise FileError(f"{path}/{told_by}: {error}") from error
+        raise FileError(f"{run_folder.told_by(path)}: {error}") from error
     logs = [path / name for name in ("log.jsonl", "validation.jsonl") if (path / name).is_file()]
     log = doctor.read_log(logs[0], len(recipe.tasks)) if logs else doctor.Log([], [])
     weights = {

@@ -22,6 +22,7 @@ from lolo.report.markup import Html, details, join, table, tag
 from lolo.studies import definitions, headline, names, plots, tables
 from lolo.studies.plots import Counts
 from lolo.studies.rows import load_rows
+from lolo.training import run_folder
 
 
 def write(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -55,7 +56,7 @@ def build(folders: Sequence[Path]) -> str:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a meta-training's, of which no more than the last weights may be kept."""
-    return any((folder / name).is_file() for name in ("recipe.json", "last.safetensors"))
+    return run_folder.told_by(folder) is not None
 
 
 Section = tuple[list[Html], list[Html]]

@@ -158,14 +158,16 @@ def function_of(name: str) -> NamedFunction | None:
             raise ValueError(f"{name} failed with {type(error).__name__}: {error}.") from error
         if not isinstance(optimizer, optax.GradientTransformation):
             raise ValueError(f"{name} returned {type(optimizer).__name__}; expected an optax optimizer.")
-        parts = ((part, getattr(optimizer, part)) for part in ("init", "update"))
-        return optimizer._replace(**{part: _guarded(call, f"{part} of {name}") for part, call in parts})
+        return optimizer._replace(
+            init=_guarded(optimizer.init, f"init of {name}"),
+            update=_guarded(optimizer.update, f"update of {name}", _check_update),
+        )
 
     make(1)  # what is wrong is said before the first run
     return NamedFunction(f"{own.path.name}:{own.function}:{own.settings}".rstrip(":"), sha256, make)
 
 
-def _check_update(found: Any, grads: Any, state: Any, what: str) -> None:
+def _check_update(found: Any, what: str, grads: Any, state: Any, *others: Any) -> None:
     """Raise ValueError unless an update gives updates like the gradients, and a state like the one before."""
     if not (isinstance(found, tuple) and len(found) == 2):
         raise ValueError(f"{what} returned {type(found).__name__}; expected (updates, state).")
@@ -184,8 +186,10 @@ def _check_update(found: Any, grads: Any, state: Any, what: str) -> None:
         raise ValueError(f"{what} returned a state of another tree, or of other shapes or dtypes, than it was given.")
 
 
-def _guarded(call: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """A user's init or update, which says what it is where it fails, and where an update is no pair."""
+def _guarded(
+    call: Callable[..., Any], what: str, check: Callable[..., None] = lambda found, *args: None
+) -> Callable[..., Any]:
+    """A user's init or update, which says what it is where it fails. check: of what it returns, as `_check_update`."""
 
     @functools.wraps(call)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -193,8 +197,7 @@ def _guarded(call: Callable[..., Any], what: str) -> Callable[..., Any]:
             found = call(*args, **kwargs)
         except Exception as error:
             raise ValueError(f"{what} failed with {type(error).__name__}: {error}.") from error
-        if what.startswith("update"):
-            _check_update(found, args[0], args[1], what)
+        check(found, what, *args)
         return found
 
     return guarded

@@ -91,19 +91,11 @@ def settings_of(learner: spec.NormFcSettings, given: Mapping[str, Any]) -> dict[
         raise ValueError(f"is_matrix={is_matrix!r}; expected None, True or False: one answer for a whole param group.")
     if state_dtype not in STATE_DTYPES:
         raise ValueError(f"state_dtype={state_dtype!r}; expected torch.float32 or torch.bfloat16.")
-    if given["kernel"] not in (None, *CHOICES):
-        raise ValueError(f"kernel={given['kernel']!r} must be one of {', '.join(map(repr, CHOICES))}.")
     step_rms = learner.step_rms if given["step_rms"] is None else given["step_rms"]
-    check_step_rms(step_rms)
+    spec.one_of(spec.STEP_RMS, step_rms, "step_rms")
     kind = {"orthogonal": learner.orthogonal, "baseline": learner.baseline, "step_rms": step_rms}
-    kind["kernel"] = given["kernel"] or "auto"
+    kind["kernel"] = "auto" if given["kernel"] is None else spec.one_of(CHOICES, given["kernel"], "kernel")
     return {"adam_scale": adam_scale, "is_matrix": is_matrix, "state_dtype": state_dtype, **kind}
-
-
-def check_step_rms(value: Any) -> None:
-    """Raise ValueError for a word that is none of `spec.STEP_RMS`."""
-    if not isinstance(value, str) or value not in spec.STEP_RMS:
-        raise ValueError(f"step_rms={value!r} must be one of {', '.join(map(repr, spec.STEP_RMS))}.")
 
 
 def is_learned(param: torch.Tensor, is_matrix: bool | None) -> bool:
@@ -160,7 +152,7 @@ def step(
     shares: Mapping[torch.Tensor, Share],
 ) -> Iterator[Rounds]:
     """One step of parameters of one group and device, all with a gradient and entries. shares: of those cut."""
-    check_step_rms(group["step_rms"])
+    spec.one_of(spec.STEP_RMS, group["step_rms"], "step_rms")
     for param in params:
         if is_learned(param, group["is_matrix"]) != ("row" in state[param]):
             raise ValueError(

@@ -48,11 +48,18 @@ def read_recipe(run: Path) -> Recipe:
 
 def recipe_in(run: Path) -> Recipe | None:
     """The recipe of a meta-training: of its folder, or of its last weights where nothing else was kept; or None."""
-    if (run / "recipe.json").is_file():
+    file = told_by(run)
+    if file is None:
+        return None
+    if file.name == "recipe.json":
         return read_recipe(run)
-    weights = run / "last.safetensors"
-    kept = weights_file.read_weights(weights).recipe if weights.is_file() else {}
+    kept = weights_file.read_weights(file).recipe
     return recipes.from_dict(kept) if kept else None
+
+
+def told_by(run: Path) -> Path | None:
+    """The file that holds a meta-training's recipe; None in another folder."""
+    return next((run / name for name in ("recipe.json", "last.safetensors") if (run / name).is_file()), None)
 
 
 def read_about(run: Path) -> dict[str, Any]:
