@@ -42,7 +42,7 @@ std::vector<std::vector<float>> stepped(int64_t form, int64_t threads) {
     tensors.push_back(of);
   }
   const Phi phi = {keep(30 * hidden), keep(hidden), keep(hidden * hidden), keep(hidden), keep(hidden), keep(1), hidden};
-  const Settings settings = {0.01f, 1.0f};
+  const Settings settings = {0.01f, 1.0f, 0.05f};
   const int64_t largest[] = {120000, 30000, 64 * 65, 300};
   int64_t floats = 0;
   for (int64_t t = 0; t < threads && t < 4; t++) floats += largest[t];
@@ -86,7 +86,7 @@ int main(int count, char** words) {
                   auto w0 = array(30 * hidden), b0 = array(hidden), w1 = array(hidden * hidden), b1 = array(hidden);
                   auto w2 = array(hidden), b2 = array(1);
                   const Phi phi = {w0.data(), b0.data(), w1.data(), b1.data(), w2.data(), b2.data(), hidden};
-                  const Settings settings = {0.01f, 1.0f};
+                  const Settings settings = {0.01f, 1.0f, 0.05f};
                   if (lolo_norm_fc_step(form, &of, 1, &phi, &settings, nullptr, 1)) return 1;
                   lolo_norm_fc_finish(form, &of, 1, &settings);
                   steps++;

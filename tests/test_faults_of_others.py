@@ -342,7 +342,7 @@ def test_only_gradients_beyond_the_limit_are_changed():
 
 NUMERIC = {
     "small_fc": {"step_scale": 0.5, "weight_decay": 0.3, "clock_limit": 0.0, "step_decay": 2.0},
-    "norm_fc": {"step_scale": 0.5, "weight_decay": 0.3, "learning_rate": 0.02, "adam_scale": 0.25},
+    "norm_fc": {"step_scale": 0.5, "weight_decay": 0.3, "learning_rate": 0.02, "adam_scale": 0.25, "adam_beta2": 0.4},
 }
 CASES = [(name, {setting: value}) for name, options in NUMERIC.items() for setting, value in options.items()]
 CASES += list(NUMERIC.items())
@@ -350,8 +350,8 @@ CASES += list(NUMERIC.items())
 
 def three_updates(optimizer, jit):
     update, state = jax.jit(optimizer.update) if jit else optimizer.update, optimizer.init(PARAMS)
-    for _ in range(3):
-        updates, state = update(GRADS, state, PARAMS)
+    for step in range(3):
+        updates, state = update(jax.tree.map(lambda g: g * (1 + step), GRADS), state, PARAMS)
     return updates
 
 

@@ -107,7 +107,7 @@ SETTINGS = {
     "AdamW's size": dict(orthogonal=True, step_rms="adam", weight_decay=0.1),
     "AdamW's size, vectors too": dict(orthogonal=False, step_rms="adam", is_matrix=lambda name, param: True),
     "vectors too": dict(orthogonal=False, baseline="none", is_matrix=lambda name, param: True),
-    "AdamW alone": dict(is_matrix=lambda name, param: False, weight_decay=0.1, adam_scale=0.5),
+    "AdamW alone": dict(is_matrix=lambda name, param: False, weight_decay=0.1, adam_scale=0.5, adam_beta2=0.999),
 }
 
 

@@ -121,6 +121,7 @@ FRAMES = [(False, "none", "one"), (True, "momentum", "one"), (False, "momentum",
 @pytest.mark.slow
 def test_all_shapes_equal_the_textbook(orthogonal, baseline, step_rms):
     settings = dict(orthogonal=orthogonal, baseline=baseline, step_rms=step_rms, weight_decay=0.1, adam_scale=0.5)
+    settings["adam_beta2"] = 0.999
     params = draw(SHAPES, 3)
     reference = run(textbook.norm_fc(PHI, 0.01, **settings), params)[0]
     assert_close(run(make(**settings), params)[0], reference, rtol=2e-3, atol=2e-5)
@@ -193,11 +194,24 @@ def test_untrained_it_is_muon_with_steps_of_fixed_size():
             np.testing.assert_allclose(ours[name], -0.01 * theirs[name] / size, rtol=1e-3, atol=1e-5)
 
 
-def test_vectors_get_adamw():
+@pytest.mark.parametrize("kernel", ["plain", "auto"])
+@pytest.mark.parametrize("beta2", [0.0, 0.95, 0.999])
+def test_vectors_get_adamw(beta2, kernel):
     params = draw({"vector": (13,), "scalar": ()}, 3)
-    adam = optax.chain(optax.scale_by_adam(0.9, 0.95, 1e-8), optax.scale(0.5), optax.add_decayed_weights(0.1))
+    adam = optax.chain(optax.scale_by_adam(0.9, beta2, 1e-8), optax.scale(0.5), optax.add_decayed_weights(0.1))
     reference = run(optax.chain(adam, optax.scale(-0.01)), params)[0]
-    assert_close(run(make(adam_scale=0.5, weight_decay=0.1), params)[0], reference, rtol=1e-4)
+    settings = dict(adam_scale=0.5, weight_decay=0.1, kernel=kernel)
+    assert_close(run(make(adam_beta2=beta2, **settings), params)[0], reference, rtol=1e-4)
+    assert not np.allclose(run(make(adam_beta2=0.9, **settings), params)[0][-1]["vector"], reference[-1]["vector"])
+
+
+@pytest.mark.parametrize("step_rms", ["one", "adam"])
+def test_the_memory_of_vectors_is_not_that_of_matrices(step_rms):
+    params = draw({"matrix": (7, 5)}, 3)
+    for ours, other in zip(
+        *(run(make(step_rms=step_rms, adam_beta2=b), params)[0] for b in (0.95, 0.999)), strict=True
+    ):
+        np.testing.assert_array_equal(ours["matrix"], other["matrix"])
 
 
 @pytest.mark.parametrize("orthogonal", [False, True])
@@ -280,6 +294,9 @@ def test_weights_take_is_matrix_and_state_dtype_as_norm_fc_does():
     assert {x.dtype for x in jax.tree.leaves(state.momentum)} == {jnp.dtype(jnp.bfloat16)}
     with pytest.raises(ValueError, match="step_rms='sgd' must be one of 'one', 'adam'"):
         weights.optimizer(step_rms="sgd")
+    for beta2 in (1.0, jnp.float32(1.0)):
+        with pytest.raises(ValueError, match="adam_beta2=.*must be 0 or a positive number below 1"):
+            weights.optimizer(adam_beta2=beta2)
     for words in ({"is_matrix": TREE}, {"state_dtype": jnp.bfloat16}, {"step_rms": "adam"}):
         with pytest.raises(ValueError, match=f"'small_fc' has no {next(iter(words))}; leave it out"):
             pretrained.load("lolo-small").optimizer(**words)
@@ -393,8 +410,10 @@ def test_extra_arguments_are_accepted_and_ignored():
 def test_numbers_may_be_traced():
     params = draw(LAYER, 3)
 
-    def build(learning_rate, weight_decay=0.1, adam_scale=0.5):
-        return make(learning_rate=learning_rate, weight_decay=weight_decay, adam_scale=adam_scale)
+    def build(learning_rate, weight_decay=0.1, adam_scale=0.5, adam_beta2=0.999):
+        return make(
+            learning_rate=learning_rate, weight_decay=weight_decay, adam_scale=adam_scale, adam_beta2=adam_beta2
+        )
 
     injected = optax.inject_hyperparams(build)(learning_rate=0.01)
     state, update = injected.init(params), jax.jit(injected.update)
@@ -540,6 +559,9 @@ def test_the_cures_work():
         ({"hidden": 0}, "hidden=0"),
         ({"baseline": "adam"}, "must be one of 'momentum', 'none'"),
         ({"step_rms": "muon"}, "step_rms='muon' must be one of 'one', 'adam'"),
+        ({"adam_beta2": 1.0}, "adam_beta2=1.0 must be 0 or a positive number below 1"),
+        ({"adam_beta2": -0.1}, "adam_beta2=-0.1 must be"),
+        ({"adam_beta2": float("nan")}, "adam_beta2=nan must be"),
         ({"state_dtype": "float16"}, "state_dtype=float16 must be float32 or bfloat16"),
     ],
 )

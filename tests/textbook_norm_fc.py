@@ -22,6 +22,7 @@ def norm_fc(
     baseline="momentum",
     step_rms="one",
     adam_scale=1.0,
+    adam_beta2=0.95,
     is_matrix=lambda name, p: p.ndim > 1,
     reference=False,
 ):
@@ -29,7 +30,7 @@ def norm_fc(
 
     def init(params):
         nothing = dict(m=[0.0] * 3, v=0.0, row=[0.0] * 3, column=[0.0] * 3)
-        shapes = {name: accumulate(nothing, jnp.zeros(p.shape)) for name, p in params.items()}
+        shapes = {name: accumulate(nothing, jnp.zeros(p.shape), 0.95) for name, p in params.items()}
         return jax.tree.map(jnp.zeros_like, shapes), jnp.int32(0)
 
     def update(grads, state, params):
@@ -38,9 +39,10 @@ def norm_fc(
         new, updates = {}, {}
         for name, param in params.items():
             g, p = grads[name].astype(jnp.float32), param.astype(jnp.float32)
-            new[name] = moments = accumulate(old[name], g)
+            beta2 = 0.95 if is_matrix(name, p) else adam_beta2
+            new[name] = moments = accumulate(old[name], g, beta2)
             decay = weight_decay
-            mean, square = moments["m"][0] / (1 - 0.9 ** (count + 1)), moments["v"] / (1 - 0.95 ** (count + 1))
+            mean, square = moments["m"][0] / (1 - 0.9 ** (count + 1)), moments["v"] / (1 - beta2 ** (count + 1))
             adam = mean / (jnp.sqrt(square) + 1e-8)
             if is_matrix(name, p):
                 step = direction(phi, g, p, moments, baseline, window(g) if reference else None)
@@ -67,13 +69,13 @@ def factored_axes(shape):
     return (int(order[-1]), int(order[-2])) if len(shape) > 1 else None
 
 
-def accumulate(old, g):
+def accumulate(old, g, beta2):
     axes, floored = factored_axes(g.shape), g * g + 1e-30
     means = (floored, floored) if axes is None else [floored.mean(axis, keepdims=True) for axis in axes]
     average = lambda olds, new: [d * x + (1 - d) * new for d, x in zip(DECAYS, olds, strict=True)]  # noqa: E731
     return {
         "m": average(old["m"], g),
-        "v": 0.95 * old["v"] + 0.05 * g * g,
+        "v": beta2 * old["v"] + (1 - beta2) * g * g,
         "row": average(old["row"], means[0]),
         "column": average(old["column"], means[1]),
     }

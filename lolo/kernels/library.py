@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("_norm_fc.so")
-VERSION = 3  # of the library's functions and structs; one of another version is not used
+VERSION = 4  # of the library's functions and structs; one of another version is not used
 FORMS = ("portable", "avx2", "avx512")  # as the library numbers them, the narrowest first
 VARIABLE = "LOLO_KERNEL"
 OFF = ("0", "plain")
@@ -48,7 +48,7 @@ class Phi(ctypes.Structure):
 class Settings(ctypes.Structure):
     """Numbers of a step."""
 
-    _fields_ = [("rate", ctypes.c_float), ("adam_scale", ctypes.c_float)]
+    _fields_ = [(name, ctypes.c_float) for name in ("rate", "adam_scale", "adam_gain")]  # adam_gain: 1 − adam_beta2
 
 
 class KernelError(ValueError):

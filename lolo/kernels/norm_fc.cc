@@ -51,7 +51,7 @@ struct Phi {
 };
 
 struct Settings {
-  float rate, adam_scale;
+  float rate, adam_scale, adam_gain;  // adam_gain: 1 − decay of AdamW's second moment
 };
 
 // One tensor, [outer, a, inner, b] in memory; a and b are its factored axes. lolo/kernels/library.py has the same.
@@ -231,7 +231,7 @@ int64_t step_shared(int64_t form, Tensor* tensors, int64_t count, const Phi& phi
 }  // namespace
 
 // What lolo/kernels/library.py calls VERSION.
-EXPORT int64_t lolo_kernel_version() { return 3; }
+EXPORT int64_t lolo_kernel_version() { return 4; }
 
 // The number of the widest form that this processor runs: 0 portable, 1 AVX2, 2 AVX-512.
 EXPORT int64_t lolo_norm_fc_widest() {
@@ -297,9 +297,9 @@ Tensor shaped(const int64_t* words, float decay, int64_t count) {
   return of;
 }
 
-// Operands: gradients so far; [rate, adam_scale]; decays [T]; φ; of each tensor gradient, parameter, momenta, rms, and
-// with the network row, and column where there is one. Results: of each tensor the update, or the step if it is to be
-// orthogonalised, and the new moments.
+// Operands: gradients so far; [rate, adam_scale, adam_gain]; decays [T]; φ; of each tensor gradient, parameter, momenta,
+// rms, and with the network row, and column where there is one. Results: of each tensor the update, or the step if it is
+// to be orthogonalised, and the new moments.
 ffi::Error step_xla(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                     ffi::Span<const int64_t> words, int64_t hidden, int64_t form) {
   const int64_t count = (int64_t)words.size() / WORDS;
@@ -319,7 +319,7 @@ ffi::Error step_xla(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
       if (of.kind != ADAM) of.row = read.arg(), of.new_row = read.ret();
       if (of.kind == FACTORED) of.column = read.arg(), of.new_column = read.ret();
     }
-    const Settings settings = {numbers[0], numbers[1]};
+    const Settings settings = {numbers[0], numbers[1], numbers[2]};
     // In XLA's own pool, whose threads may all be busy: then this one does what there is.
     const int64_t helpers = helpers_of(tensors.data(), count, pool.num_threads());
     auto start = [&](auto function) { pool.Schedule(std::move(function)); };
@@ -329,8 +329,8 @@ ffi::Error step_xla(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   return ffi::Error::Success();
 }
 
-// Operands: gradients so far; [rate, adam_scale]; decays [T]; of each tensor the orthogonalised step, rms and parameter,
-// and the momenta where AdamW's step decides the size, all after the gradient. Results: updates.
+// Operands: gradients so far; [rate, adam_scale, adam_gain]; decays [T]; of each tensor the orthogonalised step, rms and
+// parameter, and the momenta where AdamW's step decides the size, all after the gradient. Results: updates.
 ffi::Error finish_xla(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> words, int64_t form) {
   const int64_t count = (int64_t)words.size() / WORDS;
   const int64_t batch = (int64_t)args.get<ffi::AnyBuffer>(0)->element_count();
@@ -345,7 +345,7 @@ ffi::Error finish_xla(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Spa
       of.param = read.arg(), of.out = read.ret();
       if (of.adam_sized) of.new_momentum = const_cast<float*>(read.arg());
     }
-    const Settings settings = {numbers[0], numbers[1]};
+    const Settings settings = {numbers[0], numbers[1], numbers[2]};
     lolo_norm_fc_finish(form, tensors.data(), count, &settings);
   }
   return ffi::Error::Success();

@@ -414,8 +414,9 @@ INLINE Vec adam_step(Vec m, Vec v, float mean_scale, float square_scale) {
   return splat(mean_scale) * m / (root(splat(square_scale) * v) + splat(ADAM_EPSILON));
 }
 
-INLINE float correction(float decay, const Tensor& of) {
-  return (float)(1.0 / (1.0 - __builtin_pow(decay, (double)of.count)));
+// What an average is multiplied by that began at zero. gain: 1 − its decay.
+INLINE float correction(float gain, const Tensor& of) {
+  return (float)(-1.0 / __builtin_expm1((double)of.count * __builtin_log1p(-(double)gain)));
 }
 
 INLINE void add_adam(const Tensor& of, float mean_scale, float square_scale, long i, int n, Vec& squares) {
@@ -425,7 +426,7 @@ INLINE void add_adam(const Tensor& of, float mean_scale, float square_scale, lon
 
 // The root mean square of AdamW's step, from the new moments.
 static float adam_rms(const Tensor& of) {
-  const float mean_scale = correction(DECAYS[0], of), square_scale = correction(RMS_DECAY, of);
+  const float mean_scale = correction(GAINS[0], of), square_scale = correction(RMS_GAIN, of);
   Sums sums;
   clear(sums, 1);
   long i = 0;
@@ -474,7 +475,7 @@ static void finish_orthogonal(const Tensor& of, const Settings& settings) {
 INLINE void adam(const Tensor& of, const Settings& settings, float mean_scale, float square_scale, long i, int n) {
   Vec g = gradient(of.grad + i, n), p = load(of.param + i, n);
   Vec m = splat(DECAYS[0]) * load(of.momentum + i, n) + splat(GAINS[0]) * g;
-  Vec v = splat(RMS_DECAY) * load(of.rms + i, n) + splat(RMS_GAIN) * (g * g);
+  Vec v = splat(1.0f - settings.adam_gain) * load(of.rms + i, n) + splat(settings.adam_gain) * (g * g);
   store(of.new_momentum + i, m, n), store(of.new_rms + i, v, n);
   Vec step = splat(settings.adam_scale) * adam_step(m, v, mean_scale, square_scale);
   Vec change = splat(-settings.rate) * (step + splat(of.decay) * p);
@@ -483,7 +484,7 @@ INLINE void adam(const Tensor& of, const Settings& settings, float mean_scale, f
 
 // AdamW's update, bias-corrected after `of.count` gradients.
 static void finish_adam(const Tensor& of, const Settings& settings) {
-  const float mean_scale = correction(DECAYS[0], of), square_scale = correction(RMS_DECAY, of);
+  const float mean_scale = correction(GAINS[0], of), square_scale = correction(settings.adam_gain, of);
   long i = 0;
   for (; i + LANES <= of.size; i += LANES) adam(of, settings, mean_scale, square_scale, i, LANES);
   if (i < of.size) adam(of, settings, mean_scale, square_scale, i, (int)(of.size - i));

@@ -61,6 +61,7 @@ class NormFcArguments(NamedTuple):
     baseline: str
     step_rms: str
     adam_scale: Number
+    adam_gain: Number  # 1 − adam_beta2
     is_matrix: Any
     state_dtype: Any
     axis_name: str | None
@@ -88,6 +89,7 @@ def norm_fc(
     baseline: str = "momentum",
     step_rms: str = "one",
     adam_scale: Number = 1.0,
+    adam_beta2: Number = spec.RMS_DECAY,
     is_matrix: Callable[[str, Any], bool | MuonDimensionNumbers] | PyTree = None,
     state_dtype: jax.typing.DTypeLike = jnp.float32,
     axis_name: str | None = None,
@@ -99,12 +101,12 @@ def norm_fc(
 
     θ ← θ − learning_rate·(step + weight_decay·θ). For matrices step is the network's direction, orthogonalised if asked
     for, divided by its root mean square over the tensor, and as large as step_rms says. For all other tensors it is
-    AdamW's (.9, .95, 1e-8) times adam_scale. Entries that never had a gradient get no step.
+    AdamW's (.9, adam_beta2, 1e-8) times adam_scale. Entries that never had a gradient get no step.
 
     Args:
       hidden: width of the two hidden layers; 8 gives 329 meta-parameters.
       learning_rate: root mean square of a matrix's step, if step_rms is "one"; a number, or a schedule: step count ->
-        number. It may be traced, and so may weight_decay and adam_scale: `optax.inject_hyperparams` works.
+        number. It may be traced, and so may the numbers below: `optax.inject_hyperparams` works.
       weight_decay: a number or a schedule; decoupled, times the learning rate (`small_fc` has λ1 in its place).
       orthogonal: orthogonalise the direction by five Newton-Schulz iterations, as Muon does.
       baseline: "momentum": the network's output is added to Nesterov momentum (decay .9) of root mean square 1, and its
@@ -114,6 +116,8 @@ def norm_fc(
         AdamW (.9, .95, 1e-8) would make, as in grafting (Agarwal et al., arXiv 2002.11803). It falls where gradients
         are noise, and learning rates are of AdamW's order, about eight times those for "one".
       adam_scale: AdamW's learning rate is adam_scale·learning_rate.
+      adam_beta2: decay of AdamW's second moment, from 0 to below 1. Embeddings and biases whose gradients are mostly
+        zero want more than .95, for instance .999; a matrix's second moment, which the network reads, keeps .95.
       is_matrix: which tensors the network moves. None: all of two axes or more. A function (path, param) -> answer,
         path as in "decoder/embedding", or a tree of answers, which may be a prefix of the parameters' tree. An answer
         is False or None: AdamW, as advised for embeddings and output layers; True: the last axis is the output, all
@@ -143,6 +147,8 @@ def norm_fc(
     >>> updates, state = optimizer.update(params, optimizer.init(params), params)
     >>> params = optax.apply_updates(params, updates)
     """
+    if isinstance(adam_beta2, int | float):
+        spec.checked("adam_beta2", adam_beta2)
     settings = NormFcArguments(
         learning_rate,
         weight_decay,
@@ -150,6 +156,7 @@ def norm_fc(
         baseline,
         step_rms,
         adam_scale,
+        1 - adam_beta2,
         is_matrix,
         jnp.dtype(state_dtype),
         axis_name,
@@ -186,8 +193,8 @@ def norm_fc(
                 known = numbers_of(settings, state.step)
 
                 def given(numbers: list[jax.Array]) -> NormFcArguments:
-                    rate, decay, adam_scale = numbers
-                    return settings._replace(learning_rate=rate, weight_decay=decay, adam_scale=adam_scale)
+                    rate, decay, scale, gain = numbers
+                    return settings._replace(learning_rate=rate, weight_decay=decay, adam_scale=scale, adam_gain=gain)
 
                 run = norm_fc_kernel.with_derivatives_of(
                     lambda phi, numbers, *trees: update_all(nf.arrange(phi), given(numbers), *trees),
@@ -221,8 +228,8 @@ def zero_state(settings: NormFcArguments, params: PyTree) -> NormFcState:
 
 
 def numbers_of(settings: NormFcArguments, step: Int[Array, ""]) -> list[jax.Array]:
-    """Learning rate, weight decay and adam_scale of a step."""
-    numbers = settings.learning_rate, settings.weight_decay, settings.adam_scale
+    """Learning rate, weight decay, adam_scale and adam_gain of a step."""
+    numbers = settings.learning_rate, settings.weight_decay, settings.adam_scale, settings.adam_gain
     return [jnp.asarray(x(step) if callable(x) else x, jnp.float32) for x in numbers]
 
 
@@ -233,19 +240,20 @@ def update_all(
     parts, (leaves, structure) = parts_of(settings, params), jax.tree.flatten(params)
     old_moments = moments_of(state, params, parts)
     check_reduced(grads, params)
-    rate, decay, adam_scale = numbers_of(settings, state.step)
+    rate, decay, adam_scale, adam_gain = numbers_of(settings, state.step)
     decays = [jnp.asarray(x, jnp.float32) for x in decays_of(decay, settings.mask, params)]
 
     def one(of: Part, tensor: OneTensor) -> Moved:
         param, grad, old, decay = tensor
         g, p = limited(grad), param.astype(jnp.float32)
-        new = nf.accumulate(old, g, of.layout)
+        gain = spec.RMS_GAIN if of.learned else adam_gain
+        new = nf.accumulate(old, g, of.layout, gain)
         if of.learned:
             step = learned_step(weights, g, p, new, of, settings.baseline)
             if settings.step_rms == "adam":
-                step = step * rms_of(adam_step(new, state.step + 1), of.layout)
+                step = step * rms_of(adam_step(new, state.step + 1, gain), of.layout)
         else:
-            step = adam_scale * adam_step(new, state.step + 1)
+            step = adam_scale * adam_step(new, state.step + 1, gain)
         update = (-rate * (step + decay * p)).astype(param.dtype)
         return update, new._replace(momentum=new.momentum.astype(settings.state_dtype))
 
@@ -270,8 +278,8 @@ def kernel_step(
         )
         for grad, param, moments, of in zip(jax.tree.leaves(grads), leaves, old, parts, strict=True)
     ]
-    rate, decay, adam_scale = numbers_of(settings, state.step)
-    numbers, decays = jnp.stack([rate, adam_scale]), decays_of(decay, settings.mask, params)
+    rate, decay, *others = numbers_of(settings, state.step)
+    numbers, decays = jnp.stack([rate, *others]), decays_of(decay, settings.mask, params)
     baseline = settings.baseline == "momentum"
     done = norm_fc_kernel.step(form, meta_params, baseline, state.step, numbers, decays, tensors)
     updates = [update.astype(param.dtype) for (update, _), param in zip(done, leaves, strict=True)]
@@ -300,13 +308,11 @@ def learned_step(
     return unit(jnp.where(moments.rms == 0, 0.0, step), of.layout, spec.NORMALIZE_EPSILON)
 
 
-def adam_step(moments: NormFcMoments, count: Int[Array, ""]) -> Entries:
-    """AdamW's step before learning rate and decay, from moments after `count` gradients."""
-    decays, t = (spec.MOMENTUM_DECAYS[0], spec.RMS_DECAY), count.astype(jnp.float32)
-    mean, square = (
-        x * nf.reciprocal(1 - d**t, least=1 - d)
-        for x, d in zip((moments.momentum[0], moments.rms), decays, strict=True)
-    )
+def adam_step(moments: NormFcMoments, count: Int[Array, ""], gain: float | jax.Array) -> Entries:
+    """AdamW's step before learning rate and decay, from moments after `count` gradients. gain: of the second one."""
+    decay, t = spec.MOMENTUM_DECAYS[0], count.astype(jnp.float32)
+    mean = moments.momentum[0] * nf.reciprocal(1 - decay**t, least=1 - decay)
+    square = moments.rms * nf.reciprocal(-jnp.expm1(t * jnp.log1p(-gain)), least=gain)
     return mean / (root(square) + spec.ADAM_EPSILON)
 
 

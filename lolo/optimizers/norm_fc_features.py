@@ -105,8 +105,10 @@ def average(decays: Sequence[float], old: Float[Array, "D *shape"], new: Entries
     return jnp.stack([d * old[i].astype(jnp.float32) + (1 - d) * new for i, d in enumerate(decays)])
 
 
-def accumulate(moments: NormFcMoments, grad: Entries, of: Layout) -> NormFcMoments:
-    """One step of all moments that the tensor has, in float32."""
+def accumulate(
+    moments: NormFcMoments, grad: Entries, of: Layout, gain: float | jax.Array = spec.RMS_GAIN
+) -> NormFcMoments:
+    """One step of all moments that the tensor has, in float32. gain: of the second moment, 1 − its decay."""
     if grad.size == 0:
         return moments
     squared = grad * grad
@@ -120,7 +122,7 @@ def accumulate(moments: NormFcMoments, grad: Entries, of: Layout) -> NormFcMomen
             for old, axis in zip((row, column), of.axes or (), strict=True)
         )
     momentum = average(spec.MOMENTUM_DECAYS[: len(moments.momentum)], moments.momentum, grad)
-    rms = spec.RMS_DECAY * moments.rms + (1 - spec.RMS_DECAY) * squared
+    rms = (1 - gain) * moments.rms + gain * squared
     return NormFcMoments(momentum, rms, row, column)
 
 
@@ -128,7 +130,7 @@ def floored_rsqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.lax.rsqrt(jnp.maximum(x, factored.FACTOR_FLOOR))
 
 
-def reciprocal(x: Float[Array, "*shape"], least: float) -> Float[Array, "*shape"]:
+def reciprocal(x: Float[Array, "*shape"], least: float | jax.Array) -> Float[Array, "*shape"]:
     """1/x, to be multiplied with: of few numbers, for many entries. x: at least `least`, which is positive.
 
     Of a division by x XLA makes a product with 1/x in some programs and not in others: those for one and for two

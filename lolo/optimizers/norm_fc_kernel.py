@@ -95,7 +95,7 @@ def step(
     meta_params: MetaParams,
     baseline: bool,
     count: Int[Array, ""],
-    numbers: Float[Array, "2"],
+    numbers: Float[Array, "3"],
     decays: Sequence[float | jax.Array],
     tensors: Sequence[KernelTensor],
 ) -> list[Moved]:
@@ -103,7 +103,7 @@ def step(
 
     Args:
       count: steps done so far.
-      numbers: learning rate and adam_scale.
+      numbers: learning rate, adam_scale, and 1 − adam_beta2.
       decays: weight decay of each tensor.
     """
     done = [(jnp.zeros_like(x.param, jnp.float32), x.moments) for x in tensors]
@@ -141,7 +141,7 @@ def stacked(decays: Sequence[float | jax.Array], chosen: Sequence[int]) -> Float
 def finished(
     form: str,
     count: Int[Array, ""],
-    numbers: Float[Array, "2"],
+    numbers: Float[Array, "3"],
     decays: Sequence[float | jax.Array],
     tensors: Sequence[KernelTensor],
     done: list[Moved],

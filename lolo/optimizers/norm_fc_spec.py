@@ -20,10 +20,11 @@ from lolo.kernels import library
 from lolo.optimizers.factored import row_slices
 
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
-RMS_DECAY = 0.95
+RMS_DECAY = 0.95  # of a vector's second moment it is the default
+RMS_GAIN = 1 - RMS_DECAY
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
 
-# AdamW of vectors and scalars reads the first momentum and the second moment, so its decays are theirs.
+# AdamW reads the first momentum and the second moment, so its decays are theirs.
 ADAM_EPSILON = 1e-8
 
 GRADIENT_CLIP = 0.1  # of the second input
@@ -105,6 +106,7 @@ class NormFcSettings(settings.Alternative):
     baseline: str = "momentum"  # what the network corrects: momentum or none
     step_rms: str = settings.added("one")  # root mean square of a matrix's step: one, or adam: that of AdamW's step
     adam_scale: float = 1.0  # learning rate of vectors' AdamW, in learning rates of matrices
+    adam_beta2: float = settings.added(RMS_DECAY)  # decay of the second moment in vectors' AdamW, from 0 to below 1
     # auto: the CPU kernel where it serves, with other last bits; plain: JAX's operations
     kernel: str = settings.added("plain")
 
@@ -114,11 +116,30 @@ def learning_rate(value: Any) -> Any:
     return settings.number(value, positive=True)
 
 
+def adam_beta2(value: Any) -> float:
+    """A number from 0 to below 1. Raises ValueError."""
+    try:
+        found = settings.number(value)
+    except ValueError:
+        found = 1.0
+    if found >= 1:
+        raise ValueError("must be 0 or a positive number below 1.")
+    return found
+
+
 def one_of(words: Sequence[str], value: Any, name: str = "") -> str:
     """A value that is one of some words. Raises ValueError, which begins with the name and the value if it is given."""
     if not isinstance(value, str) or value not in words:
         raise ValueError(f"{name and f'{name}={value!r} '}must be one of {', '.join(map(repr, words))}.")
     return value
+
+
+def checked(name: str, value: Any) -> None:
+    """Raise ValueError, which begins with the name and the value, for one that the setting can't have."""
+    try:
+        DEPLOYMENT[name](value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} {error}") from error
 
 
 def kernel(value: Any) -> str:
@@ -136,6 +157,7 @@ DEPLOYMENT: Mapping[str, Callable[[Any], Any]] = {
     "weight_decay": settings.number,
     "step_rms": step_rms,
     "adam_scale": settings.number,
+    "adam_beta2": adam_beta2,
     "kernel": kernel,
 }
 """The settings that may differ at inference, and what reads each."""
@@ -154,6 +176,8 @@ def check(learner: NormFcSettings) -> None:
         positive=("learner.learning_rate",),
         not_negative=("learner.weight_decay", "learner.adam_scale"),
     )
+    if not 0 <= learner.adam_beta2 < 1:
+        raise RecipeError(f"learner.adam_beta2={learner.adam_beta2} must be 0 or a positive number below 1.")
     if learner.hidden > MAX_HIDDEN:
         raise RecipeError(f"learner.hidden={learner.hidden} must be at most {MAX_HIDDEN}.")
     settings.pick(dict.fromkeys(BASELINES), "learner.baseline", learner.baseline)

@@ -86,6 +86,7 @@ class Weights(NamedTuple):
         learning_rate: Number | Schedule | None = None,
         step_rms: str | None = None,
         adam_scale: Number | None = None,
+        adam_beta2: Number | None = None,
         is_matrix: Callable[[str, Any], Any] | PyTree = None,
         state_dtype: jax.typing.DTypeLike | None = None,
         freeze_unseen: bool = False,
@@ -109,6 +110,7 @@ class Weights(NamedTuple):
           step_rms: of norm_fc, "one": a matrix's step has root mean square learning_rate; "adam": learning_rate times
             that of AdamW's step, which wants about eight times the rate; None: as shipped.
           adam_scale: of norm_fc, the learning rate of vectors in units of learning_rate; None: as shipped.
+          adam_beta2: of norm_fc, the decay of the second moment in vectors' AdamW; None: as shipped.
           is_matrix: of norm_fc, which parameters the network moves, as `lolo.norm_fc` has it; AdamW moves the others,
             as advised for embeddings and output layers. None: all of two axes or more are matrices.
           state_dtype: of norm_fc, float32 or bfloat16, that of the momenta; None: float32.
@@ -134,7 +136,7 @@ class Weights(NamedTuple):
         """
         check_scale(step_scale)
         requested: dict[str, Any] = {"weight_decay": weight_decay, "clock_limit": clock_limit, "step_decay": step_decay}
-        requested |= {"learning_rate": learning_rate, "adam_scale": adam_scale}
+        requested |= {"learning_rate": learning_rate, "adam_scale": adam_scale, "adam_beta2": adam_beta2}
         _check_kinds(requested | {"step_scale": step_scale})
         requested["step_rms"] = step_rms
         if not isinstance(freeze_unseen, bool | np.bool_):

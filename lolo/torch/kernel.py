@@ -136,7 +136,7 @@ def step(
     threads = min(torch.get_num_threads(), len(tensors))
     sizes = sorted((t.entry.size for t in tensors if t.place and t.step is None), reverse=True)
     steps = space.take("step", sum(sizes[:threads]) or 1)
-    settings = library.Settings(float(group["lr"]), float(group["adam_scale"]))
+    settings = library.Settings(float(group["lr"]), float(group["adam_scale"]), 1 - float(group["adam_beta2"]))
     library.step(form, [tensor.entry for tensor in tensors], pointers(phi), settings, steps.data_ptr(), threads)
     for tensor in tensors:
         if tensor.step is not None and tensor.place is not None:

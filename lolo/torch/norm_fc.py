@@ -28,7 +28,11 @@ from lolo.torch.sharding import State, Zeros
 
 WIDER = 2  # a block has this many times the entries of one of small_fc: the network is narrower
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-ADDED = {"kernel": "auto", "step_rms": "one"}  # settings of a group that states saved before there were such lack
+ADDED = {
+    "kernel": "auto",
+    "step_rms": "one",
+    "adam_beta2": spec.RMS_DECAY,
+}  # settings of a group that states saved before there were such lack
 # Rows of a block's inputs: what is multiplied by the same thing lies side by side. Below two axes the last is absent.
 ORDER = (
     *("momentum", "gradient", "scaled_momentum", "scaled_gradient", "factored_gradient"),
@@ -86,6 +90,8 @@ def settings_of(learner: spec.NormFcSettings, given: Mapping[str, Any]) -> dict[
     """All settings of a param group; what is not given is as shipped. Raises ValueError."""
     adam_scale = learner.adam_scale if given["adam_scale"] is None else given["adam_scale"]
     check_number("adam_scale", adam_scale)
+    adam_beta2 = learner.adam_beta2 if given["adam_beta2"] is None else given["adam_beta2"]
+    spec.checked("adam_beta2", adam_beta2)
     is_matrix, state_dtype = given["is_matrix"], given["state_dtype"] or torch.float32
     if is_matrix not in (None, True, False):
         raise ValueError(f"is_matrix={is_matrix!r}; expected None, True or False: one answer for a whole param group.")
@@ -95,7 +101,8 @@ def settings_of(learner: spec.NormFcSettings, given: Mapping[str, Any]) -> dict[
     spec.one_of(spec.STEP_RMS, step_rms, "step_rms")
     kind = {"orthogonal": learner.orthogonal, "baseline": learner.baseline, "step_rms": step_rms}
     kind["kernel"] = "auto" if given["kernel"] is None else spec.one_of(CHOICES, given["kernel"], "kernel")
-    return {"adam_scale": adam_scale, "is_matrix": is_matrix, "state_dtype": state_dtype, **kind}
+    numbers = {"adam_scale": adam_scale, "adam_beta2": float(adam_beta2)}
+    return {**numbers, "is_matrix": is_matrix, "state_dtype": state_dtype, **kind}
 
 
 def is_learned(param: torch.Tensor, is_matrix: bool | None) -> bool:
@@ -356,8 +363,8 @@ def along_tensors(numbers: list[Any], batch: Batch) -> torch.Tensor:
 
 
 def adam_step(params: list[torch.Tensor], state: State, group: Mapping[str, Any]) -> None:
-    """AdamW's step (.9, .95, 1e-8) of tensors of any shape, each with its own step count."""
-    decays, read = (spec.MOMENTUM_DECAYS[0], spec.RMS_DECAY), reader_of(group)
+    """AdamW's step (.9, adam_beta2, 1e-8) of tensors of any shape, each with its own step count."""
+    decays, read = (spec.MOMENTUM_DECAYS[0], float(group["adam_beta2"])), reader_of(group)
     grads = [read(blocks.as_float32(param.grad)) for param in params]
     states = [state[param] for param in params]
     kept, squares = ([own[name] for own in states] for name in ("momentum", "rms"))

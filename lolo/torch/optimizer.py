@@ -50,7 +50,7 @@ class LoLO(torch.optim.Optimizer):
 
     The weights say which architecture it is. That of the default ones, `norm_fc`, chooses directions:
     θ ← θ − lr·(step + weight_decay·θ), a matrix's step as large as `step_rms` says. Vectors and scalars get
-    AdamW (.9, .95, 1e-8) at lr·adam_scale, and so should embeddings and output layers, which you name:
+    AdamW (.9, adam_beta2, 1e-8) at lr·adam_scale, and so should embeddings and output layers, which you name:
 
     >>> groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "is_matrix": False}]
     >>> optimizer = LoLO(groups, lr=1.6e-2, weight_decay=0.1)
@@ -76,6 +76,7 @@ class LoLO(torch.optim.Optimizer):
       step_rms: of `norm_fc`: "one": a matrix's step has root mean square lr; "adam": lr times that of AdamW's step,
         which wants about eight times the lr; None: as shipped.
       adam_scale: of `norm_fc`: AdamW's learning rate in units of lr; None: as shipped.
+      adam_beta2: of `norm_fc`: the decay of the second moment in vectors' AdamW; None: as shipped.
       is_matrix: of `norm_fc`: whether the network moves the tensors of a group; None: those of two axes or more; False:
         AdamW; True: vectors too. Axis 0 is a matrix's output, all others are its input, as in torch's layers.
       state_dtype: of `norm_fc`: torch.float32, or torch.bfloat16 for the momenta, which takes a third off the state.
@@ -125,6 +126,7 @@ class LoLO(torch.optim.Optimizer):
         freeze_unseen: bool = False,
         step_rms: str | None = None,
         adam_scale: float | None = None,
+        adam_beta2: float | None = None,
         is_matrix: bool | None = None,
         state_dtype: torch.dtype | None = None,
         kernel: str | None = None,
@@ -138,8 +140,8 @@ class LoLO(torch.optim.Optimizer):
         self._networks: dict[str, tuple[str, Any]] = {}  # architecture and network by the weights' sha256
         self._spaces: dict[torch.device, Workspace] = {}
         small_fc = {"clock_limit": clock_limit, "step_decay": step_decay, "freeze_unseen": freeze_unseen}
-        norm_fc = {"step_rms": step_rms, "adam_scale": adam_scale, "is_matrix": is_matrix}
-        norm_fc |= {"state_dtype": state_dtype, "kernel": kernel}
+        norm_fc = {"step_rms": step_rms, "adam_scale": adam_scale, "adam_beta2": adam_beta2}
+        norm_fc |= {"is_matrix": is_matrix, "state_dtype": state_dtype, "kernel": kernel}
         common = {"lr": lr, "weights": weights, "weight_decay": weight_decay, "maximize": maximize}
         self._complete = False
         super().__init__(params, {**common, **small_fc, **norm_fc})

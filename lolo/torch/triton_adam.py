@@ -18,9 +18,7 @@ from lolo.torch.triton_tiles import (
     PARAM,
     REGIONS,
     RMS,
-    RMS_DECAY,
     RMS_DECAY_LOG,
-    RMS_GAIN,
     SIZE,
     STEP_SUMS,
     WEIGHTS,
@@ -38,11 +36,11 @@ from lolo.torch.triton_tiles import (
 
 @triton.jit
 @no_type_check
-def corrections(row):
-    """What AdamW's mean is divided by, and its root, after this gradient."""
+def corrections(row, rms_decay_log):
+    """What AdamW's mean is divided by, and its root, after this gradient. rms_decay_log: to base 2."""
     count = tl.load(tl.load(row + COUNT).to(tl.pointer_type(tl.int64))).to(tl.float64)
     first = (1.0 - tl.exp2(count * FIRST_DECAY_LOG)).to(tl.float32)
-    return first, tl.sqrt(1.0 - tl.exp2(count * RMS_DECAY_LOG)).to(tl.float32)
+    return first, tl.sqrt(1.0 - tl.exp2(count * rms_decay_log)).to(tl.float32)
 
 
 @triton.jit
@@ -60,7 +58,7 @@ def measure_adam(
     row, region, first, tiles, place = region_of(table, owners, HEIGHT, WIDTH, ALIGNED)
     momentum = dense(address(row, MOMENTUM, MOMENTUM_TYPE, ALIGNED), place)
     rms = dense(address(row, RMS, tl.float32, ALIGNED), place)
-    mean_scale, root_scale = corrections(row)
+    mean_scale, root_scale = corrections(row, RMS_DECAY_LOG)
     squares = tl.zeros([HEIGHT, WIDTH], tl.float32)
     for tile in range(first, first + tiles):
         rows, inside = rows_of(tile, place, HEIGHT)
@@ -89,6 +87,8 @@ def adam(
     rate,
     decay,
     adam_scale,
+    rms_gain,
+    rms_decay_log,
     sign,
     GRAD_TYPE: tl.constexpr,
     PARAM_TYPE: tl.constexpr,
@@ -96,7 +96,7 @@ def adam(
     ALIGNED: tl.constexpr,
     RATE_IS_TENSOR: tl.constexpr,
 ):
-    """AdamW (.9, .95, 1e-8), bias-corrected, of a block of a tensor that is one piece of memory."""
+    """AdamW (.9, 1 − rms_gain, 1e-8), bias-corrected, of a block of a tensor that is one piece of memory."""
     row = table + tl.load(owners + tl.program_id(0)) * WORDS
     block = tl.program_id(0) - tl.load(row + FIRST)
     at = block * ADAM_BLOCK + tl.arange(0, ADAM_BLOCK)
@@ -104,13 +104,13 @@ def adam(
     if ALIGNED:
         size = tl.multiple_of(size, 4)
     inside = at < size
-    mean_scale, root_scale = corrections(row)
+    mean_scale, root_scale = corrections(row, rms_decay_log)
     grad, param = address(row, GRAD, GRAD_TYPE, ALIGNED), address(row, PARAM, PARAM_TYPE, ALIGNED)
     momentum, rms = address(row, MOMENTUM, MOMENTUM_TYPE, ALIGNED), address(row, RMS, tl.float32, ALIGNED)
     g = read_gradient(grad + at, inside, sign)
     p = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
     m = moved(tl.load(momentum + at, mask=inside, other=0.0).to(tl.float32), g, GAIN_0)
-    v = tl.load(rms + at, mask=inside, other=0.0) * RMS_DECAY + RMS_GAIN * (g * g)
+    v = tl.load(rms + at, mask=inside, other=0.0) * (1.0 - rms_gain) + rms_gain * (g * g)
     change = m / (tl.sqrt(v) / root_scale + ADAM_EPSILON) * (adam_scale / mean_scale)
     tl.store(momentum + at, m.to(MOMENTUM_TYPE), mask=inside)
     tl.store(rms + at, v, mask=inside)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import types
 import warnings
@@ -272,6 +273,8 @@ def adam(
     sizes = tuple(located.param.numel() for located in some)
     launch, table = table_of(some, ("adam", sizes), lambda: adam_plan(sizes), state, space)
     numbers = {**numbers_of(group, space), "adam_scale": float(group["adam_scale"]), "sign": sign_of(group)}
+    beta2 = float(group["adam_beta2"])
+    numbers |= {"rms_gain": 1 - beta2, "rms_decay_log": math.log2(beta2) if beta2 else -math.inf}
     kernels().adam[(len(launch.plan.owners),)](table, launch.owners, **numbers, **common, **OPTIONS)
 
 

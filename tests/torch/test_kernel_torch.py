@@ -101,6 +101,8 @@ SETTINGS = {
     "AdamW's size, vectors too": (dict(orthogonal=False, step_rms="adam"), {"is_matrix": True}),
     "vectors too": (dict(orthogonal=False), {"is_matrix": True}),
     "AdamW alone": (dict(weight_decay=0.1, adam_scale=0.5), {"is_matrix": False}),
+    "AdamW with a long memory": (dict(adam_beta2=0.999), {"is_matrix": False}),
+    "AdamW without memory": (dict(adam_beta2=0.0), {"is_matrix": False}),
     "climbing": (dict(orthogonal=False), {"maximize": True}),
 }
 

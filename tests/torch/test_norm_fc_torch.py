@@ -132,6 +132,7 @@ def distances(shapes, weights, steps=4, turn=turned, **jax_options):
 @pytest.mark.parametrize(("baseline", "step_rms"), [("momentum", "one"), ("none", "one"), ("momentum", "adam")])
 def test_updates_and_moments_agree_with_jax(orthogonal, baseline, step_rms):
     settings = dict(orthogonal=orthogonal, baseline=baseline, step_rms=step_rms, weight_decay=0.1, adam_scale=0.5)
+    settings["adam_beta2"] = 0.999
     weights = norm_fc_file(PHI, **settings)
     update, moment = distances(SHAPES, weights)
     assert update <= 1e-5 and moment <= 1e-6
@@ -145,6 +146,7 @@ def test_updates_and_moments_agree_with_jax(orthogonal, baseline, step_rms):
         {"orthogonal": False},
         {"weight_decay": 0.0},
         {"adam_scale": 1.0},
+        {"adam_beta2": 0.5},
         {"learning_rate": 2e-3},
     ],
     ids=str,
@@ -273,13 +275,15 @@ def same(a, b):
 
 
 def test_settings_left_out_are_those_of_the_weights():
-    learner = {"learning_rate": 0.02, "weight_decay": 0.3, "adam_scale": 0.5}
+    learner = {"learning_rate": 0.02, "weight_decay": 0.3, "adam_scale": 0.5, "adam_beta2": 0.5}
     shipped, plain = norm_fc_file(**learner), norm_fc_file()
     group = LoLO([torch.nn.Parameter(torch.ones(2))], shipped).param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["adam_scale"]) == (0.02, 0.3, 0.5)
-    asked = moved(weights=plain, lr=0.02, weight_decay=0.3, adam_scale=0.5)
+    assert [group[name] for name in ("lr", "weight_decay", "adam_scale", "adam_beta2")] == [0.02, 0.3, 0.5, 0.5]
+    asked = moved(weights=plain, lr=0.02, weight_decay=0.3, adam_scale=0.5, adam_beta2=0.5)
     assert same(moved(weights=shipped), asked) and not same(moved(weights=plain), asked)
-    assert same(moved(weights=shipped, lr=1e-3, weight_decay=0.0, adam_scale=1.0), moved(weights=plain))
+    assert same(
+        moved(weights=shipped, lr=1e-3, weight_decay=0.0, adam_scale=1.0, adam_beta2=0.95), moved(weights=plain)
+    )
 
 
 def test_the_learning_rate_is_the_root_mean_square_of_a_matrix_step():
@@ -295,20 +299,22 @@ def test_weight_decay_is_decoupled_and_scaled_by_lr():
         torch.testing.assert_close(a - b, torch.tensor(x).double() * 0.01, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("beta2", [0.0, 0.95, 0.999])
+@pytest.mark.parametrize("kernel", ["plain", "auto"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_vectors_and_what_is_no_matrix_get_adamw(state_dtype):
+def test_vectors_and_what_is_no_matrix_get_adamw(state_dtype, kernel, beta2):
     ours, theirs = as_parameters(draw(LAYER, 1)), as_parameters(draw(LAYER, 1))
     optimizer = LoLO(
         ours.values(), norm_fc_file(), lr=0.02, adam_scale=0.5, is_matrix=False, state_dtype=state_dtype,
-        weight_decay=0.1,
+        weight_decay=0.1, kernel=kernel, adam_beta2=beta2,
     )  # fmt: skip
-    adamw = torch.optim.AdamW(theirs.values(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.2)
+    adamw = torch.optim.AdamW(theirs.values(), lr=0.01, betas=(0.9, beta2), weight_decay=0.2)
     for step in range(4):
         for params, stepper in ((ours, optimizer), (theirs, adamw)):
             set_grads(params, draw_grads(LAYER, step))
             stepper.step()
     worst = max((ours[n] - theirs[n]).abs().max().item() for n in LAYER)
-    assert (worst <= 1e-6) == (state_dtype == torch.float32) and worst <= 1e-3
+    assert (worst <= 1e-6) == (state_dtype == torch.float32) and worst <= 3e-2
     assert {k: tuple(x.shape) for k, x in optimizer.state[ours["w"]].items()} == {
         "step": (),
         "momentum": (20, 30),

@@ -532,6 +532,7 @@ def test_weights_that_make_no_sense_are_refused(change, message):
         ("small_fc", {"step_decay": 0.0}, "step_decay=0.0; expected a positive number"),
         ("small_fc", {"step_decay": math.nan}, "step_decay=nan"),
         ("norm_fc", {"adam_scale": -1.0}, "adam_scale=-1.0; expected a number"),
+        ("norm_fc", {"adam_beta2": 1.0}, "adam_beta2=1.0 must be 0 or a positive number below 1"),
         ("norm_fc", {"step_rms": "sgd"}, "step_rms='sgd' must be one of 'one', 'adam'"),
         ("norm_fc", {"state_dtype": torch.float16}, "state_dtype=torch.float16; expected torch.float32 or"),
         ("small_fc", {"adam_scale": 1.0}, "adam_scale=1.0: these weights are of small_fc, which has no adam_scale"),
