@@ -148,6 +148,9 @@ NORM_FC = dataclasses.replace(
 
     lolo train norm-fc --out runs/norm-fc
 
+With `--validation.every 0 --learner.kernel auto` that takes 8 to 9 minutes on one core of a 2-core cloud machine, and
+the task loss that the last line prints is 1.18 for seed 0 (1.24 after 100 of the 1,000 outer steps).
+
 Its use on larger models, and what its parts are worth, is the study `lolo reproduce study --only norm-fc`.
 """
 

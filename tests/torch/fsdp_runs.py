@@ -58,7 +58,7 @@ def tame(draw):
 
 WEIGHTS = {"small_fc": "lolo-anytime", "norm_fc": norm_fc_file(tame(draw_norm_fc))}
 RATES = {"small_fc": 10.0, "norm_fc": 0.02}
-DRAWN = {"small_fc": draw_meta_params(), "norm_fc": norm_fc_file(weight_decay=0.1, step_rms="adam")}
+DRAWN = {"small_fc": draw_meta_params(), "norm_fc": norm_fc_file(weight_decay=0.1, step_rms="adam", adam_beta2=0.999)}
 STEEP = {"small_fc": 100.0, "norm_fc": 0.1}
 """Learning rates of a step that is much larger than what float32 rounds off its parameter."""
 
