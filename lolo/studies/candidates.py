@@ -378,8 +378,8 @@ def _weights(named: NamedWeights, steps: int, is_matrix: experts.IsMatrix | None
     if deployed.schedule != "constant":
         numbers["warmup"] = deployed.warmup
     # Numbers are given with each setting: the learner, by which programs are told apart, has its type's.
-    defaults = vars(type(weights.learner)())
-    learner = dataclasses.replace(weights.learner, **{name: defaults[name] for name in inside})
+    fields = dataclasses.fields(weights.learner)
+    learner = dataclasses.replace(weights.learner, **{x.name: x.default for x in fields if x.name in inside})
     horizon = 0 if deployed.schedule == "constant" else steps
     make = _make(learner, frozenset(numbers), deployed.schedule, horizon, deployed.freeze_unseen, is_matrix)
     return Candidate(label, seed, make, (weights.meta_params, numbers))
