@@ -378,8 +378,8 @@ def _weights(named: NamedWeights, steps: int, is_matrix: experts.IsMatrix | None
     if deployed.schedule != "constant":
         numbers["warmup"] = deployed.warmup
     # Numbers are given with each setting: the learner, by which programs are told apart, has its type's.
-    fields = dataclasses.fields(weights.learner)
-    learner = dataclasses.replace(weights.learner, **{x.name: x.default for x in fields if x.name in inside})
+    defaults: dict[str, Any] = {x.name: x.default for x in dataclasses.fields(weights.learner) if x.name in inside}
+    learner = dataclasses.replace(weights.learner, **defaults)
     horizon = 0 if deployed.schedule == "constant" else steps
     make = _make(learner, frozenset(numbers), deployed.schedule, horizon, deployed.freeze_unseen, is_matrix)
     return Candidate(label, seed, make, (weights.meta_params, numbers))
