@@ -9,6 +9,7 @@ from test_training import SMALL, small
 from lolo.data.errors import DataError
 from lolo.evaluation import statistics
 from lolo.files.settings import RecipeError
+from lolo.optimizers import architecture, pretrained
 from lolo.runtime import interrupt
 from lolo.runtime.process_group import ALONE
 from lolo.studies import candidates, comparison_report, comparisons, definitions, plots, studies
@@ -26,6 +27,13 @@ TINY = definitions.Study(
     rivals=("adamw:1e-2",),
     changes=tuple((SMALL | {"outer.steps": 3, "learner.name": "sgd"}).items()),
 )
+
+
+def test_the_study_of_the_default_weights_deploys_them_as_they_are_shipped():
+    shipped = pretrained.load("lolo-norm-2")
+    meta_trained = architecture.learner_from_dict(shipped.recipe["learner"], "its recipe")
+    deployed = candidates.parse_deployment(definitions.SHIPPED_AS, "lolo-norm-2", meta_trained)
+    assert architecture.deployed(meta_trained, deployed.learner) == shipped.learner
 
 
 def test_a_study_continues_where_it_was_stopped_and_reports_all_of_it(tmp_path, monkeypatch):

@@ -59,7 +59,8 @@ NORM_FC = Study(
 )
 
 DEFAULT_METHODS = ("norm-fc", "norm-fc-bc-only", "norm-fc-naive")
-SHIPPED_AS = f"{FALLING},warmup=0.05,step_rms=adam,learning_rate=1.6e-2,weight_decay=0.1"  # as `lolo-norm-2` is
+# As `lolo-norm-2` is.
+SHIPPED_AS = f"{FALLING},warmup=0.05,step_rms=adam,learning_rate=1.6e-2,weight_decay=0.1,adam_beta2=0.999"
 DEFAULT = dataclasses.replace(
     NORM_FC,
     about="norm_fc as `lolo-norm-2` is deployed, three meta-seeds, on models that no meta-training met",
