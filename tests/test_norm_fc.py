@@ -561,6 +561,7 @@ def test_the_cures_work():
         ({"step_rms": "muon"}, "step_rms='muon' must be one of 'one', 'adam'"),
         ({"adam_beta2": 1.0}, "adam_beta2=1.0 must be 0 or a positive number below 1"),
         ({"adam_beta2": -0.1}, "adam_beta2=-0.1 must be"),
+        ({"adam_beta2": jnp.float32(1)}, "adam_beta2=.* must be"),
         ({"adam_beta2": float("nan")}, "adam_beta2=nan must be"),
         ({"state_dtype": "float16"}, "state_dtype=float16 must be float32 or bfloat16"),
     ],

@@ -147,7 +147,7 @@ def norm_fc(
     >>> updates, state = optimizer.update(params, optimizer.init(params), params)
     >>> params = optax.apply_updates(params, updates)
     """
-    if isinstance(adam_beta2, int | float):
+    if not isinstance(adam_beta2, jax.core.Tracer):
         spec.checked("adam_beta2", adam_beta2)
     settings = NormFcArguments(
         learning_rate,

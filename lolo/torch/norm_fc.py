@@ -91,6 +91,7 @@ def settings_of(learner: spec.NormFcSettings, given: Mapping[str, Any]) -> dict[
     adam_scale = learner.adam_scale if given["adam_scale"] is None else given["adam_scale"]
     check_number("adam_scale", adam_scale)
     adam_beta2 = learner.adam_beta2 if given["adam_beta2"] is None else given["adam_beta2"]
+    check_number("adam_beta2", adam_beta2)
     spec.checked("adam_beta2", adam_beta2)
     is_matrix, state_dtype = given["is_matrix"], given["state_dtype"] or torch.float32
     if is_matrix not in (None, True, False):
