@@ -63,6 +63,8 @@ def test_embeddings_and_output_layers_are_no_matrices():
     assert {"output.weight", "positions.weight"} <= outside["vit"]
     is_matrix = workloads.matrices_of(workloads.WORKLOADS["mlp"].task)
     shapes = {"layers.0.weight": (64, 256), "layers.0.bias": (256,), "layers.2.weight": (256, 10)}
+    with pytest.raises(ValueError, match="is_matrix got the path .*expected a parameter's name, such as 'layers"):
+        is_matrix("['layers.2.weight']", jax.ShapeDtypeStruct((2, 2), np.float32))
     answers = {name: is_matrix(name, jax.ShapeDtypeStruct(shape, np.float32)) for name, shape in shapes.items()}
     assert answers == {"layers.0.weight": True, "layers.0.bias": False, "layers.2.weight": False}
 
@@ -86,6 +88,7 @@ def test_what_a_workload_shares_with_meta_training_is_named():
     assert workloads.shared_with(of["mlp"], ("fashion-mlp:batch=8", "books-mlp")) == ["Fashion-MNIST", "MLP"]
     assert workloads.shared_with(of["gru"], ("fashion-mlp", "books-mlp")) == ["books"]
     assert workloads.shared_with(of["small-batch"], ("fashion-conv",)) == []
+    assert workloads.shared_with(of["gru"], ("books-gru",)) == ["books", "GRU"]
 
 
 SEARCHED = {kind: tuning.rival(kind) for kind in search.SPACES}
@@ -241,7 +244,7 @@ def test_entrants_come_back_from_their_rows_unless_their_weights_are_elsewhere()
     found = stages.published([*adamw, *rows_of("gone.safetensors", [0.9]), *turned])
     assert found == [
         entrants.Entrant("mine", ("adamw:1e-3",)),
-        entrants.Entrant("lolo-small", ("lolo-small", "lolo-small:step_scale=2")),
+        entrants.Entrant("lolo-small", ("lolo-small", "lolo-small:step_scale=2"), ("fashion-mlp",)),
     ]
     assert stages.published([*adamw, *turned], but=found[1:]) == found[:1]
 
@@ -341,7 +344,7 @@ def test_a_whole_race_finds_the_best_rate_and_resumes(small, tmp_path):
     assert standings["bad rate"].profile.mean == 0 < standings["adamw"].profile.mean
     assert all(t.seconds > 0 for t in race.step_times) and len(race.step_times) == 4
     # Each row is what `lolo eval` would say of that optimizer's run: its end, by hand.
-    text = report.write(race, tmp_path, field, "lolo race")
+    text = report.write(race, tmp_path, field, ["bad rate"], "lolo race")
     assert "bad rate" in text and {"profile-tuned.svg", "curves-self-tuning.svg"} <= {
         f.name for f in tmp_path.iterdir()
     }
@@ -394,13 +397,113 @@ def test_settings_in_another_order_and_fewer_seeds_run_nothing_twice(small, tmp_
     ran = []
     both = entrants.run_on(entrants.Entrant("mine", (first, second)), "near", 2, tmp_path)
     turned = entrants.run_on(entrants.Entrant("mine", (second, first)), "near", 2, tmp_path, ran.append)
-    assert sum(ran) == 2 * 2 * 200  # the second setting on both forms
+    assert sum(ran) == 2 * 200  # the second setting on the held-out form
     assert {row.optimizer for row in both if row.held_out} == {first}
     assert {row.optimizer for row in turned if row.held_out} == {second}
     again = []
     assert entrants.run_on(entrants.Entrant("mine", (first, second)), "near", 2, tmp_path, again.append) == both
     fewer = entrants.run_on(entrants.Entrant("mine", (first, second)), "near", 1, tmp_path, again.append)
     assert not again and [row for row in both if row.seed == 0] == fewer
+
+
+def test_runs_are_kept_as_they_end(small, tmp_path):
+    ran = []
+
+    def stop(count):
+        ran.append(count)
+        if sum(ran) > 3 * 200:
+            raise KeyboardInterrupt
+
+    mine = entrants.Entrant("mine", ("adamw:1e-2", "nadamw:1e-2"))
+    with pytest.raises(KeyboardInterrupt):
+        entrants.run_on(mine, "near", 2, tmp_path, stop)
+    done = [row for file in tmp_path.rglob("*.jsonl") for row in records.read(file, RaceRow)]
+    assert [(row.optimizer, row.held_out) for row in done] == [("adamw:1e-2", False)] * 2
+    again = []
+    entrants.run_on(mine, "near", 2, tmp_path, again.append)
+    assert sum(again) == 2 * 2 * 200
+
+
+def test_rows_of_other_settings_under_the_same_name_are_dropped(small, tmp_path):
+    first, second = (entrants.Entrant("mine", (f"adamw:{rate}",)) for rate in ("1e-2", "1e-3"))
+    other = entrants.Entrant("other", ("nadamw:1e-3",))
+    stages.race(tmp_path, [first, other], 1, (), quiet)
+    with pytest.warns(UserWarning, match="rows of mine were made with other settings"):
+        stages.race(tmp_path, [second], 1, ("near",), quiet)
+    found = {(row.entrant, row.workload, row.optimizer) for row in records.read(tmp_path / stages.ROWS_FILE, RaceRow)}
+    assert found == {("mine", "near", "adamw:1e-3")} | {("other", name, "nadamw:1e-3") for name in ("near", "far")}
+
+
+def test_rows_of_a_file_before_it_was_edited_are_dropped(small, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("import optax\n\ndef f():\n    return optax.sgd(0.1)\n")
+    stages.race(tmp_path / "out", [entrants.entrant(f"{file}:f", name="mine")], 1, (), quiet)
+    file.write_text("import optax\n\ndef f():\n    return optax.sgd(0.2)\n")
+    with pytest.warns(UserWarning, match="rows of mine were made with .*another file"):
+        stages.race(tmp_path / "out", [entrants.entrant(f"{file}:f", name="mine")], 1, ("near",), quiet)
+    rows = records.read(tmp_path / "out" / stages.ROWS_FILE, RaceRow)
+    assert {row.workload for row in rows} == {"near"}
+
+
+def test_a_schedule_that_has_no_room_in_one_step_is_no_mistake(tmp_path):
+    file = tmp_path / "own.py"
+    schedule = "optax.warmup_cosine_decay_schedule(0.0, 0.1, 100, steps)"
+    file.write_text(f"import optax\n\ndef f(steps):\n    return optax.sgd({schedule})\n")
+    assert entrants.entrant(f"{file}:f").optimizers == (f"{file}:f",)
+
+
+def test_an_optimizer_that_is_timed_alone_counts_in_adamw_s_known_time(small, monkeypatch, tmp_path):
+    """This machine is twice as slow as the one of the published times."""
+    kept, names = tmp_path / "kept", ("adamw-warmup-cosine:1e-2",)
+    monkeypatch.setattr(stages, "KEPT", kept)
+    stages.race(kept, [entrants.Entrant("adamw", names)], 1, ("near",), quiet)
+    published = [StepTime("near", "adamw", 1.0, "theirs"), StepTime("near", "muon", 3.0, "theirs")]
+    records.write(kept / stages.TIMES_FILE, published)
+
+    def measure(workload, field, device, on_done):
+        return [StepTime(workload, one.name, 2.0 if one.name == "adamw" else 8.0, device) for one in field]
+
+    def known():
+        return {t.entrant: t.seconds for t in stages.read(tmp_path / "out").step_times}
+
+    monkeypatch.setattr(step_times, "measure", measure)
+    mine = entrants.Entrant("mine", ("nadamw:1e-2",))
+    stages.time_steps(tmp_path / "out", [mine], ("near",), quiet)
+    assert known() == {"adamw": 1.0, "muon": 3.0, "mine": 4.0}
+    stages.time_steps(tmp_path / "out", [entrants.Entrant("adamw", names), mine], ("near",), quiet)
+    assert known() == {"adamw": 2.0, "mine": 8.0}, "times of two machines do not stand side by side"
+
+
+def test_a_workload_without_a_target_is_refused_before_the_first_run(small, tmp_path, capsys):
+    records.write(tmp_path / stages.TARGETS_FILE, [Target("quadratic", 0.1, "adamw:1e-3", [0.1])])
+    words = ["race", "--optimizer", "adamw:1e-3", "--only", "far", "--seeds", "1", "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert "was raced from scratch without far: run lolo race --from-scratch --only far" in capsys.readouterr().err
+    assert not (tmp_path / "parts").exists()
+
+
+def test_seeds_that_not_all_have_do_not_choose_a_setting():
+    """The first setting is the faster one on seed 0, and the slower one on the others, which AdamW does not have."""
+    rows = rows_of("two", [0.9, 0.9, 0.4], [0.9, 0.4, 0.4])
+    rows = [dataclasses.replace(r, curve=[0.4] * 3) if r.optimizer == "two:0" and r.seed == 0 else r for r in rows]
+    rows += [dataclasses.replace(r, seed=2) for r in rows if r.seed == 1]
+    adamw = [r for r in rows_of("adamw", [0.9, 0.9, 0.4]) if r.seed == 0]
+    for known, seeds, first in ((rows, 3, "two:1"), ([*rows, *adamw], 1, "two:0")):
+        chosen = results.rows_that_count(results.comparable(known), "tuned", TARGETS)["two"]
+        assert {(r.optimizer) for mine in chosen.values() for r in mine} == {first}
+        assert all(len(mine) == seeds for mine in chosen.values())
+    assert results.short_of_seeds([*rows, *adamw]) == {"adamw": 1} and results.short_of_seeds(rows) == {}
+
+
+def test_pictures_show_those_that_were_entered_and_adamw():
+    entered = [rows_of(name, [0.9 - 0.01 * i, 0.4]) for i, name in enumerate(("a", "b", "c", "d", "e", "f", "g"))]
+    rows = [row for mine in entered for row in mine]
+    rows += rows_of("adamw", [0.9, 0.9]) + rows_of("mine", [0.9, 0.9]) + rows_of("lolo-norm", [0.9, 0.8])
+    standings = results.standings(rows, TARGETS, "tuned", {})
+    shown = [of.entrant for of in pictures.few(standings, ["mine"])]
+    assert {"mine", "adamw", "lolo-norm"} < set(shown) and len(shown) == 6
+    assert "mine (0.00) is" in pictures.finding(standings, "tuned", ["mine"])
+    assert "mine" not in pictures.finding(standings, "tuned")
 
 
 def mappings():
@@ -510,7 +613,13 @@ def test_a_comparison_has_its_interval_and_says_what_diverged():
         (["--validate", "lolo-norm:kernel=plain,kernel=auto"], "kernel is given twice"),
         (["--only", "mpl"], "did you mean 'mlp'"),
         (["--settings", "lr=1"], "are of --optimizer"),
-        (["--optimizer", "lolo-norm", "--name", "muon"], "--name muon is a rival's; give another"),
+        (["--optimizer", "lolo-norm", "--name", "muon"], "muon is in the published race; give the entrant another"),
+        (["--optimizer", "adamw:1e-3", "--name", "lolo-norm"], "lolo-norm is in the published race"),
+        (["--optimizer", "adamw", "--settings", "1e-6"], "adamw is in the published race; give the entrant another"),
+        (["--optimizer", "adamw", "--search"], "adamw is in the published race; give the entrant another --name"),
+        (["--optimizer", "adamw:grid", "--name", "mine"], "give each rate by itself in a race"),
+        (["--optimizer", "lolo-norm", "--settings", "learning_rate=1", "--settings", "learning_rate=2"], "given twice"),
+        (["--transfer", "muon", "--only", "mlp"], "leave out --only"),
         (["--optimizer", "muon:1e-3", "--search"], "the search finds the learning rate; give muon alone"),
         (["--optimizer", "sgdm", "--search"], "the search knows the rivals adamw, nadamw"),
         (["--seeds", "0"], "at least 1"),

@@ -136,14 +136,15 @@ def race_command(argv: list[str]) -> int:
             same; the first is the one of the self-tuning rules.
           search: find five settings of the optimizer, weights or a kind of rival, as those of the rivals were found:
             twenty trials on every workload, on validation data.
-          name: what the optimizer is called in tables and pictures; default: as --optimizer has it.
+          name: what the optimizer is called in tables and pictures; default: as --optimizer has it. The names of other
+            published entrants are refused.
           only: these workloads: mlp, convolution, resnet, vit, transformer, gru, autoencoder, words, finetuning,
             small-batch.
           seeds: runs of each setting on each workload.
           out: folder for rows and report.
           from_scratch: search the rivals' settings, set the targets and race the rivals here too: some hours.
-          time_steps: measure the time of a training step again, of the optimizer and of all in the published race whose
-            weights are at hand: minutes.
+          time_steps: measure the time of a training step again, of all whose weights are at hand: minutes. Without it
+            the optimizer alone is measured, beside AdamW, and its time counted in AdamW's published one.
           transfer: no race: how far the best learning rate of these optimizers moves with the width and the depth of a
             transformer, as a picture. Each is a rival's kind or weights: adamw muon mine.safetensors.
           validate: no race: the validation loss of these optimizers, on seeds that no race has, after as many steps as
@@ -158,8 +159,10 @@ def race_command(argv: list[str]) -> int:
             raise ValueError(f"--seeds {seeds} must be at least 1.")
         if (settings or search or name) and not optimizer:
             raise ValueError("--settings, --search and --name are of --optimizer: give one.")
-        if name in race_search.SPACES and name != optimizer:
-            raise ValueError(f"--name {name} is a rival's; give another.")
+        if sum(word.partition("=")[0] == "--settings" for word in argv) > 1:
+            raise ValueError("--settings is given twice: give all settings after one, --settings lr=0.01 lr=0.03.")
+        if optimizer:
+            stages.check_name(optimizer, name, search)
         if settings and search:
             raise ValueError("--search finds the settings: leave out --settings.")
         of_a_race = {
@@ -169,6 +172,8 @@ def race_command(argv: list[str]) -> int:
             "--dry-run": dry_run,
         }
         check_no_race(argv, {"--transfer": transfer, "--validate": validate}, of_a_race)
+        if transfer and (only or code):
+            raise ValueError(f"--transfer has models of its own: leave out {'--only' if only else '--code'}.")
         environment.set_up()
         with logged_warnings():
             mine = [entrants.entrant(optimizer, settings, name, code)] if optimizer and not search else []
@@ -198,11 +203,13 @@ def race_command(argv: list[str]) -> int:
             if from_scratch:
                 stages.set_targets(out, only, on_progress)
             field = [*(stages.rivals(stages.read(out).trials) if from_scratch else ()), *mine]
+            stages.check_known(out, only, field)
             stages.race(out, field, seeds, only, on_progress)
             timed = [*(stages.published(stages.read(out).rows, but=mine) if time_steps else ()), *mine]
             if timed:
                 stages.time_steps(out, timed, only, on_progress)
-        print(race_report.write(stages.read(out, only), out, mine, shlex.join(["lolo", "race", *argv])))
+            field, own = [*stages.published(stages.read(out).rows, but=mine), *mine], [one.name for one in mine]
+        print(race_report.write(stages.read(out, only), out, field, own, shlex.join(["lolo", "race", *argv])))
         print(f"\nReport, rows and pictures: {out}")
         return 0
 

@@ -313,8 +313,11 @@ def parse_settings(text: str, known: Mapping[str, Any], what: str) -> dict[str, 
     given = {}
     for setting in text.split(",") if text else ():
         name, separator, value = setting.partition("=")
+        if name in given:
+            raise UserCodeError(f"{what}: setting {name} is given twice.")
         if name not in known or not separator:
-            takes = f"which takes NAME=VALUE,NAME=VALUE; {did_you_mean(name, known)}" if known else "which has none."
+            none = "which has none: a setting is an argument whose default is a number, a word, or True or False."
+            takes = f"which takes NAME=VALUE,NAME=VALUE; {did_you_mean(name, known)}" if known else none
             raise UserCodeError(f"{setting!r} is no setting of {what!r}, {takes}")
         given[name] = _typed(value, known[name], f"{what}: setting {name}")
     return given

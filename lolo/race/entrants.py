@@ -57,7 +57,9 @@ def searched(of: tuning.Searched, found: Sequence[records.Trial]) -> Entrant:
 
 
 def _entrant(name: str, optimizers: Sequence[str], code: Sequence[Path]) -> Entrant:
-    recipe = {task for named in candidates.read(optimizers, code=code).values() for task in meta_tasks(named)}
+    named = candidates.read(optimizers, code=code)
+    tuning.check_no_grid(named, "in a race")
+    recipe = {task for one in named.values() for task in meta_tasks(one)}
     return Entrant(name, tuple(optimizers), tuple(sorted(recipe)), tuple(code))
 
 
@@ -82,14 +84,12 @@ def run_on(
     named = candidates.read(of.optimizers, code=of.code)
     files = {name: part_file(out, workload, name, one) for name, one in named.items()}
     rows = {name: records.read_part(file, RaceRow) for name, file in files.items()}
-    missing = [name for name in named if not is_complete(rows[name], workload, seeds, name == of.optimizers[0])]
-    for held_out, names in ((False, missing), (True, [name for name in missing if name == of.optimizers[0]])):
-        of_task = task_of(workload, held_out), workloads.WORKLOADS[workload].steps
-        for group in tuning.together({name: named[name] for name in names}, *of_task):
+    for held_out, names in ((False, list(named)), (True, [of.optimizers[0]])):
+        missing = {name: named[name] for name in names if not is_complete(rows[name], workload, seeds, held_out)}
+        for group in tuning.together(missing, task_of(workload, held_out), workloads.WORKLOADS[workload].steps):
             for name, made in _rows(of, workload, held_out, group, seeds, on_steps).items():
                 rows[name] = [*(row for row in rows[name] if row.held_out != held_out), *made]
-    for name in missing:
-        records.write(files[name], rows[name])
+                records.write(files[name], rows[name])
     # Entrants may have a setting in common, and its rows; only the first setting's count on the held-out form.
     return [
         dataclasses.replace(row, entrant=of.name)
@@ -99,12 +99,27 @@ def run_on(
     ]
 
 
-def is_complete(rows: Sequence[RaceRow], workload: str, seeds: int, first: bool) -> bool:
-    """Whether there are rows of this workload for all seeds, and of its held-out form if it is the first setting."""
+def is_complete(rows: Sequence[RaceRow], workload: str, seeds: int, held_out: bool) -> bool:
+    """Whether there are rows of this workload, or of its held-out form, for all seeds."""
     steps = workloads.WORKLOADS[workload].steps
     there = {(row.workload, row.held_out, row.seed, row.steps) for row in rows}
-    forms = (False, True) if first else (False,)
-    return there >= {(workload, form, seed, steps) for form in forms for seed in range(seeds)}
+    return there >= {(workload, held_out, seed, steps) for seed in range(seeds)}
+
+
+def of_today(rows: Sequence[RaceRow], of: Entrant, out: Path) -> list[RaceRow]:
+    """Rows without those that were made under the entrant's name by other settings, other weights or another file."""
+    named = candidates.read(of.optimizers, code=of.code)
+
+    def stays(row: RaceRow) -> bool:
+        if row.entrant != of.name:
+            return True
+        if row.optimizer not in named or (row.held_out and row.optimizer != of.optimizers[0]):
+            return False
+        file = part_file(out, row.workload, row.optimizer, named[row.optimizer])
+        before = file.name.rpartition("-")[0]
+        return file.exists() or not any(x.name.rpartition("-")[0] == before for x in file.parent.glob("*.jsonl"))
+
+    return [row for row in rows if stays(row)]
 
 
 def task_of(workload: str, held_out: bool) -> str:

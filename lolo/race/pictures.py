@@ -14,16 +14,18 @@ from lolo.studies import headline, names, style
 from lolo.studies.style import Curve, styled
 
 
-def few(standings: Sequence[Standing]) -> list[Standing]:
-    """Those that pictures show, the best first: ours, and the best of the others."""
-    ours = names.reference([of.entrant for of in standings])
-    others = [of for of in standings if of.entrant != ours][: headline.FEW - 1]
-    return [of for of in standings if of.entrant == ours or of in others]
+def few(standings: Sequence[Standing], own: Sequence[str] = ()) -> list[Standing]:
+    """Those that pictures show, the best first: `own`, ours, AdamW, and the best of the others."""
+    always = {*own, names.reference([of.entrant for of in standings]), results.REFERENCE}
+    room = headline.FEW - sum(of.entrant in always for of in standings)
+    others = [of.entrant for of in standings if of.entrant not in always][: max(room, 0)]
+    return [of for of in standings if of.entrant in always or of.entrant in others]
 
 
-def finding(standings: Sequence[Standing], rules: str) -> str:
-    """Who is first under these rules, by how much, and where ours is."""
-    ours = names.reference([of.entrant for of in standings])
+def finding(standings: Sequence[Standing], rules: str, own: Sequence[str] = ()) -> str:
+    """Who is first under these rules, by how much, and where the first of `own` is, or ours."""
+    there = [of.entrant for of in standings]
+    ours = next((name for name in own if name in there), names.reference(there))
     first, *rest = standings
 
     def scored(of: Standing) -> str:
@@ -39,9 +41,9 @@ def finding(standings: Sequence[Standing], rules: str) -> str:
 
 
 @styled
-def profiles(standings: Sequence[Standing], rules: str) -> Any:
+def profiles(standings: Sequence[Standing], rules: str, own: Sequence[str] = ()) -> Any:
     """The share of the workloads that each optimizer finishes within τ times the best steps, and seconds if known."""
-    drawn = [of.entrant for of in few(standings)]
+    drawn = [of.entrant for of in few(standings, own)]
     look, factors = style.looks(drawn), np.linspace(1, scores.FARTHEST, 301)
     found: dict[str, list[Curve]] = {}
     for unit in ("steps", "seconds"):
@@ -53,7 +55,7 @@ def profiles(standings: Sequence[Standing], rules: str) -> Any:
             found[unit] = [
                 Curve(standings[i].entrant, factors, y) for i, y in shares.items() if standings[i].entrant in drawn
             ]
-    figure, axes = style.panels(len(found), finding(standings, rules))
+    figure, axes = style.panels(len(found), finding(standings, rules, own))
     for axis, (unit, lines) in zip(axes, found.items(), strict=True):
         style.draw_lines(axis, lines, look)
         axis.set(xlim=(1, scores.FARTHEST), ylim=(-0.02, 1.02), ylabel="share of workloads finished")
@@ -65,13 +67,17 @@ def profiles(standings: Sequence[Standing], rules: str) -> Any:
 
 @styled
 def curves(
-    chosen: Mapping[str, results.RowsByForm], targets: Mapping[Form, Target], standings: Sequence[Standing], rules: str
+    chosen: Mapping[str, results.RowsByForm],
+    targets: Mapping[Form, Target],
+    standings: Sequence[Standing],
+    rules: str,
+    own: Sequence[str] = (),
 ) -> Any:
     """Validation loss of every workload against the step, means over seeds; the target is the dotted line."""
-    drawn = [of.entrant for of in few(standings)]
+    drawn = [of.entrant for of in few(standings, own)]
     look = style.looks(drawn)
     forms = sorted({form for mine in chosen.values() for form in mine if not form[1]})
-    figure, axes = style.panels(len(forms), finding(standings, rules), height=2.6)
+    figure, axes = style.panels(len(forms), finding(standings, rules, own), height=2.6)
     for axis, form in zip(axes, forms, strict=True):
         lines, ends, target = [], [np.array([targets[form].loss])], targets[form].loss
         for entrant in drawn:

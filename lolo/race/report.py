@@ -96,28 +96,34 @@ def shared_table(field: Sequence[Entrant]) -> Table:
     return table
 
 
-def write(race: Race, out: Path, field: Sequence[Entrant], command: str) -> str:
+def write(race: Race, out: Path, field: Sequence[Entrant], own: Sequence[str], command: str) -> str:
     """Report and pictures in `out`. Returns the tables of scores, for the terminal.
 
-    field: entrants with meta-training tasks, for what they share with the workloads.
+    Args:
+      field: entrants with meta-training tasks, for what they share with the workloads.
+      own: names of entrants that pictures show in any case.
     """
     times = {(t.workload, t.entrant): t.seconds for t in race.step_times}
-    text, shown = ["# Race"], []
+    rows, text, shown = results.comparable(race.rows), ["# Race"], []
+    few_seeds = ", ".join(f"{name} has {count}" for name, count in results.short_of_seeds(race.rows).items())
     for rules in results.RULES:
-        standings = results.standings(race.rows, race.targets, rules, times)
-        chosen = results.rows_that_count(race.rows, rules, race.targets)
+        standings = results.standings(rows, race.targets, rules, times)
+        chosen = results.rows_that_count(rows, rules, race.targets)
         order = [of.entrant for of in standings]
         seeds = standings[0].profile.n
         picture = f"profile-{rules}.svg"
-        style.save_figure(pictures.profiles(standings, rules), out / picture)
-        style.save_figure(pictures.curves(chosen, race.targets, standings, rules), out / f"curves-{rules}.svg")
-        table = markdown(scores_table(standings))
-        shown.append(f"{rules} rules, {seeds} seeds\n\n{table}")
-        incomplete = sorted(set(chosen) - set(order))
+        style.save_figure(pictures.profiles(standings, rules, own), out / picture)
+        style.save_figure(pictures.curves(chosen, race.targets, standings, rules, own), out / f"curves-{rules}.svg")
+        table, incomplete = markdown(scores_table(standings)), sorted(set(chosen) - set(order))
+        notes = [
+            f"Left out, since some of their workloads were not run: {', '.join(incomplete)}." if incomplete else "",
+            f"All are shown with {seeds} seeds, since {few_seeds}." if few_seeds else "",
+        ]
+        shown.append("\n\n".join(filter(None, [f"{rules} rules, {seeds} seeds", *notes, table])))
         text += [
             f"## {rules.capitalize()} rules",
             f"{seeds} seeds; ±: 95 % t interval over them. Speed-ups are over tuned AdamW.",
-            f"Left out, since some of their workloads were not run: {', '.join(incomplete)}." if incomplete else "",
+            *notes,
             table,
             f"![profiles]({picture})",
             "Median steps to the target:",

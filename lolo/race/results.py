@@ -33,6 +33,26 @@ class Standing(NamedTuple):
     speed_up_seconds: statistics.Interval
 
 
+def comparable(rows: Sequence[RaceRow]) -> list[RaceRow]:
+    """The rows of the seeds that every entrant has that was run on all workloads: nothing is chosen by others."""
+    found: dict[str, dict[Form, set[int]]] = {}
+    for row in rows:
+        found.setdefault(row.entrant, {}).setdefault((row.workload, row.held_out), set()).add(row.seed)
+    forms = {form for mine in found.values() for form in mine}
+    of_all = [seeds for mine in found.values() if set(mine) == forms for seeds in mine.values()]
+    common = set.intersection(*of_all) if of_all else set()
+    return [row for row in rows if row.seed in common or not common]
+
+
+def short_of_seeds(rows: Sequence[RaceRow]) -> dict[str, int]:
+    """Entrants that were run on fewer seeds than another, with their number of seeds."""
+    seeds: dict[str, set[int]] = {}
+    for row in rows:
+        seeds.setdefault(row.entrant, set()).add(row.seed)
+    most = max(map(len, seeds.values()), default=0)
+    return {name: len(mine) for name, mine in seeds.items() if len(mine) < most}
+
+
 def rows_that_count(rows: Sequence[RaceRow], rules: str, targets: Mapping[Form, Target]) -> dict[str, RowsByForm]:
     """entrant -> workload -> its rows that count under the rules.
 
@@ -50,7 +70,10 @@ def rows_that_count(rows: Sequence[RaceRow], rules: str, targets: Mapping[Form, 
         first = {optimizer for (_, held_out), settings in by_line.items() if held_out for optimizer in settings}
         for form, settings in by_line.items():
             if rules == "self-tuning":
-                (optimizer,) = first & set(settings)
+                of_first = first & set(settings)
+                if not of_first:
+                    continue
+                (optimizer,) = of_first
             elif form[1]:
                 continue
             else:
@@ -73,6 +96,7 @@ def standings(
     rows: Sequence[RaceRow], targets: Mapping[Form, Target], rules: str, step_times: StepTimes
 ) -> list[Standing]:
     """Every entrant under the rules, the highest profile score first. Raises FileError: AdamW is not among them."""
+    rows = comparable(rows)
     chosen = rows_that_count(rows, rules, targets)
     reference = rows_that_count(rows, "tuned", targets).get(REFERENCE, {})
     missing = {

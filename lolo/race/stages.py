@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import operator
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +15,7 @@ import numpy as np
 
 from lolo.files import disk
 from lolo.files.disk import FileError
-from lolo.race import entrants, records, search, step_times, transfer, tuning, validation, workloads
+from lolo.race import entrants, records, results, search, step_times, transfer, tuning, validation, workloads
 from lolo.race.entrants import Entrant
 from lolo.race.records import KEPT, RaceRow, StepTime, Target, TransferRow, Trial, ValidationRow
 from lolo.race.results import Form
@@ -53,8 +55,10 @@ def read(out: Path, only: Sequence[str] = ()) -> Race:
     others = (
         [] if source == out else [row for row in records.read(source / ROWS_FILE, RaceRow) if row.entrant not in names]
     )
-    measured = [t for folder in (source, out) for t in records.read(folder / TIMES_FILE, StepTime)]
-    times = {(t.workload, t.entrant): t for t in measured}
+    own = records.read(out / TIMES_FILE, StepTime)
+    again = {t.workload for t in own if t.entrant == results.REFERENCE}  # measured here: no others fit beside them
+    others_times = [t for t in records.read(source / TIMES_FILE, StepTime) if t.workload not in again]
+    times = {(t.workload, t.entrant): t for t in (*others_times, *own)}
     chosen = only or tuple(workloads.WORKLOADS)
     return Race(
         records.read(source / TRIALS_FILE, Trial),
@@ -131,11 +135,47 @@ def set_targets(out: Path, only: Sequence[str], on_progress: interrupt.OnProgres
         environment.forget_programs()
 
 
+def check_known(out: Path, only: Sequence[str], field: Sequence[Entrant]) -> None:
+    """Raise FileError for a workload without a target or the runs that all are compared with: before the first run."""
+    chosen, rows = only or tuple(workloads.WORKLOADS), read(out).rows
+    targets, compared = (
+        tuning.read_targets(source_of(out)),
+        {r.workload for r in rows if r.entrant == results.REFERENCE},
+    )
+    if results.REFERENCE in [one.name for one in field]:
+        compared |= set(chosen)
+    for name in chosen:
+        if not {(name, False), (name, True)} <= set(targets) or name not in compared:
+            raise FileError(
+                f"{out} was raced from scratch without {name}: run lolo race --from-scratch --only {name} there, or "
+                "give another --out."
+            )
+
+
+def check_name(optimizer: str, name: str, search: bool) -> None:
+    """Raise ValueError for an entrant that has the name of another published one.
+
+    search: whether its settings are searched; a kind of rival may be searched again under its own name.
+    """
+    called, base = name or optimizer, optimizer.partition(":")[0]
+    bases = {r.optimizer.partition(":")[0] for r in records.read(KEPT / ROWS_FILE, RaceRow) if r.entrant == called}
+    if called == results.REFERENCE or (bases and base not in bases and not (search and called == optimizer)):
+        raise ValueError(f"{called} is in the published race; give the entrant another --name.")
+
+
 def race(
     out: Path, field: Sequence[Entrant], seeds: int, only: Sequence[str], on_progress: interrupt.OnProgress
 ) -> None:
     """Every entrant on every workload; rows go to `out`, and those that are there are not made again."""
-    chosen, rows = only or tuple(workloads.WORKLOADS), records.read(out / ROWS_FILE, RaceRow)
+    chosen, there = only or tuple(workloads.WORKLOADS), records.read(out / ROWS_FILE, RaceRow)
+    rows = there
+    for entrant in field:
+        rows = entrants.of_today(rows, entrant, out)
+    if len(rows) < len(there):
+        dropped = ", ".join(sorted({row.entrant for row in there if row not in rows}))
+        warnings.warn(
+            f"rows of {dropped} were made with other settings, weights or another file: dropped.", stacklevel=1
+        )
     runs = sum(len(entrant.optimizers) + 1 for entrant in field) * seeds
     steps = Steps(sum(workloads.WORKLOADS[name].steps for name in chosen) * runs, "racing", on_progress)
     for name in chosen:
@@ -151,7 +191,15 @@ def race(
 
 
 def time_steps(out: Path, field: Sequence[Entrant], only: Sequence[str], on_progress: interrupt.OnProgress) -> None:
-    """The time of a training step of every entrant on every workload, in place of what `out` has of them."""
+    """The time of a training step of every entrant on every workload, in place of what `out` has of them.
+
+    AdamW, which all are compared with, is timed beside them. If it is not one of them, times count in those that it is
+    known to take: another machine's, or another hour's.
+    """
+    known = {t.workload: t.seconds for t in read(out).step_times if t.entrant == results.REFERENCE}
+    beside = [one for one in published(read(out).rows) if one.name == results.REFERENCE]
+    scaled = results.REFERENCE not in [one.name for one in field] and bool(known and beside)
+    field = [*field, *(beside if scaled else ())]
     chosen, times = only or tuple(workloads.WORKLOADS), records.read(out / TIMES_FILE, StepTime)
     device = jax.local_devices()[0]
     machine = f"{device.platform}: {device.device_kind}, one of {parallel.cores()} cores"
@@ -159,6 +207,10 @@ def time_steps(out: Path, field: Sequence[Entrant], only: Sequence[str], on_prog
     for name in chosen:
         made = step_times.measure(name, field, machine, done)
         environment.forget_programs()
+        if scaled:
+            *made, reference = made
+            factor = known.get(name, reference.seconds) / reference.seconds
+            made = [dataclasses.replace(t, seconds=float(f"{t.seconds * factor:.3g}")) for t in made]
         times = records.with_new(times, made, RUN_OF)
         records.write(out / TIMES_FILE, times)
 
@@ -199,7 +251,7 @@ def validate(
     """
     chosen, drawn = only or tuple(workloads.WORKLOADS), validation.seeds_of(seeds)
     named = candidates.read(optimizers, code=code)
-    validation.check(named)
+    tuning.check_no_grid(named, "with --validate")
     with held(out):
         files = {
             workload: {name: entrants.part_file(out, workload, name, one, "validation") for name, one in named.items()}
@@ -250,8 +302,8 @@ def published(rows: Sequence[RaceRow], but: Sequence[Entrant] = ()) -> list[Entr
     for name, mine in settings.items():
         ordered = sorted(mine, key=lambda optimizer: not mine[optimizer])
         with contextlib.suppress(ValueError):  # FileError too: a file that is somewhere else
-            candidates.read(ordered)
-            found.append(Entrant(name, tuple(ordered)))
+            tasks = {task for named in candidates.read(ordered).values() for task in entrants.meta_tasks(named)}
+            found.append(Entrant(name, tuple(ordered), tuple(sorted(tasks))))
     return found
 
 

@@ -118,6 +118,13 @@ def candidate(named: candidates.Named, task: str, steps: int) -> long_runs.Candi
     return candidates.candidate(named, workloads.splits_of(task), steps, is_matrix=workloads.matrices_of(task))
 
 
+def check_no_grid(named: Mapping[str, candidates.Named], where: str) -> None:
+    """Raise ValueError for a grid, which takes another rate on every workload."""
+    for name, one in named.items():
+        if isinstance(one, candidates.NamedRival) and isinstance(one.learning_rate, str):
+            raise ValueError(f"{name}: give each rate by itself {where}, for instance {one.name}:1e-3.")
+
+
 def together(named: Mapping[str, candidates.Named], task: str, steps: int) -> list[dict[str, long_runs.Candidate]]:
     """Candidates that share a compiled program, in groups."""
     groups: dict[object, dict[str, long_runs.Candidate]] = {}

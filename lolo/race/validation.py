@@ -23,13 +23,6 @@ def seeds_of(count: int) -> list[int]:
     return [search.TRIAL_SEED + i for i in range(count)]
 
 
-def check(named: Mapping[str, candidates.Named]) -> None:
-    """Raise ValueError for a grid: the table could not say which of its rates it shows."""
-    for name, one in named.items():
-        if isinstance(one, candidates.NamedRival) and isinstance(one.learning_rate, str):
-            raise ValueError(f"{name}: give each rate by itself with --validate, for instance {one.name}:1e-3.")
-
-
 def run(
     named: Mapping[str, candidates.Named], workload: str, seeds: Sequence[int], on_steps: tuning.OnSteps
 ) -> dict[str, list[ValidationRow]]:

@@ -110,8 +110,14 @@ class MatrixRule:
     """Which parameters Muon and `norm_fc` move as matrices: those of two axes or more, but for some names."""
 
     outside: frozenset[str]  # embeddings and output layers, which AdamW moves
+    names: frozenset[str]  # of all parameters
 
     def __call__(self, path: str, param: Any) -> bool:
+        """Raises ValueError for a path that no parameter has."""
+        if path not in self.names:
+            raise ValueError(
+                f"is_matrix got the path {path!r}; expected a parameter's name, such as {min(self.names)!r}."
+            )
         return experts.has_two_axes(path, param) and path not in self.outside
 
 
@@ -132,7 +138,7 @@ def matrices_of(task: str) -> MatrixRule:
     params, _ = jax.eval_shape(by_name.resolve(task).train.init, jax.random.key(0))
     layers = sorted((int(name.split(".")[1]), name) for name in params if name.startswith("layers."))
     last = {name for number, name in layers if number == layers[-1][0]}
-    return MatrixRule(frozenset(name for name in params if name.startswith(OUTSIDE)) | last)
+    return MatrixRule(frozenset(name for name in params if name.startswith(OUTSIDE)) | last, frozenset(params))
 
 
 def variant_of(workload: Workload, seed: int = VARIANT_SEED) -> str:
@@ -151,6 +157,7 @@ def variant_of(workload: Workload, seed: int = VARIANT_SEED) -> str:
 
 def shared_with(workload: Workload, tasks: tuple[str, ...]) -> list[str]:
     """What a workload has in common with tasks of a meta-training: its data, the family of its model, or both."""
-    seen = [SEEN.get(task.partition(":")[0]) for task in tasks]
+    own = {of.task.partition(":")[0]: (of.data, of.family) for of in WORKLOADS.values()}
+    seen = [(own | SEEN).get(task.partition(":")[0]) for task in tasks]
     parts = [(workload.data, 0), (workload.family, 1)]
     return [part for part, place in parts if any(kind and kind[place] == part for kind in seen)]

@@ -29,6 +29,7 @@ from lolo.optimizers.architecture import LearnerSettings
 from lolo.training import recipes
 
 FLAGS = {"true": True, "false": False}
+PROBED_STEPS = 1000  # that a user's function is called for once, to see whether it works
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +164,7 @@ def function_of(name: str) -> NamedFunction | None:
             update=_guarded(optimizer.update, f"update of {name}", _check_update),
         )
 
-    make(1)  # what is wrong is said before the first run
+    make(PROBED_STEPS)  # what is wrong is said before the first run
     return NamedFunction(f"{own.path.name}:{own.function}:{own.settings}".rstrip(":"), sha256, make)
 
 
