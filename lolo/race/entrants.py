@@ -64,8 +64,10 @@ def _entrant(name: str, optimizers: Sequence[str], code: Sequence[Path]) -> Entr
 
 
 def meta_tasks(named: Named) -> tuple[str, ...]:
-    """The tasks that an optimizer's φ was meta-trained on, by its recipe; () without one."""
-    return tuple(named.weights.recipe.get("tasks", ())) if isinstance(named, candidates.NamedWeights) else ()
+    """The tasks that an optimizer's φ was meta-trained on, by its recipe; () without one, and for an untrained φ."""
+    if not isinstance(named, candidates.NamedWeights) or named.deployment.untrained:
+        return ()
+    return tuple(named.weights.recipe.get("tasks", ()))
 
 
 def part_file(out: Path, workload: str, optimizer: str, named: Named, parts: str = "parts") -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lolo.race import results, scores
+from lolo.race import results, scores, search
 from lolo.race.records import Target
 from lolo.race.results import Form, Standing
 from lolo.studies import headline, names, style
@@ -15,11 +15,13 @@ from lolo.studies.style import Curve, styled
 
 
 def few(standings: Sequence[Standing], own: Sequence[str] = ()) -> list[Standing]:
-    """Those that pictures show, the best first: `own`, ours, AdamW, and the best of the others."""
-    always = {*own, names.reference([of.entrant for of in standings]), results.REFERENCE}
-    room = headline.FEW - sum(of.entrant in always for of in standings)
-    others = [of.entrant for of in standings if of.entrant not in always][: max(room, 0)]
-    return [of for of in standings if of.entrant in always or of.entrant in others]
+    """Those that pictures show, the best first: `own`, ours, the first two, AdamW, and the best of the rivals."""
+    there = [of.entrant for of in standings]
+    always = {*own, names.reference(there), *there[:2], results.REFERENCE}
+    room = headline.FEW - len(always & set(there))
+    rivals_first = sorted((name for name in there if name not in always), key=lambda name: name not in search.SPACES)
+    shown = always | set(rivals_first[: max(room, 0)])
+    return [of for of in standings if of.entrant in shown]
 
 
 def finding(standings: Sequence[Standing], rules: str, own: Sequence[str] = ()) -> str:
