@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -320,6 +321,29 @@ def quiet(what, done, total, status):
 
 def all_rivals():
     return [tuning.rival(kind) for kind in search.SPACES]
+
+
+def test_the_search_finds_a_rate_that_is_known_to_be_best(small, monkeypatch):
+    """A workload whose loss after any run is the squared distance of log(rate) from that of the best one."""
+    best = {"quadratic": 2e-3, "quadratic:dimensions=4": 2e-2}
+
+    def run(task, entries, seeds, steps, on_steps):
+        losses = [math.log(entry.setting["lr"] / best[task]) ** 2 for entry in entries for _ in seeds]
+        return types.SimpleNamespace(held_loss=np.array(losses)[:, None])
+
+    monkeypatch.setattr(tuning, "run", run)
+    of = tuning.rival("adamw")
+    rates = [setting.learning_rate for setting in search.settings_of(of.space)]
+    found, nearest = [], []
+    for name, rate in zip(("near", "far"), best.values(), strict=True):
+        mine = tuning.trials(of, name, lambda count: None)
+        distances = [abs(math.log(x / rate)) for x in rates]
+        nearest.append(rates[int(np.argmin(distances))])
+        (first,) = candidates.read(tuning.names_of(mine, of)[:1]).values()
+        assert first.learning_rate == nearest[-1]
+        found += mine
+    of_both = {named.learning_rate for named in candidates.read(tuning.names_of(found, of)).values()}
+    assert set(nearest) < of_both
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 
 from lolo.evaluation import rivals
 from lolo.optimizers import architecture
-from lolo.race import tuning
+from lolo.race import search, tuning
 from lolo.race.records import TransferRow
 from lolo.studies import candidates, evaluation_folder, style
 from lolo.studies.names import in_words
@@ -18,7 +18,7 @@ from lolo.studies.style import styled
 
 WIDTHS, DEPTHS, STEPS, SEEDS = (32, 64, 128), (1, 2, 4), 800, 2
 RATES = (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of weights whose step has no rate
+SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of weights whose step has no rate, and of Prodigy
 
 
 def task_of(width: int, depth: int) -> str:
@@ -33,9 +33,13 @@ def names_of(optimizer: str) -> list[str]:
     'muon-warmup-cosine:0.001'
     >>> names_of("lolo-small")[3]
     'lolo-small:schedule=warmup-cosine,step_scale=1'
+    >>> names_of("prodigy")[3], names_of("schedule-free")[3]
+    ('prodigy-warmup-cosine:1', 'schedule-free-warmup:0.004')
     """
     if optimizer in rivals.RIVALS:
-        return [f"{optimizer}-warmup-cosine:{rate:g}" for rate in RATES]
+        space = search.SPACES.get(optimizer, search.Space((RATES[0], RATES[-1])))
+        multiplies = space.learning_rate[0] <= 1 <= space.learning_rate[1] and space.learning_rate[0] > RATES[-1]
+        return [f"{optimizer}-{space.schedule}:{rate:g}" for rate in (SCALES if multiplies else RATES)]
     (named,) = candidates.read([optimizer]).values()
     if not isinstance(named, candidates.NamedWeights):
         raise ValueError(f"{optimizer}: expected weights, or one of {', '.join(rivals.RIVALS)}.")
