@@ -56,12 +56,13 @@ def sentence(rows: Sequence[Row], labels: Sequence[str] | None = None, field: st
     labels = few(rows) if labels is None else labels
     ours = names.reference(labels)
     other = rival_of(rows, ours, labels, field)
-    name = names.in_words(ours, rate=False)
+    words = names.short(labels, rate=False)
+    name = words[ours]
     if lost := _diverged(rows, ours):
         return lost
     if other is None:
         return f"{name} ends at {_mean(rows, ours, field):.3f}"
-    theirs = names.in_words(other, rate=False)
+    theirs = words[other]
     if lost := _diverged(rows, other):
         return f"{name} ends at {_mean(rows, ours, field):.3f}; {lost}"
     try:
