@@ -85,15 +85,17 @@ def test_a_meta_training_continues_when_nobody_reads_its_messages(tmp_path):
     assert done.stdout.splitlines() == [f"{tmp_path}/run/last.safetensors".encode(), b"status 0"]
 
 
+@pytest.mark.parametrize("buffered", ["", "1"])
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_under_the_output_is_said():
-    done = lolo("recipes", shell="{} > /dev/full")
+def test_a_full_disk_under_the_output_is_said(buffered):
+    done = lolo("recipes", shell="{} > /dev/full", env={"PYTHONUNBUFFERED": buffered})
     assert done.returncode == 5 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
 
 
+@pytest.mark.parametrize("buffered", ["", "1"])
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_an_evaluation_that_can_not_be_printed_is_shown_beside_the_messages():
-    done = lolo(*EVAL, shell="{} > /dev/full")
+def test_an_evaluation_that_can_not_be_printed_is_shown_beside_the_messages(buffered):
+    done = lolo(*EVAL, shell="{} > /dev/full", env={"PYTHONUNBUFFERED": buffered})
     assert done.returncode == 5 and b"| sgdm 0." in done.stderr and b"No space left" in done.stderr
 
 

@@ -87,6 +87,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and streams.is_unread(sys.stdout):  # `lolo recipes | head -1`
             streams.abandon(sys.stdout)
             return streams.BROKEN_PIPE
+        try:
+            sys.stdout.flush()
+        except OSError:
+            streams.abandon(sys.stdout)  # else Python fails at exit, with a status of its own
         name = error.filename or "the output"
         streams.log(f"{name} can't be written or read: {error.strerror}. Fix that and try again.")
         return 5
