@@ -517,6 +517,9 @@ def test_seeds_that_not_all_have_do_not_choose_a_setting():
         assert {(r.optimizer) for mine in chosen.values() for r in mine} == {first}
         assert all(len(mine) == seeds for mine in chosen.values())
     assert results.short_of_seeds([*rows, *adamw]) == {"adamw": 1} and results.short_of_seeds(rows) == {}
+    incomplete = [dataclasses.replace(r, entrant="incomplete") for r in adamw if not r.held_out]
+    assert results.comparable([*rows, *incomplete]) == [*rows, *incomplete]
+    assert results.short_of_seeds([*rows, *incomplete]) == {}
 
 
 def test_pictures_show_those_that_were_entered_and_adamw():

@@ -35,22 +35,24 @@ class Standing(NamedTuple):
 
 def comparable(rows: Sequence[RaceRow]) -> list[RaceRow]:
     """The rows of the seeds that every entrant has that was run on all workloads: nothing is chosen by others."""
-    found: dict[str, dict[Form, set[int]]] = {}
-    for row in rows:
-        found.setdefault(row.entrant, {}).setdefault((row.workload, row.held_out), set()).add(row.seed)
-    forms = {form for mine in found.values() for form in mine}
-    of_all = [seeds for mine in found.values() if set(mine) == forms for seeds in mine.values()]
-    common = set.intersection(*of_all) if of_all else set()
+    common = set.intersection(*_seeds(rows).values())
     return [row for row in rows if row.seed in common or not common]
 
 
 def short_of_seeds(rows: Sequence[RaceRow]) -> dict[str, int]:
-    """Entrants that were run on fewer seeds than another, with their number of seeds."""
-    seeds: dict[str, set[int]] = {}
-    for row in rows:
-        seeds.setdefault(row.entrant, set()).add(row.seed)
-    most = max(map(len, seeds.values()), default=0)
+    """Entrants with fewer seeds than another, and how many, among those that were run on all workloads."""
+    seeds = _seeds(rows)
+    most = max(map(len, seeds.values()))
     return {name: len(mine) for name, mine in seeds.items() if len(mine) < most}
+
+
+def _seeds(rows: Sequence[RaceRow]) -> dict[str, set[int]]:
+    """The seeds that an entrant has on every workload, of those entrants that were run on all."""
+    found: dict[str, dict[Form, set[int]]] = {}
+    for row in rows:
+        found.setdefault(row.entrant, {}).setdefault((row.workload, row.held_out), set()).add(row.seed)
+    forms = {form for mine in found.values() for form in mine}
+    return {name: set.intersection(*mine.values()) for name, mine in found.items() if set(mine) == forms} or {"": set()}
 
 
 def rows_that_count(rows: Sequence[RaceRow], rules: str, targets: Mapping[Form, Target]) -> dict[str, RowsByForm]:
