@@ -506,6 +506,14 @@ def test_a_workload_without_a_target_is_refused_before_the_first_run(small, tmp_
     assert not (tmp_path / "parts").exists()
 
 
+def test_a_race_of_some_workloads_from_scratch_is_reported_without_the_others(small, tmp_path, capsys):
+    stages.search_all(tmp_path, all_rivals(), ("near",), quiet)
+    stages.set_targets(tmp_path, ("near",), quiet)
+    stages.race(tmp_path, stages.rivals(stages.read(tmp_path).trials)[:1], 1, ("near",), quiet)
+    assert main(["race", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("| adamw |") == len(results.RULES)
+
+
 def test_seeds_that_not_all_have_do_not_choose_a_setting():
     """The first setting is the faster one on seed 0, and the slower one on the others, which AdamW does not have."""
     rows = rows_of("two", [0.9, 0.9, 0.4], [0.9, 0.4, 0.4])

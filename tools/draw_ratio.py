@@ -4,7 +4,6 @@ RUN: a run folder of `lolo train`. Medians over 20 outer steps go to FOLDER/grad
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from lolo.files import disk, jsonl
 from lolo.studies import style
 from lolo.studies.style import Curve
+from lolo.training import run_log
 
 TOGETHER = 20  # outer steps, of which the median is drawn
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in (arguments.run / "log.jsonl").read_text().splitlines()]
+    rows = run_log.log_rows(arguments.run)
     found = [(row["step"], 1 / row["gradient_ratio"]) for row in rows if row.get("gradient_ratio")]
     steps, ratios = np.array(found).T
     whole = len(steps) // TOGETHER * TOGETHER

@@ -203,13 +203,15 @@ def race_command(argv: list[str]) -> int:
             if from_scratch:
                 stages.set_targets(out, only, on_progress)
             field = [*(stages.rivals(stages.read(out).trials) if from_scratch else ()), *mine]
-            stages.check_known(out, only, field)
-            stages.race(out, field, seeds, only, on_progress)
-            timed = [*(stages.published(stages.read(out).rows, but=mine) if time_steps else ()), *mine]
+            if field:
+                stages.check_known(out, only, field)
+                stages.race(out, field, seeds, only, on_progress)
+            others = stages.published(stages.read(out).rows, but=mine)
+            timed = [*(others if time_steps else ()), *mine]
             if timed:
                 stages.time_steps(out, timed, only, on_progress)
-            field, own = [*stages.published(stages.read(out).rows, but=mine), *mine], [one.name for one in mine]
-        print(race_report.write(stages.read(out, only), out, field, own, shlex.join(["lolo", "race", *argv])))
+        words, own = shlex.join(["lolo", "race", *argv]), [one.name for one in mine]
+        print(race_report.write(stages.read(out, only), out, [*others, *mine], own, words))
         print(f"\nReport, rows and pictures: {out}")
         return 0
 

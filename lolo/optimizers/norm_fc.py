@@ -148,7 +148,7 @@ def norm_fc(
     >>> params = optax.apply_updates(params, updates)
     """
     if not isinstance(adam_beta2, jax.core.Tracer):
-        spec.checked("adam_beta2", adam_beta2)
+        spec.adam_beta2(adam_beta2, "adam_beta2")
     settings = NormFcArguments(
         learning_rate,
         weight_decay,

@@ -6,6 +6,7 @@ and ELO-Celo2 (arXiv 2607.06772).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -116,15 +117,12 @@ def learning_rate(value: Any) -> Any:
     return settings.number(value, positive=True)
 
 
-def adam_beta2(value: Any) -> float:
-    """A number from 0 to below 1. Raises ValueError."""
-    try:
-        found = settings.number(value)
-    except ValueError:
-        found = 1.0
-    if found >= 1:
-        raise ValueError("must be 0 or a positive number below 1.")
-    return found
+def adam_beta2(value: Any, name: str = "") -> float:
+    """A number from 0 to below 1. Raises ValueError, which begins with the name and the value if it is given."""
+    with contextlib.suppress(ValueError):
+        if settings.number(value) < 1:
+            return settings.number(value)
+    raise ValueError(f"{name and f'{name}={value!r} '}must be 0 or a positive number below 1.")
 
 
 def one_of(words: Sequence[str], value: Any, name: str = "") -> str:
@@ -132,14 +130,6 @@ def one_of(words: Sequence[str], value: Any, name: str = "") -> str:
     if not isinstance(value, str) or value not in words:
         raise ValueError(f"{name and f'{name}={value!r} '}must be one of {', '.join(map(repr, words))}.")
     return value
-
-
-def checked(name: str, value: Any) -> None:
-    """Raise ValueError, which begins with the name and the value, for one that the setting can't have."""
-    try:
-        DEPLOYMENT[name](value)
-    except ValueError as error:
-        raise ValueError(f"{name}={value!r} {error}") from error
 
 
 def kernel(value: Any) -> str:
@@ -176,8 +166,10 @@ def check(learner: NormFcSettings) -> None:
         positive=("learner.learning_rate",),
         not_negative=("learner.weight_decay", "learner.adam_scale"),
     )
-    if not 0 <= learner.adam_beta2 < 1:
-        raise RecipeError(f"learner.adam_beta2={learner.adam_beta2} must be 0 or a positive number below 1.")
+    try:
+        adam_beta2(learner.adam_beta2, "learner.adam_beta2")
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if learner.hidden > MAX_HIDDEN:
         raise RecipeError(f"learner.hidden={learner.hidden} must be at most {MAX_HIDDEN}.")
     settings.pick(dict.fromkeys(BASELINES), "learner.baseline", learner.baseline)

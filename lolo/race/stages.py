@@ -137,29 +137,26 @@ def set_targets(out: Path, only: Sequence[str], on_progress: interrupt.OnProgres
 
 def check_known(out: Path, only: Sequence[str], field: Sequence[Entrant]) -> None:
     """Raise FileError for a workload without a target or the runs that all are compared with: before the first run."""
-    chosen, rows = only or tuple(workloads.WORKLOADS), read(out).rows
-    targets, compared = (
-        tuning.read_targets(source_of(out)),
-        {r.workload for r in rows if r.entrant == results.REFERENCE},
-    )
+    chosen, known = only or tuple(workloads.WORKLOADS), read(out)
+    compared = {row.workload for row in known.rows if row.entrant == results.REFERENCE}
     if results.REFERENCE in [one.name for one in field]:
         compared |= set(chosen)
     for name in chosen:
-        if not {(name, False), (name, True)} <= set(targets) or name not in compared:
+        if not {(name, False), (name, True)} <= set(known.targets) or name not in compared:
             raise FileError(
                 f"{out} was raced from scratch without {name}: run lolo race --from-scratch --only {name} there, or "
                 "give another --out."
             )
 
 
-def check_name(optimizer: str, name: str, search: bool) -> None:
+def check_name(optimizer: str, name: str, searched: bool) -> None:
     """Raise ValueError for an entrant that has the name of another published one.
 
-    search: whether its settings are searched; a kind of rival may be searched again under its own name.
+    searched: whether its settings are searched; a kind of rival may be searched again under its own name.
     """
     called, base = name or optimizer, optimizer.partition(":")[0]
     bases = {r.optimizer.partition(":")[0] for r in records.read(KEPT / ROWS_FILE, RaceRow) if r.entrant == called}
-    if called == results.REFERENCE or (bases and base not in bases and not (search and called == optimizer)):
+    if called == results.REFERENCE or (bases and base not in bases and not (searched and called == optimizer)):
         raise ValueError(f"{called} is in the published race; give the entrant another --name.")
 
 
@@ -167,15 +164,13 @@ def race(
     out: Path, field: Sequence[Entrant], seeds: int, only: Sequence[str], on_progress: interrupt.OnProgress
 ) -> None:
     """Every entrant on every workload; rows go to `out`, and those that are there are not made again."""
-    chosen, there = only or tuple(workloads.WORKLOADS), records.read(out / ROWS_FILE, RaceRow)
-    rows = there
+    chosen, rows = only or tuple(workloads.WORKLOADS), records.read(out / ROWS_FILE, RaceRow)
     for entrant in field:
-        rows = entrants.of_today(rows, entrant, out)
-    if len(rows) < len(there):
-        dropped = ", ".join(sorted({row.entrant for row in there if row not in rows}))
-        warnings.warn(
-            f"rows of {dropped} were made with other settings, weights or another file: dropped.", stacklevel=1
-        )
+        kept = entrants.of_today(rows, entrant, out)
+        if len(kept) < len(rows):
+            words = "were made with other settings, weights or another file: dropped."
+            warnings.warn(f"rows of {entrant.name} {words}", stacklevel=1)
+        rows = kept
     runs = sum(len(entrant.optimizers) + 1 for entrant in field) * seeds
     steps = Steps(sum(workloads.WORKLOADS[name].steps for name in chosen) * runs, "racing", on_progress)
     for name in chosen:
@@ -196,8 +191,9 @@ def time_steps(out: Path, field: Sequence[Entrant], only: Sequence[str], on_prog
     AdamW, which all are compared with, is timed beside them. If it is not one of them, times count in those that it is
     known to take: another machine's, or another hour's.
     """
-    known = {t.workload: t.seconds for t in read(out).step_times if t.entrant == results.REFERENCE}
-    beside = [one for one in published(read(out).rows) if one.name == results.REFERENCE]
+    there = read(out)
+    known = {t.workload: t.seconds for t in there.step_times if t.entrant == results.REFERENCE}
+    beside = published([row for row in there.rows if row.entrant == results.REFERENCE])
     scaled = results.REFERENCE not in [one.name for one in field] and bool(known and beside)
     field = [*field, *(beside if scaled else ())]
     chosen, times = only or tuple(workloads.WORKLOADS), records.read(out / TIMES_FILE, StepTime)

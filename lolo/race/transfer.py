@@ -38,7 +38,7 @@ def names_of(optimizer: str) -> list[str]:
     """
     if optimizer in rivals.RIVALS:
         space = search.SPACES.get(optimizer, search.Space((RATES[0], RATES[-1])))
-        multiplies = space.learning_rate[0] <= 1 <= space.learning_rate[1] and space.learning_rate[0] > RATES[-1]
+        multiplies = space.learning_rate[0] > RATES[-1]  # a rate that it finds by itself
         return [f"{optimizer}-{space.schedule}:{rate:g}" for rate in (SCALES if multiplies else RATES)]
     (named,) = candidates.read([optimizer]).values()
     if not isinstance(named, candidates.NamedWeights):

@@ -157,7 +157,7 @@ def variant_of(workload: Workload, seed: int = VARIANT_SEED) -> str:
 
 def shared_with(workload: Workload, tasks: tuple[str, ...]) -> list[str]:
     """What a workload has in common with tasks of a meta-training: its data, the family of its model, or both."""
-    own = {of.task.partition(":")[0]: (of.data, of.family) for of in WORKLOADS.values()}
-    seen = [(own | SEEN).get(task.partition(":")[0]) for task in tasks]
+    known = {of.task.partition(":")[0]: (of.data, of.family) for of in WORKLOADS.values()} | SEEN
+    seen = [known.get(task.partition(":")[0]) for task in tasks]
     parts = [(workload.data, 0), (workload.family, 1)]
     return [part for part, place in parts if any(kind and kind[place] == part for kind in seen)]

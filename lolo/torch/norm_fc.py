@@ -28,11 +28,8 @@ from lolo.torch.sharding import State, Zeros
 
 WIDER = 2  # a block has this many times the entries of one of small_fc: the network is narrower
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-ADDED = {
-    "kernel": "auto",
-    "step_rms": "one",
-    "adam_beta2": spec.RMS_DECAY,
-}  # settings of a group that states saved before there were such lack
+# Settings of a group that states saved before there were such lack.
+ADDED = {"kernel": "auto", "step_rms": "one", "adam_beta2": spec.RMS_DECAY}
 # Rows of a block's inputs: what is multiplied by the same thing lies side by side. Below two axes the last is absent.
 ORDER = (
     *("momentum", "gradient", "scaled_momentum", "scaled_gradient", "factored_gradient"),
@@ -92,7 +89,6 @@ def settings_of(learner: spec.NormFcSettings, given: Mapping[str, Any]) -> dict[
     check_number("adam_scale", adam_scale)
     adam_beta2 = learner.adam_beta2 if given["adam_beta2"] is None else given["adam_beta2"]
     check_number("adam_beta2", adam_beta2)
-    spec.checked("adam_beta2", adam_beta2)
     is_matrix, state_dtype = given["is_matrix"], given["state_dtype"] or torch.float32
     if is_matrix not in (None, True, False):
         raise ValueError(f"is_matrix={is_matrix!r}; expected None, True or False: one answer for a whole param group.")
@@ -102,7 +98,7 @@ def settings_of(learner: spec.NormFcSettings, given: Mapping[str, Any]) -> dict[
     spec.one_of(spec.STEP_RMS, step_rms, "step_rms")
     kind = {"orthogonal": learner.orthogonal, "baseline": learner.baseline, "step_rms": step_rms}
     kind["kernel"] = "auto" if given["kernel"] is None else spec.one_of(CHOICES, given["kernel"], "kernel")
-    numbers = {"adam_scale": adam_scale, "adam_beta2": float(adam_beta2)}
+    numbers = {"adam_scale": adam_scale, "adam_beta2": spec.adam_beta2(adam_beta2, "adam_beta2")}
     return {**numbers, "is_matrix": is_matrix, "state_dtype": state_dtype, **kind}
 
 
