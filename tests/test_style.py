@@ -171,11 +171,11 @@ def test_a_race_s_title_names_the_first_unless_two_are_too_close():
     clear = [standing("muon", 0.9), standing("adamw", 0.7), standing("lolo-norm", 0.6)]
     close = [standing("muon", 0.9, 0.2), standing("lolo-norm", 0.7, 0.2)]
     assert pictures.finding(clear, "tuned") == (
-        "Tuned rules: Muon (0.90) has the highest profile score; LoLO norm (0.60) is 3 of 3"
+        "Tuned rules: Muon (0.90) has the highest profile score; lolo-norm (0.60) is 3 of 3"
     )
     assert (
         pictures.finding(close, "tuned")
-        == "Tuned rules: Muon (0.90) and LoLO norm (0.70) lead, too close to tell apart"
+        == "Tuned rules: Muon (0.90) and lolo-norm (0.70) lead, too close to tell apart"
     )
 
 
@@ -260,9 +260,10 @@ def test_a_long_curve_is_thinned_to_means_with_their_range():
     [
         ("norm-fc schedule=warmup-cosine untrained=true", "untrained", "untrained norm_fc + warm-up cosine"),
         ("norm-fc-naive schedule=cosine", "naive", "naive-LO norm_fc + cosine"),
-        ("lolo-norm:schedule=warmup-cosine,learning_rate=2e-3", "lolo", "LoLO norm + warm-up cosine, rate 0.002"),
+        ("lolo-norm:schedule=warmup-cosine,learning_rate=2e-3", "lolo", "lolo-norm + warm-up cosine, rate 0.002"),
         ("adamw 0.001 wd 0.1 warmup 0.05", "adamw", "AdamW 0.001, decay 0.1, warmup 0.05"),
         ("runs/a/last.safetensors schedule=cosine", "runs/a/last.safetensors schedule=cosine", "a + cosine"),
+        ("lolo-norm-2-as-shipped", "lolo", "lolo-norm-2 as shipped"),
         ("mine.py:adam:lr=0.1", "mine.py:adam:lr=0.1", "mine.py:adam:lr=0.1"),
         ("AdamW", "adamw", "AdamW"),
         ("", "", ""),

@@ -138,7 +138,7 @@ def write(race: Race, out: Path, field: Sequence[Entrant], own: Sequence[str], c
     about = environment.provenance()
     devices = sorted({t.device for t in race.step_times}) or ["not measured"]
     text.append(
-        f"Command: `{command}`. Versions: {about['versions']}. Commit: {about['commit']}. "
+        f"Command: `{command}`. Versions: {environment.in_words(about['versions'])}. Commit: {about['commit']}. "
         f"Step times: {'; '.join(devices)}."
     )
     disk.write_bytes(out / "report.md", ("\n\n".join(filter(None, text)) + "\n").encode())

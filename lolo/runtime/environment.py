@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ except ImportError:  # Windows
 def versions() -> dict[str, str]:
     """Versions that decide the bytes of a result."""
     return {name: metadata.version(name) for name in ("lolo", "jax", "jaxlib", "optax", "numpy")}
+
+
+def in_words(of: Mapping[str, str]) -> str:
+    """Versions as a list in a sentence.
+
+    >>> in_words({"lolo": "0.2.0", "jax": "0.10.2"})
+    'lolo 0.2.0, jax 0.10.2'
+    """
+    return ", ".join(f"{name} {version}" for name, version in of.items())
 
 
 def provenance() -> dict[str, Any]:

@@ -125,8 +125,8 @@ def require_versions(out: Path, file: Path) -> None:
         disk.write_json(file, environment.versions())
     versions = jsonl.checked(jsonl.named(jsonl.string), disk.read_json(file), str(file))
     if versions != environment.versions():
-        words = ", ".join(f"{name} {version}" for name, version in versions.items())
-        raise RunError(f"{out} already holds rows made with {words}; give another --out.")
+        made_with = environment.in_words(versions)
+        raise RunError(f"{out} already holds rows made with {made_with}; give another --out.")
 
 
 def require_all(out: Path, reported: Sequence[Row], kept: Sequence[Sequence[Row]]) -> None:

@@ -95,6 +95,8 @@ def in_words(label: str, rate: bool = True) -> str:
 
     >>> in_words("lolo step_scale=2.0 schedule=cosine"), in_words("best adamw-cosine 0.01"), in_words("norm-fc-bc-only")
     ('LoLO + cosine, step × 2', 'AdamW 0.01 + cosine', 'BC-only norm_fc')
+    >>> in_words("lolo-norm-2-as-shipped")
+    'lolo-norm-2 as shipped'
     """
     method, (first, *words) = method_of(label), _tokens(label)
     if Path(first).suffix == ".safetensors":  # weights whose recipe is that of others too
@@ -103,9 +105,11 @@ def in_words(label: str, rate: bool = True) -> str:
         of_label = words.pop(0) if words and re.fullmatch(r"[\d.e+-]+", words[0]) else ""
         name, schedule = " ".join(filter(None, [METHODS[method], of_label * rate])), rivals.NAMES[first.lower()][1]
         words = [f"{key}={value}" for key, value in zip(words[::2], words[1::2], strict=False)]  # wd 0.1 warmup 0.05
-    elif method in LEARNED and first.lower() in LEARNED | {"norm-fc": 0} or first.startswith(("norm-fc-", "lolo-")):
-        kind = "norm_fc" if first.startswith("norm-fc") else first.removeprefix("lolo-") if "lolo-" in first else ""
-        name, schedule = " ".join(filter(None, [METHODS[method], kind])), "constant"
+    elif first.startswith("lolo-"):  # weights that come with the package
+        name, schedule = first.replace("-as-shipped", " as shipped"), "constant"
+    elif method in LEARNED and first.lower() in LEARNED | {"norm-fc": 0} or first.startswith("norm-fc-"):
+        name = " ".join([METHODS[method], *["norm_fc"] * first.startswith("norm-fc")])
+        schedule = "constant"
     else:
         return label
     given = [word.removeprefix("schedule=") for word in words if word.startswith("schedule=")]
