@@ -59,8 +59,9 @@ NORM_FC = Study(
 )
 
 DEFAULT_METHODS = ("norm-fc", "norm-fc-bc-only", "norm-fc-naive")
-# As `lolo-norm-2` is.
-SHIPPED_AS = f"{FALLING},warmup=0.05,step_rms=adam,learning_rate=1.6e-2,weight_decay=0.1,adam_beta2=0.999"
+# As `lolo-norm-2` is, but for its weight decay; and with it.
+SHIPPED_STEP = f"{FALLING},warmup=0.05,step_rms=adam,learning_rate=1.6e-2,adam_beta2=0.999"
+SHIPPED_AS = f"{SHIPPED_STEP},weight_decay=0.1"
 DEFAULT = dataclasses.replace(
     NORM_FC,
     about="norm_fc as `lolo-norm-2` is deployed, three meta-seeds, on models that no meta-training met",
@@ -236,7 +237,11 @@ STUDY: dict[str, Study] = {
     ),
     "default": DEFAULT,
     "default-long": dataclasses.replace(
-        DEFAULT, about="the same over five times as many steps", eval_steps=10_000, eval_seeds=2
+        DEFAULT,
+        about="the same over five times as many steps, with the shipped weight decay and with half of it",
+        eval_steps=10_000,
+        eval_seeds=2,
+        deployments=(*DEFAULT.deployments, ("norm-fc", f"{SHIPPED_STEP},weight_decay=0.05")),
     ),
 }
 """The parts of `lolo reproduce study`. They share the meta-trainings that they have in common."""
