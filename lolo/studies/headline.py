@@ -56,7 +56,7 @@ def sentence(rows: Sequence[Row], labels: Sequence[str] | None = None, field: st
     labels = few(rows) if labels is None else labels
     ours = names.reference(labels)
     other = rival_of(rows, ours, labels, field)
-    words = names.short(labels, rate=False)
+    words, _ = names.together(labels, rate=False)
     name = words[ours]
     if lost := _diverged(rows, ours):
         return lost
@@ -83,6 +83,8 @@ def compared(name: str, theirs: str, low: float, high: float) -> str:
     'LoLO ends 0.02 below AdamW (95 % CI 0.01 to 0.03)'
     >>> compared("LoLO", "AdamW", 0.0099, 0.0301)
     'LoLO ends 0.02 above AdamW (95 % CI 0.01 to 0.03)'
+    >>> compared("LoLO", "AdamW", 0.0035, 0.0271)
+    'LoLO ends 0.015 above AdamW (95 % CI 0.004 to 0.027)'
     >>> compared("LoLO", "AdamW", -0.01, 0.02)
     "LoLO and AdamW can't be told apart (difference 0.005, 95 % CI −0.010 to 0.020)"
     """
@@ -96,6 +98,8 @@ def compared(name: str, theirs: str, low: float, high: float) -> str:
         interval = f"{number(mean, 1)}, 95 % CI {number(low, 1)} to {number(high, 1)}"
         return f"{name} and {theirs} can't be told apart (difference {interval})"
     nearest, farthest = sorted((abs(low), abs(high)))
+    while digits < 8 and float(number(nearest)) == 0:  # an end that is not 0 isn't shown as 0
+        digits += 1
     where = "below" if high < 0 else "above"
     return f"{name} ends {number(abs(mean))} {where} {theirs} (95 % CI {number(nearest)} to {number(farthest)})"
 

@@ -124,26 +124,26 @@ def _setting(word: str) -> str:
 
 
 def short(labels: Sequence[str], rate: bool = True) -> dict[str, str]:
-    """Labels in English, without the settings that all learned optimizers among them have, if there are several.
+    """Labels in English, without the settings that all of them have, or all learned optimizers, if there are several.
 
     >>> list(short(["lolo step_scale=2.0 wd=0.1", "naive step_scale=2.0", "adamw 0.01"]).values())
     ['LoLO, decay 0.1', 'naive-LO', 'AdamW 0.01']
     """
-    words = {label: in_words(label, rate) for label in labels}
-    parts = {label: words[label].split(", ") for label in labels if method_of(label) in LEARNED}
-    if len(parts) > 1:
-        shared = set.intersection(*(set(mine[1:]) for mine in parts.values()))
-        words |= {label: ", ".join(part for part in mine if part not in shared) for label, mine in parts.items()}
-    return words
+    parts = {label: in_words(label, rate).split(", ") for label in labels}
+    for group in (parts, [label for label in labels if method_of(label) in LEARNED]):
+        if len(group) > 1:
+            shared = set.intersection(*(set(parts[label][1:]) for label in group))
+            parts |= {label: [part for part in parts[label] if part not in shared] for label in group}
+    return {label: ", ".join(mine) for label, mine in parts.items()}
 
 
-def together(labels: Sequence[str]) -> tuple[dict[str, str], str]:
+def together(labels: Sequence[str], rate: bool = True) -> tuple[dict[str, str], str]:
     """Labels as `short` has them, without the schedule that all have in common; and that schedule, or "".
 
-    >>> together(["lolo schedule=cosine", "adamw-cosine 0.01"])
-    ({'lolo schedule=cosine': 'LoLO', 'adamw-cosine 0.01': 'AdamW 0.01'}, 'cosine')
+    >>> together(["lolo schedule=cosine warmup=0.1", "adamw-cosine 0.01 warmup 0.1"])
+    ({'lolo schedule=cosine warmup=0.1': 'LoLO', 'adamw-cosine 0.01 warmup 0.1': 'AdamW 0.01'}, 'cosine')
     """
-    words = short(labels)
+    words = short(labels, rate)
     for schedule in filter(None, SCHEDULES.values()):
         if all(re.search(f"\\+ {re.escape(schedule)}(?=$|,)", text) for text in words.values()):
             return {label: text.replace(f" + {schedule}", "", 1) for label, text in words.items()}, schedule
