@@ -26,7 +26,7 @@ RIVALS = {
     "nesterov": "Nesterov SGD",
     "lion": "Lion",
     "muon": "Muon",
-    "muon-matched": "Muon, matched",
+    "muon-matched": "matched Muon",
     "schedule-free": "Schedule-Free",
     "prodigy": "Prodigy",
 }
