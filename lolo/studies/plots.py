@@ -92,6 +92,7 @@ def finals(rows: Sequence[Row]) -> Any:
         for label in labels
     }
     ours, look = names.reference(labels), style.looks(labels)
+    words, schedule = names.together(labels)
     finding = f"Train loss: {headline.sentence(rows, labels)}"
     figure, (axis,) = style.panels(1, finding, height=1.0 + 0.36 * len(labels))
     best_first = sorted(labels, key=lambda label: values[label][:, 0].mean())
@@ -104,11 +105,12 @@ def finals(rows: Sequence[Row]) -> Any:
                 axis.plot(np.nanmean(mine), height, "o", color=colour, markerfacecolor=fill, markersize=2 + 1.5 * width)
         place = {"xycoords": ("axes fraction", "data"), "va": "center"}
         weight = "bold" if label == ours else "normal"
-        axis.annotate(style.fill(names.in_words(label), 60), (0.01, height + 0.32), fontweight=weight, **place)
+        axis.annotate(style.fill(words[label], 60), (0.01, height + 0.32), fontweight=weight, **place)
     axis.set_xlim(*style.limits(np.concatenate(list(values.values()))))
     axis.set(ylim=(0.4, len(labels) + 0.8), yticks=[])
     axis.set_xlabel(f"{headline.loss_in_words(rows)}: ● train, ○ held-out; line: range over runs")
-    style.explain(axis, f"{settings.without_sha256(rows[0].task)}, after {rows[0].steps:,} steps")
+    all_with = f", all with {schedule}" if schedule and len(labels) > 1 else ""
+    style.explain(axis, f"{settings.without_sha256(rows[0].task)}, after {rows[0].steps:,} steps{all_with}")
     return figure
 
 
