@@ -99,10 +99,12 @@ def test_every_page_is_in_the_contents():
         assert {page.stem for page in PAGES if page.parent == contents.parent} - {"index"} <= set(listed)
 
 
+CLAIMS = (ROOT / "docs" / "results.md").read_text().partition("## Claims")[2]
+
+
 def claims():
     """Rows of the claims in results.md: the claim, its numbers in train and test loss, the page that has them."""
-    text = (ROOT / "docs" / "results.md").read_text().partition("## Claims")[2]
-    rows = re.findall(r"^\| \[(.+?)\]\((.+?)\) \| .+? \| [\d,]+ \| \d \| (.*?) \| (.*?) \|$", text, re.M)
+    rows = re.findall(r"^\| \[(.+?)\]\((.+?)\) \| .+? \| [\d,]+ \| \d \| (.*?) \| (.*?) \|$", CLAIMS, re.M)
     return [
         pytest.param(claim, train, test, where, id=f"{number}-{claim}")
         for number, (claim, where, train, test) in enumerate(rows)
@@ -110,8 +112,7 @@ def claims():
 
 
 def test_every_row_of_the_claims_is_checked():
-    text = (ROOT / "docs" / "results.md").read_text().partition("## Claims")[2]
-    rows = [line for line in re.findall(r"^\| (.*)$", text, re.M) if not line.startswith(("claim", "---"))]
+    rows = [line for line in re.findall(r"^\| (.*)$", CLAIMS, re.M) if not line.startswith(("claim", "---"))]
     assert len(rows) == len(claims()) > 60
 
 

@@ -258,6 +258,7 @@ def test_a_long_curve_is_thinned_to_means_with_their_range():
 def test_what_all_labels_share_is_left_out_but_no_part_of_a_name():
     labels = ["muon-matched-warmup-cosine 0.001 warmup 0.05", "muon-matched-warmup-cosine 0.003 warmup 0.05"]
     assert list(names.together(labels)[0].values()) == ["matched Muon 0.001", "matched Muon 0.003"]
+    assert names.together(["lolo schedule=cosine"]) == ({"lolo schedule=cosine": "LoLO + cosine"}, "")
     labels = ["adamw-warmup-cosine 0.001 warmup 0.05", "adamw-warmup-cosine 0.001 warmup 0.1"]
     assert list(names.together(labels)[0].values()) == ["AdamW 0.001, warmup 0.05", "AdamW 0.001, warmup 0.1"]
 

@@ -1,17 +1,17 @@
 """How much weight decay suits a long run? python experiments/recipe/decay.py
 
 Trains `lolo-norm-2` with several decays, and AdamW, over 10,000 to 100,000 steps, and scores them on validation data,
-on seeds that no other evaluation has. Rows go to decay.jsonl beside this file; those that are there are not made again.
+on the seed of the race's search and the next. Rows go to decay.jsonl beside this file; those that are there are not
+made again.
 """
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from lolo.evaluation import long_runs
 from lolo.files import disk, jsonl
-from lolo.race.search import TRIAL_SEED
+from lolo.race import validation
 from lolo.studies import candidates
 from lolo.tasks import by_name
 
@@ -34,13 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("decay.jsonl"))
     out = parser.parse_args().out
-    rows = list(map(json.loads, out.read_text(encoding="utf-8").splitlines())) if out.exists() else []
+    rows = list(jsonl.read_json_lines(out, dict)) if out.exists() else []
     for task, steps, seeds, names in RUNS:
         there = {row["optimizer"] for row in rows if (row["task"], row["steps"]) == (task, steps)}
-        splits, named = by_name.resolve(task), candidates.read(names)
-        for name in (name for name in names if name not in there):
-            candidate = candidates.candidate(named[name], splits, steps, lambda steps: None)
-            of = range(TRIAL_SEED, TRIAL_SEED + seeds)
+        for name, named in candidates.read([name for name in names if name not in there]).items():
+            splits, of = by_name.resolve(task), validation.seeds_of(seeds)
+            candidate = candidates.candidate(named, splits, steps, lambda steps: None)
             made = map(dataclasses.asdict, long_runs.compare(task, splits, [candidate], of, steps, held="validation"))
             rows += [{"optimizer": name, **{field: row[field] for field in KEPT}} for row in made]
             print(*rows[-seeds:], sep="\n", flush=True)

@@ -135,11 +135,7 @@ def write(race: Race, out: Path, field: Sequence[Entrant], own: Sequence[str], c
     learned = [entrant for entrant in field if entrant.meta_tasks]
     if learned:
         text += ["## What workloads share with meta-training", markdown(shared_table(learned))]
-    about = environment.provenance()
     devices = sorted({t.device for t in race.step_times}) or ["not measured"]
-    text.append(
-        f"Command: `{command}`. Versions: {environment.in_words(about['versions'])}. Commit: {about['commit']}. "
-        f"Step times: {'; '.join(devices)}."
-    )
+    text.append(f"{environment.stated(command, environment.provenance())} Step times: {'; '.join(devices)}.")
     disk.write_bytes(out / "report.md", ("\n\n".join(filter(None, text)) + "\n").encode())
     return "\n\n".join(shown)

@@ -34,6 +34,11 @@ def in_words(of: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in of.items())
 
 
+def stated(command: str, about: Mapping[str, Any]) -> str:
+    """How a result was made, for the end of its report. about: as `provenance` gives it."""
+    return f"Command: `{command}`. Versions: {in_words(about['versions'])}. Commit: {about['commit']}."
+
+
 def provenance() -> dict[str, Any]:
     """Versions, commit (if run from a checkout) and machine."""
     package = Path(__file__).parents[1]

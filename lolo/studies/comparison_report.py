@@ -50,7 +50,7 @@ def write_report(
         "picked on other seeds.",
         tables.meta_seed_tables(rows),
         *pictures,
-        f"Command: `{command}`. Versions: {environment.in_words(about['versions'])}. Commit: {about['commit']}. "
+        f"{environment.stated(command, about)} "
         f"Machine: {about['machine']['device']}, {about['machine']['cores']} cores.",
     ]
     report = "\n\n".join(filter(None, paragraphs)) + "\n"

@@ -140,12 +140,14 @@ def short(labels: Sequence[str], rate: bool = True) -> dict[str, str]:
 def together(labels: Sequence[str], rate: bool = True) -> tuple[dict[str, str], str]:
     """Labels as `short` has them, without the schedule that all have in common; and that schedule, or "".
 
+    A single label keeps its schedule.
+
     >>> together(["lolo schedule=cosine warmup=0.1", "adamw-cosine 0.01 warmup 0.1"])
     ({'lolo schedule=cosine warmup=0.1': 'LoLO', 'adamw-cosine 0.01 warmup 0.1': 'AdamW 0.01'}, 'cosine')
     """
     words = short(labels, rate)
     for schedule in filter(None, SCHEDULES.values()):
-        if all(re.search(f"\\+ {re.escape(schedule)}(?=$|,)", text) for text in words.values()):
+        if len(words) > 1 and all(re.search(f"\\+ {re.escape(schedule)}(?=$|,)", text) for text in words.values()):
             return {label: text.replace(f" + {schedule}", "", 1) for label, text in words.items()}, schedule
     return words, ""
 

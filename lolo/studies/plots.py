@@ -109,8 +109,8 @@ def finals(rows: Sequence[Row]) -> Any:
     axis.set_xlim(*style.limits(np.concatenate(list(values.values()))))
     axis.set(ylim=(0.4, len(labels) + 0.8), yticks=[])
     axis.set_xlabel(f"{headline.loss_in_words(rows)}: ● train, ○ held-out; line: range over runs")
-    all_with = f", all with {schedule}" if schedule and len(labels) > 1 else ""
-    style.explain(axis, f"{settings.without_sha256(rows[0].task)}, after {rows[0].steps:,} steps{all_with}")
+    how = f"after {rows[0].steps:,} steps" + f", all with {schedule}" * bool(schedule)
+    style.explain(axis, f"{settings.without_sha256(rows[0].task)}, {how}")
     return figure
 
 
