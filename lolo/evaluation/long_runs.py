@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +19,12 @@ import optax
 from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
+from lolo.evaluation.run_state import Done, RunState
 from lolo.evaluation.statistics import Row
+from lolo.files import tensors
 from lolo.method import inner
 from lolo.method.task import Splits, Task
-from lolo.runtime import parallel
+from lolo.runtime import interrupt, parallel
 from lolo.tasks.feed import Feed
 from lolo.trees import PyTree
 
@@ -168,6 +170,7 @@ def run(
     window: int = WINDOW,
     scored: Scored = params_of,
     final: Task | None = None,
+    keep: RunState | None = None,
 ) -> Curves:
     """K = len(settings) runs: run k trains with `make(settings[k])` from the init and batches of `seeds[k]`.
 
@@ -180,10 +183,11 @@ def run(
       on_steps: called with the number of steps that each window did, all runs together (for progress bars).
       window: steps between two scores, and that a point of the train curve is the mean of.
       scored: the parameters that are scored, from the state; the loss in training is that of the state's own.
+      keep: where the runs' state is kept from time to time; what is there of these runs is not done again.
     """
     check_steps(steps)
     if task.stream is not None and len(set(seeds)) > 1:
-        return _by_seed(task, held, make, settings, seeds, steps, on_steps, window, scored, final)
+        return _by_seed(task, held, make, settings, seeds, steps, on_steps, window, scored, final, keep)
     count = len(settings)
     devices = max(min(len(jax.local_devices()), count), 1)
     begin, _, finish, over = _programs(make, devices, window, scored)
@@ -192,21 +196,47 @@ def run(
     stacked = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(x[i]) for i in pad]), *settings)
     keys = jnp.stack([seed_key(seeds[i]) for i in pad])
     task, held = parallel.place(task, over), parallel.place(held, over)
-    states = begin(task, stacked, keys)
-    means, train, scores = [], [], []
-    with contextlib.closing(Feed(task, window, (EVAL_STREAM, seeds[0]))) as feed:
-        for lengths in pieces_of(steps, window):
+    of = "" if keep is None else _digest(stacked, [*seeds, steps, window])
+    start = Done(begin(task, stacked, keys), [], [], [], [])
+    states, lengths, means, train, scores = (keep and keep.read(of, start.states)) or start
+    if lengths:
+        on_steps(sum(lengths) * count)
+    with contextlib.closing(Feed(task, window, (EVAL_STREAM, seeds[0]), used=len(train))) as feed:
+        for pieces in pieces_of(steps, window)[len(train) :]:
             segment = feed.next(lambda data: parallel.place(data, over))
-            for length in lengths:
+            for length in pieces:
                 _, advance, _, _ = _programs(make, devices, length, scored)
                 states, loss, score = advance(segment, held, stacked, keys, states)
-                means.append((length, np.asarray(loss)))
-                on_steps(length * count)
-            train.append(mean_of_last(means, window))
+                lengths.append(length)
+                means.append(np.asarray(loss))
+            train.append(mean_of_last([*zip(lengths, means, strict=True)], window))
             scores.append(np.asarray(score))
+            with _keeping(keep, of, Done(states, lengths, means, train, scores), sum(lengths) == steps):
+                on_steps(sum(pieces) * count)
     last = finish(held if final is None else parallel.place(final, over), states)
     last = {name: np.asarray(x)[:count] for name, x in last.items()}
     return Curves(np.stack(train, 1)[:count], np.stack(scores, 1)[:count], last)
+
+
+def _digest(settings: Any, numbers: Sequence[int]) -> str:
+    """What tells one run from another of the same optimizer on the same task."""
+    arrays = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(settings))}
+    return tensors.digest({**arrays, "numbers": np.asarray(numbers)})
+
+
+@contextlib.contextmanager
+def _keeping(keep: RunState | None, of: str, done: Done, ended: bool) -> Iterator[None]:
+    """Write what is done if it is time to, or if the user stops the work in here."""
+    if keep is None:
+        yield
+        return
+    if keep.due(ended):
+        keep.write(of, done)
+    try:
+        yield
+    except interrupt.Interrupted:
+        keep.write(of, done)
+        raise
 
 
 def _by_seed(
@@ -220,13 +250,14 @@ def _by_seed(
     window: int,
     scored: Scored,
     final: Task | None,
+    keep: RunState | None,
 ) -> Curves:
     """`run` for one seed after the other: the runs of a call share the segments of one stream."""
     groups = {seed: [k for k, other in enumerate(seeds) if other == seed] for seed in seeds}
-    parts = [
-        run(task, held, make, [settings[k] for k in group], [seed] * len(group), steps, on_steps, window, scored, final)
-        for seed, group in groups.items()
-    ]
+    parts = []
+    for seed, group in groups.items():
+        own, mine, part = [settings[k] for k in group], [seed] * len(group), keep and keep.part(seed)
+        parts.append(run(task, held, make, own, mine, steps, on_steps, window, scored, final, part))
     places = np.argsort(np.concatenate(list(groups.values())))
     return jax.tree.map(lambda *x: np.concatenate(x)[places], *parts)
 
@@ -250,8 +281,11 @@ def compare(
     held: str = "test",
     on_steps: Callable[[int], None] = lambda steps: None,
     window: int = WINDOW,
+    keep: RunState | None = None,
 ) -> list[Row]:
     """Every candidate on every seed, from the same inits and batches. `held`: which split is scored.
+
+    keep: where the state of candidates of one kind (`make`, `scored`) is kept; a second kind has a part of its own.
 
     >>> from lolo.evaluation.long_runs import Candidate
     >>> sgd = Candidate("sgd", None, optax.sgd, 0.1)  # the row's name, no meta-seed, and the optimizer optax.sgd(0.1)
@@ -263,7 +297,7 @@ def compare(
     by_make: dict[tuple[Make, Scored], list[Candidate]] = {}
     for candidate in candidates:
         by_make.setdefault((candidate.make, candidate.scored), []).append(candidate)
-    for (make, scored), group in by_make.items():
+    for number, ((make, scored), group) in enumerate(by_make.items()):
         pairs = [(candidate, seed) for candidate in group for seed in seeds]
         curves = run(
             splits.train,
@@ -275,6 +309,7 @@ def compare(
             on_steps,
             window,
             scored,
+            keep=keep and (keep.part(number) if number else keep),
         )
         for k, (candidate, seed) in enumerate(pairs):
             rows.append(_row(name, splits.train, candidate, seed, steps, curves, k))

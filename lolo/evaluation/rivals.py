@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from lolo.evaluation import long_runs, schedules
+from lolo.evaluation import long_runs, run_state, schedules
 from lolo.method import experts
 from lolo.method.task import Splits
 
@@ -178,15 +178,16 @@ def best_of_grid(
     steps: int,
     of: str = "grid",
     on_steps: Callable[[int], None] = lambda steps: None,
+    keep: run_state.RunState | None = None,
 ) -> long_runs.Candidate:
     """The rival with the lowest final train loss on separate seeds; its label says that it was picked.
 
-    `of`: a name in GRIDS.
+    of: a name in GRIDS; keep: where the state of the grid's runs is kept.
     """
     candidates = grid(name, of, steps)
     settings = [c.setting for c in candidates for _ in PICK_SEEDS]
     curves = long_runs.run(
-        splits.train, splits.validation, maker(name), settings, PICK_SEEDS * len(candidates), steps, on_steps
+        splits.train, splits.validation, maker(name), settings, PICK_SEEDS * len(candidates), steps, on_steps, keep=keep
     )
     finals = curves.train_loss[:, -1].reshape(len(candidates), len(PICK_SEEDS)).mean(axis=1)
     best = candidates[int(np.nanargmin(np.where(np.isfinite(finals), finals, np.inf)))]

@@ -20,6 +20,7 @@ import optax
 
 from lolo.evaluation import long_runs, rivals, schedules
 from lolo.evaluation.long_runs import Candidate
+from lolo.evaluation.run_state import RunState
 from lolo.files import disk, settings, user_code
 from lolo.files.settings import RecipeError, UserCodeError
 from lolo.method import experts, meta
@@ -392,11 +393,13 @@ def candidate(
     steps: int,
     on_steps: Callable[[int], None] = lambda count: None,
     is_matrix: experts.IsMatrix | None = None,
+    keep: RunState | None = None,
 ) -> Candidate:
     """What `long_runs.compare` takes. The best of a grid is found here; on_steps gets the number of steps done.
 
     is_matrix: of the task's parameters, those that optimizers which tell matrices apart move as such; for a user's
     function with an argument of this name too. None: all of two axes or more. A grid's best is found without it.
+    keep: where the state of a grid's runs is kept.
     """
     if isinstance(named, NamedWeights):
         return _weights(named, steps, is_matrix)
@@ -405,5 +408,5 @@ def candidate(
         return Candidate(named.label, None, lambda setting: optimizer, 0.0)
     name, rate, weight_decay, warmup = named
     if isinstance(rate, str):
-        return rivals.best_of_grid(splits, name, steps, rate, on_steps=on_steps)
+        return rivals.best_of_grid(splits, name, steps, rate, on_steps, keep)
     return rivals.rival(name, rate, steps, weight_decay, warmup, is_matrix)

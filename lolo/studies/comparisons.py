@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lolo.evaluation import long_runs, rivals
+from lolo.evaluation.run_state import RunState
 from lolo.evaluation.statistics import Row
 from lolo.method.task import Splits
 from lolo.optimizers import pretrained
@@ -34,7 +35,8 @@ def evaluate(
 
     Args:
       optimizers: by name, as `candidates.read` gives them.
-      parts: a folder that keeps the rows of each method as they come; those found there are not made again.
+      parts: a folder that keeps the rows of each method as they come, and the state of the one under way; what is
+        there is not done again.
       splits: of the task, by whoever has resolved it before: a user's task may take long to make.
 
     Returns: the rows, and the weights by label and meta-seed. Raises ValueError, FileError.
@@ -62,14 +64,18 @@ def evaluate(
         on_progress(f"evaluating on {task}", done, total, "")
 
     for members in together(optimizers, rows_of):
+        keep = RunState(files_of[members[0]].with_suffix(".safetensors")) if files_of else None
         with time_spent.timed(parts.parent, f"evaluating {file_name(task)}") if parts else contextlib.nullcontext():
-            entries = [candidates.candidate(optimizers[name], splits, steps, on_steps) for name in members]
-            made = long_runs.compare(task, splits, entries, range(seeds), steps, on_steps=on_steps)
+            grid = keep and keep.part("grid")
+            entries = [candidates.candidate(optimizers[name], splits, steps, on_steps, keep=grid) for name in members]
+            made = long_runs.compare(task, splits, entries, range(seeds), steps, on_steps=on_steps, keep=keep)
             environment.forget_programs()
         for name, entry in zip(members, entries, strict=True):
             rows_of[name] = [row for row in made if (row.optimizer, row.meta_seed) == (entry.label, entry.meta_seed)]
             if name in files_of:
                 save_rows(files_of[name], rows_of[name])
+        if keep is not None:
+            keep.remove()
     rows = [row for name in optimizers for row in rows_of[name]]
     learned = [named for named in optimizers.values() if isinstance(named, candidates.NamedWeights)]
     return rows, {f"{named.label}, meta-seed {named.meta_seed}": named.weights for named in learned}
