@@ -38,8 +38,8 @@ def eval_command(argv: list[str]) -> int:
     ) -> int:
         """Train a task with each optimizer, from the same inits and batches, and compare.
 
-        With --out a stopped evaluation resumes with the same command, and the same command with more optimizers
-        adds these.
+        With --out a stopped evaluation resumes with the same command, in the middle of a long run too, and the same
+        command with more optimizers adds these.
 
         Args:
           optimizers: weights, rivals, or your own. Weights are a name of `lolo weights` or a file; settings follow a
