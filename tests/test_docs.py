@@ -99,21 +99,25 @@ def test_every_page_is_in_the_contents():
         assert {page.stem for page in PAGES if page.parent == contents.parent} - {"index"} <= set(listed)
 
 
-CLAIMS = (ROOT / "docs" / "results.md").read_text().partition("## Claims")[2]
+CLAIMS = {  # the text of the claims, by their page
+    ROOT / "docs" / "results.md": (ROOT / "docs" / "results.md").read_text().partition("## Claims")[2],
+    ROOT / "docs" / "studies" / "earlier.md": (ROOT / "docs" / "studies" / "earlier.md").read_text(),
+}
 
 
-def claims():
-    """Rows of the claims in results.md: the claim, its numbers in train and test loss, the page that has them."""
-    rows = re.findall(r"^\| \[(.+?)\]\((.+?)\) \| .+? \| [\d,]+ \| \d \| (.*?) \| (.*?) \|$", CLAIMS, re.M)
+def claims(pages=tuple(CLAIMS)):
+    """Rows of the claims: the claim, its numbers in train and test loss, the page that has them."""
+    row = re.compile(r"^\| \[(.+?)\]\((.+?)\) \| .+? \| [\d,]+ \| \d \| (.*?) \| (.*?) \|$", re.M)
     return [
-        pytest.param(claim, train, test, where, id=f"{number}-{claim}")
-        for number, (claim, where, train, test) in enumerate(rows)
+        pytest.param(claim, train, test, (page.parent / where).resolve(), id=f"{page.stem}-{number}-{claim}")
+        for page in pages
+        for number, (claim, where, train, test) in enumerate(row.findall(CLAIMS[page]))
     ]
 
 
 def test_every_row_of_the_claims_is_checked():
-    rows = [line for line in re.findall(r"^\| (.*)$", CLAIMS, re.M) if not line.startswith(("claim", "---"))]
-    assert len(rows) == len(claims()) > 60
+    lines = re.findall(r"^\| (.*)$", "".join(CLAIMS.values()), re.M)
+    assert len([line for line in lines if not line.startswith(("claim", "---"))]) == len(claims()) > 80
 
 
 INTERVAL = re.compile(r"([−+-]?)([\d,.]+) ± ([\d.]+)")
@@ -123,9 +127,8 @@ def intervals(text):
     return {(sign.replace("−", "-"), value, half) for sign, value, half in INTERVAL.findall(text)}
 
 
-@pytest.mark.parametrize(("claim", "train", "test", "where"), claims())
-def test_a_claim_is_short_agrees_with_its_numbers_and_stands_on_a_page_with_files_behind_it(claim, train, test, where):
-    page = ROOT / "docs" / where
+@pytest.mark.parametrize(("claim", "train", "test", "page"), claims())
+def test_a_claim_is_short_agrees_with_its_numbers_and_stands_on_a_page_with_files_behind_it(claim, train, test, page):
     assert len(re.findall(r"[\w`'.-]*\w[\w`'.-]*", claim)) <= 12
     reports = [target for target in links(page) if ROOT / "experiments" in target.resolve().parents]
     assert reports
@@ -164,12 +167,13 @@ def test_the_table_of_the_race_is_that_of_the_published_rows(page):
     assert {tuple(cell.strip() for cell in line.split("|")) for line in lines} == expected and len(expected) == 16
 
 
-def test_losses_stand_first():
+@pytest.mark.parametrize("page", CLAIMS, ids=lambda page: page.stem)
+def test_losses_stand_first(page):
     """Claims that lose in train or test loss, then those that do neither, then those that win."""
 
     def group(train, test):
         verdicts = train[:1] + test[:1]
         return 0 if "✗" in verdicts else 2 if "✓" in verdicts else 1
 
-    found = [group(*parameter.values[1:3]) for parameter in claims()]
+    found = [group(*parameter.values[1:3]) for parameter in claims([page])]
     assert found == sorted(found) and set(found) == {0, 1, 2}
