@@ -29,7 +29,9 @@ LEARNERS = {
 }
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name.endswith("bfloat16") else ()) for name in LEARNERS]
+)
 def test_a_layer_moves_as_if_it_were_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alike, "LEAST", 3)
     params = layers_of(jax.random.key(0))

@@ -64,6 +64,7 @@ def test_a_dataloader_of_pytorch_is_one():
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_a_meta_training_resumes_in_the_middle_of_an_epoch(tmp_path):
     small = {
         "outer.steps": 4,

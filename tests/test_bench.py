@@ -92,6 +92,7 @@ def test_the_batch_from_which_a_step_is_cheap_follows_from_the_times():
     }
 
 
+@pytest.mark.slow
 def test_passes_and_steps_are_timed_in_one_process():
     times = timing.on_one_core(batch_speed.CHILD, 1, 8, 6, 4)
     assert {"passes at batch 128", "passes at batch 4,096", "adamw", "muon", "small_fc"} <= times.keys()

@@ -284,10 +284,14 @@ def test_deployment_settings_do_what_they_say(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ("lolo-norm", "schedule=warmup-cosine,warmup=0.1,learning_rate={}e-1,weight_decay={},adam_scale=2"),
-        ("lolo-norm", "kernel=auto,learning_rate={}e-1,weight_decay={}"),
+        pytest.param(
+            "lolo-norm",
+            "schedule=warmup-cosine,warmup=0.1,learning_rate={}e-1,weight_decay={},adam_scale=2",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("lolo-norm", "kernel=auto,learning_rate={}e-1,weight_decay={}", marks=pytest.mark.slow),
         ("lolo-norm", "adam_beta2={},weight_decay={}"),
-        ("lolo-small", "schedule=cosine,step_scale={},weight_decay={}"),
+        pytest.param("lolo-small", "schedule=cosine,step_scale={},weight_decay={}", marks=pytest.mark.slow),
         ("lolo-anytime", "step_decay={}000,clock_limit=100,weight_decay={}"),
     ],
 )

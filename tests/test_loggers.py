@@ -49,6 +49,7 @@ def memory(monkeypatch):
     return opened
 
 
+@pytest.mark.slow
 def test_a_logger_gets_the_numbers_of_the_log_each_step_once_also_after_a_kill(tmp_path, memory):
     stop = StopAfter(5)
     loop.train(

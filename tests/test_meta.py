@@ -157,7 +157,8 @@ def test_alpha_zero_follows_adam(alpha_loss):
         assert min(norms) > 0.0
 
 
-@pytest.mark.parametrize("schedule", ["constant", pytest.param("cosine", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_adam_read_from_the_learners_accumulators_is_adam(schedule):
     changes = {"learner.name": "small_fc", "learner.hidden": 4, "estimator.pairs": 2, "imitation.expert": "adam"}
     changes |= {"imitation.schedule": schedule, "imitation.decay_steps": 20}

@@ -29,7 +29,14 @@ def digest(run):
     return {name: x.tobytes() for name, x in arrays.items()}
 
 
-@pytest.mark.parametrize("read,push", [("oldest", "random"), ("newest", "random"), ("oldest", "struggle")])
+@pytest.mark.parametrize(
+    ("read", "push"),
+    [
+        ("oldest", "random"),
+        pytest.param("newest", "random", marks=pytest.mark.slow),
+        pytest.param("oldest", "struggle", marks=pytest.mark.slow),
+    ],
+)
 def test_buffers_on_the_host_change_no_byte(tmp_path, read, push):
     recipe = small(recipes.LOLO, CHANGES | {"replay.read": read, "replay.push": push})
     loop.train(recipe, tmp_path / "device")

@@ -44,7 +44,10 @@ def small(monkeypatch):
     monkeypatch.setattr(search, "SPACES", {kind: search.SPACES[kind] for kind in ("adamw", "nadamw", "nesterov")})
 
 
-@pytest.mark.parametrize("name", workloads.WORKLOADS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "finetuning" else ()) for name in workloads.WORKLOADS],
+)
 def test_a_workload_and_its_held_out_form_are_tasks_and_differ_in_one_setting(name):
     of = workloads.WORKLOADS[name]
     variant = workloads.variant_of(of)
@@ -403,6 +406,7 @@ def test_the_settings_of_weights_are_searched_as_those_of_rivals_are(small, monk
     assert stages.search_all(tmp_path, [other], ("near",), quiet) == new
 
 
+@pytest.mark.slow
 def test_one_optimizer_under_two_names_scores_equal(small, tmp_path):
     stages.search_all(tmp_path, all_rivals(), (), quiet)
     stages.set_targets(tmp_path, (), quiet)

@@ -230,10 +230,9 @@ def test_an_update_under_jit_gives_the_same_bits_twice():
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "batched",
-    [pytest.param(jax.vmap, marks=pytest.mark.slow), lambda f: lambda *args: jax.lax.map(lambda a: f(*a), args)],
-    ids=["vmap", "map"],
+    "batched", [jax.vmap, lambda f: lambda *args: jax.lax.map(lambda a: f(*a), args)], ids=["vmap", "map"]
 )
 def test_many_optimizers_at_once_equal_the_loop(batched):
     shapes = {**FEW_SHAPES, "odd": LARGE_SHAPES["odd"], "long": LARGE_SHAPES["long vector"]}

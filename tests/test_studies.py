@@ -36,6 +36,7 @@ def test_the_study_of_the_default_weights_deploys_them_as_they_are_shipped():
     assert architecture.deployed(meta_trained, deployed.learner) == shipped.learner
 
 
+@pytest.mark.slow
 def test_a_study_continues_where_it_was_stopped_and_reports_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setitem(definitions.STUDIES, "tiny", TINY)
     stop = interrupt.Stop()
