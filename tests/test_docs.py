@@ -70,13 +70,13 @@ def test_the_notebook_was_run_from_its_top_to_its_end_without_an_error():
 def test_the_notebook_s_code_runs(monkeypatch):
     monkeypatch.chdir(ROOT / "docs")
     code = "\n".join("".join(cell["source"]) for cell in cells("code"))
-    shorter = {'"outer.steps": 200': '"outer.steps": 2, "unroll.length": 100', "steps = 1000": "steps = 50"}
+    shorter = {'"outer.steps": 200': '"outer.steps": 2, "unroll.length": 100', "steps=1000": "steps=50"}
     for large, small in shorter.items():
         assert large in code
         code = code.replace(large, small)
     names = {}
     exec(compile(code, "first_optimizer.ipynb", "exec"), names)
-    assert {row.optimizer for row in names["comparison"].rows} == {"mine", "AdamW", "Muon"}
+    assert {row.optimizer for row in names["comparison"].rows} == {"mine", "untrained", "AdamW", "Muon"}
 
 
 def links(page):
