@@ -290,7 +290,7 @@ def test_deployment_settings_do_what_they_say(tmp_path):
             marks=pytest.mark.slow,
         ),
         pytest.param("lolo-norm", "kernel=auto,learning_rate={}e-1,weight_decay={}", marks=pytest.mark.slow),
-        ("lolo-norm", "adam_beta2={},weight_decay={}"),
+        pytest.param("lolo-norm", "adam_beta2={},weight_decay={}", marks=pytest.mark.slow),
         pytest.param("lolo-small", "schedule=cosine,step_scale={},weight_decay={}", marks=pytest.mark.slow),
         ("lolo-anytime", "step_decay={}000,clock_limit=100,weight_decay={}"),
     ],

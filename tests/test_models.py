@@ -129,6 +129,7 @@ def test_char_mlp_embeds_with_unit_normals_and_keeps_the_order_of_characters():
     assert one.shape == (1, 3000) and jnp.abs(one - other).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_resnet_running_statistics_decay_by_a_tenth():
     model, inputs = SMALL["resnet18, imagenet"]
     params, stats = model.init(KEY)

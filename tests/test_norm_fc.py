@@ -235,7 +235,7 @@ def test_a_matrix_may_step_as_far_as_adamw_would(orthogonal):
     assert all(noisy[name] < 0.4 * steady[name] for name in params)
 
 
-@pytest.mark.parametrize("kernel", ["auto", "plain"])
+@pytest.mark.parametrize("kernel", [pytest.param("auto", marks=pytest.mark.slow), "plain"])
 @pytest.mark.parametrize("step_rms", ["one", "adam"])
 def test_derivatives_are_finite_where_a_gradient_is_zero(step_rms, kernel):
     params = draw({"w": (4, 3), "b": (3,)}, 3)
