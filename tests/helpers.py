@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from lolo.files import settings
 from lolo.method import meta
@@ -180,3 +181,8 @@ class StopAfter(interrupt.Stop):
     def on_progress(self, progress):
         if progress.step >= self.steps:
             self.requested = "test"
+
+
+def with_slow(values, slow):
+    """The values as parameters of a test, those in `slow` as slow ones."""
+    return [pytest.param(value, marks=pytest.mark.slow) if value in slow else value for value in values]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import with_slow
 
 import lolo
 from lolo.optimizers import alike
@@ -29,9 +30,7 @@ LEARNERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name.endswith("bfloat16") else ()) for name in LEARNERS]
-)
+@pytest.mark.parametrize("name", with_slow(LEARNERS, {"norm_fc, bfloat16"}))
 def test_a_layer_moves_as_if_it_were_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alike, "LEAST", 3)
     params = layers_of(jax.random.key(0))

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers import with_slow
 from test_readers import write_npz
 
 from lolo.data import prepare
@@ -39,11 +40,7 @@ FILES = {"interop": interop_files, "data": prepared_data}
 
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=pytest.mark.slow if page.stem == "add_your_own" else ())
-        for page in PAGES
-        if blocks(page)
-    ],
+    with_slow(filter(blocks, PAGES), {ROOT / "docs" / "add_your_own.md"}),
     ids=lambda page: page.stem,
 )
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
@@ -99,9 +96,9 @@ def test_every_page_is_in_the_contents():
         assert {page.stem for page in PAGES if page.parent == contents.parent} - {"index"} <= set(listed)
 
 
-CLAIMS = {  # the text of the claims, by their page
-    ROOT / "docs" / "results.md": (ROOT / "docs" / "results.md").read_text().partition("## Claims")[2],
-    ROOT / "docs" / "studies" / "earlier.md": (ROOT / "docs" / "studies" / "earlier.md").read_text(),
+CLAIMS = {  # the text of the claims, by their page; one page holds nothing else
+    page: page.read_text().rpartition("## Claims")[2]
+    for page in (ROOT / "docs" / "results.md", ROOT / "docs" / "studies" / "earlier.md")
 }
 
 

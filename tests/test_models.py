@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import with_slow
 
 from lolo.tasks import models
 
@@ -32,9 +33,7 @@ SMALL = {
     "gpt": (models.gpt(11, context=8, layers=2, heads=2, width=8), jnp.arange(12).reshape(2, 6) % 11),
 }
 """Every kind of model, small, with a batch of two."""
-SMALL_SLOW = [pytest.param(name, marks=pytest.mark.slow if name.startswith("resnet18") else ()) for name in SMALL]
-"""Their names; a ResNet is slow, as each of its layers is compiled."""
-RESNET18_OR_GPT = [pytest.param("resnet18", marks=pytest.mark.slow), "gpt"]
+SLOW = {"resnet18", "resnet18, imagenet", "resnet18, cifar"}  # each of its layers is compiled
 
 
 @pytest.mark.parametrize(
@@ -61,7 +60,7 @@ def test_gpt2_mini_is_minGPTs_gpt_mini_with_gpt2s_vocabulary():
     assert models.GPT_SIZES["gpt2-mini"] == (6, 6, 192, 1024, 50_257)
 
 
-@pytest.mark.parametrize("name", SMALL_SLOW)
+@pytest.mark.parametrize("name", with_slow(SMALL, SLOW))
 def test_models_run_differentiate_and_keep_the_shape_of_their_stats(name):
     model, inputs = SMALL[name]
     params, stats = model.init(KEY)
@@ -78,13 +77,13 @@ def test_models_run_differentiate_and_keep_the_shape_of_their_stats(name):
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("name", SMALL_SLOW)
+@pytest.mark.parametrize("name", with_slow(SMALL, SLOW))
 def test_parameters_are_a_flat_dict_of_float32_arrays(name):
     params, stats = SMALL[name][0].init(KEY)
     assert all(isinstance(key, str) and leaf.dtype == jnp.float32 for key, leaf in [*params.items(), *stats.items()])
 
 
-@pytest.mark.parametrize("name", SMALL_SLOW)
+@pytest.mark.parametrize("name", with_slow(SMALL, SLOW))
 def test_scoring_does_not_depend_on_the_rest_of_the_batch(name):
     model, inputs = SMALL[name]
     params, stats = model.init(KEY)
@@ -94,7 +93,7 @@ def test_scoring_does_not_depend_on_the_rest_of_the_batch(name):
     assert all((same_stats[key] == stats[key]).all() for key in stats)
 
 
-@pytest.mark.parametrize("name", ["mlp", "char_mlp", pytest.param("resnet18, cifar", marks=pytest.mark.slow), "gpt"])
+@pytest.mark.parametrize("name", with_slow(["mlp", "char_mlp", "resnet18, cifar", "gpt"], SLOW))
 def test_models_vmap_over_slots_of_parameters(name):
     model, inputs = SMALL[name]
     params, stats = jax.vmap(model.init)(jax.random.split(KEY, 2))
@@ -182,7 +181,7 @@ def test_a_fresh_gpt_is_as_wrong_as_chance():
     assert abs(float(models.cross_entropy(outputs, (inputs + 3) % 11)) - np.log(11)) < 0.05
 
 
-@pytest.mark.parametrize("name", RESNET18_OR_GPT)
+@pytest.mark.parametrize("name", with_slow(["resnet18", "gpt"], SLOW))
 def test_remat_changes_no_output_and_no_gradient(name):
     build = {
         "resnet18": lambda remat: models.resnet18(5, "cifar", width=4, remat=remat),
@@ -198,7 +197,7 @@ def test_remat_changes_no_output_and_no_gradient(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), plain, remat)
 
 
-@pytest.mark.parametrize("name", RESNET18_OR_GPT)
+@pytest.mark.parametrize("name", with_slow(["resnet18", "gpt"], SLOW))
 def test_bfloat16_activations_stay_close_and_leave_outputs_and_stats_in_float32(name):
     build = {
         "resnet18": lambda dtype: models.resnet18(5, "cifar", width=4, dtype=dtype),

@@ -8,6 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from helpers import with_slow
 
 import lolo
 from lolo.cli.main import main
@@ -44,10 +45,7 @@ def small(monkeypatch):
     monkeypatch.setattr(search, "SPACES", {kind: search.SPACES[kind] for kind in ("adamw", "nadamw", "nesterov")})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow if name == "finetuning" else ()) for name in workloads.WORKLOADS],
-)
+@pytest.mark.parametrize("name", with_slow(workloads.WORKLOADS, {"finetuning"}))
 def test_a_workload_and_its_held_out_form_are_tasks_and_differ_in_one_setting(name):
     of = workloads.WORKLOADS[name]
     variant = workloads.variant_of(of)

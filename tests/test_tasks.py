@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 
 from lolo.data import embedded
 from lolo.files import user_code
@@ -66,12 +67,7 @@ KEY = jax.random.key(0)
 SLOW = ("fashion-resnet", "fashion-vit", "books-gru", "books-words", "digits-finetune")  # to compile
 
 
-def rows(names):
-    """Rows of a test, those that compile for long as slow ones."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
-
-
-@pytest.fixture(params=rows(EMBEDDED))
+@pytest.fixture(params=with_slow(EMBEDDED, SLOW))
 def name(request):
     return request.param
 
@@ -131,7 +127,7 @@ def test_loss_and_gradient_at_the_start(name):
         assert task.loss_limit == {"fashion-autoencoder": 1.5, "quadratic": None}[name]
 
 
-@pytest.mark.parametrize("name", rows(name for name in EMBEDDED if name != "quadratic"))
+@pytest.mark.parametrize("name", with_slow([name for name in EMBEDDED if name != "quadratic"], SLOW))
 def test_batch_and_widths_are_settings(name):
     others = {"fashion-conv": "widths=4", "fashion-resnet": "width=4", "digits-finetune": "widths=4-8"}
     others |= dict.fromkeys(("books-transformer", "books-gru", "fashion-vit"), "width=8")

@@ -10,7 +10,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from helpers import StopAfter
+from helpers import StopAfter, with_slow
 
 from lolo.files import disk, settings, tensors
 from lolo.files.disk import FileError
@@ -46,9 +46,7 @@ def phi(result):
     return tensors.digest({name: np.asarray(x) for name, x in result.weights.meta_params.items()})
 
 
-@pytest.mark.parametrize(
-    "name", ["lolo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bc-only", "naive"))]
-)
+@pytest.mark.parametrize("name", with_slow(["lolo", "bc-only", "naive"], {"bc-only", "naive"}))
 def test_stop_and_resume_equals_uninterrupted(tmp_path, name):
     recipe = small(name, **{"validation.every": 3, "validation.steps": 100, "validation.seeds": 1})
     whole = loop.train(recipe, tmp_path / "whole")
