@@ -137,6 +137,7 @@ def test_resnet_running_statistics_decay_by_a_tenth():
     np.testing.assert_allclose(second["bn1.running_mean"], first + 0.9, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_resnet_normalises_by_the_batch_in_training_only():
     model, inputs = SMALL["resnet18, cifar"]
     params, stats = model.init(KEY)

@@ -236,7 +236,7 @@ def test_a_matrix_may_step_as_far_as_adamw_would(orthogonal):
 
 
 @pytest.mark.parametrize("kernel", [pytest.param("auto", marks=pytest.mark.slow), "plain"])
-@pytest.mark.parametrize("step_rms", ["one", "adam"])
+@pytest.mark.parametrize("step_rms", [pytest.param("one", marks=pytest.mark.slow), "adam"])
 def test_derivatives_are_finite_where_a_gradient_is_zero(step_rms, kernel):
     params = draw({"w": (4, 3), "b": (3,)}, 3)
 

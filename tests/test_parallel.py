@@ -116,6 +116,7 @@ def on_four():
     return run(4, [1, 2, 4], SMALL, 6)
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_gives_the_same_bytes(on_four):
     alone = run(1, [1], SMALL, 6)["results"]["1"]
     assert on_four["results"] == {"1": alone, "2": alone, "4": alone}  # φ, all other state, and metrics
@@ -123,10 +124,12 @@ def test_any_number_of_devices_gives_the_same_bytes(on_four):
     assert all(ours != theirs for ours, theirs in zip(alone, other_seed, strict=True))  # the digests can tell
 
 
+@pytest.mark.slow
 def test_blocks_are_spread_over_as_many_devices_as_divide_them(on_four):
     assert on_four["meshes"] == {"1": 1, "3": 3, "4": 4, "5": 1, "6": 3, "8": 4}
 
 
+@pytest.mark.slow
 def test_asking_for_cores_after_jax_has_started_changes_nothing(on_four):
     assert on_four["late"] == 4
 

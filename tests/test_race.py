@@ -548,6 +548,7 @@ def mappings():
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="only Linux counts a process's mappings")
+@pytest.mark.slow
 def test_a_race_of_many_entrants_holds_no_more_programs_than_a_short_one(small, tmp_path):
     found = []
     for kind in ("adamw", "lion", "nadamw", "prodigy"):
@@ -589,6 +590,7 @@ def test_learning_rates_are_tried_on_transformers_of_several_sizes(monkeypatch, 
     assert main(["race", "--out", str(tmp_path), "--transfer", "adamw:1e-3"]) == 2
 
 
+@pytest.mark.slow
 def test_optimizers_are_compared_on_the_search_s_data_and_none_is_run_twice(small, tmp_path):
     ran = []
 

@@ -77,6 +77,7 @@ def test_a_study_refuses_runs_of_another_recipe(tmp_path, monkeypatch):
         studies.reproduce("tiny", tmp_path)
 
 
+@pytest.mark.slow
 def test_of_a_finished_meta_training_the_last_weights_are_enough(tmp_path, monkeypatch):
     monkeypatch.setitem(definitions.STUDIES, "tiny", dataclasses.replace(TINY, meta_seeds=1))
     studies.reproduce("tiny", tmp_path)

@@ -64,7 +64,14 @@ PARAMETERS = {
 KEY = jax.random.key(0)
 
 
-SLOW = ("fashion-resnet", "fashion-vit", "books-gru", "books-words", "digits-finetune")  # to compile
+SLOW = (
+    "fashion-resnet",
+    "fashion-vit",
+    "books-transformer",
+    "books-gru",
+    "books-words",
+    "digits-finetune",
+)  # to compile
 
 
 @pytest.fixture(params=with_slow(EMBEDDED, SLOW))

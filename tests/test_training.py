@@ -368,6 +368,7 @@ def test_a_validation_task_that_has_changed_stops_a_resumed_run(tmp_path):
         loop.resume(tmp_path / "run", How(log=lambda text: None))
 
 
+@pytest.mark.slow
 def test_a_run_finds_its_validation_tasks_from_any_current_folder(tmp_path, monkeypatch):
     start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
     for folder in (start, elsewhere):
@@ -387,6 +388,7 @@ def test_a_run_finds_its_validation_tasks_from_any_current_folder(tmp_path, monk
     assert "more than the 0 seconds allowed" in finding.what  # and not that its file is missing
 
 
+@pytest.mark.slow
 def test_given_splits_that_the_recipe_names_for_validation_are_for_validation_alone(tmp_path):
     given = {"mine": quadratic(4), "held": quadratic(3)}
     sizes = {"validation.every": 4, "validation.steps": 100, "validation.seeds": 1, "validation.tasks": ("held",)}
